@@ -1,0 +1,126 @@
+"""The values that flow through the pipeline: what an attention is, and what to do with it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class No:
+    """A refusal: falsy, with the reason and the place."""
+
+    why: str
+    where: str = ""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}" if self.where else self.why
+
+
+MaskKind = Literal["none", "causal", "sliding", "chunked", "prefix", "block", "dense"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees, as far as positions decide it.
+
+    `window` counts the keys of a sliding window, the query's own included; a two-sided window sees
+    `window` keys to the left and `right` keys to the right of the query (its own not counted in
+    either). `size` is the length of a chunk, `prefix` the number of keys that everyone sees.
+    """
+
+    kind: MaskKind
+    window: int | None = None
+    right: int | None = None
+    size: int | None = None
+    prefix: int | None = None
+
+    def __str__(self) -> str:
+        shown = {"window": self.window, "right": self.right, "size": self.size}
+        inner = ", ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
+        return f"{self.kind}({inner})" if inner else self.kind
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding: how channels pair up, and whether it acts before or after the cache."""
+
+    style: Literal["half", "interleaved", "complex"]
+    placement: Literal["before_cache", "after_cache", "no_cache"]
+    channels: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The image that the tokens of a site come from."""
+
+    height: int
+    width: int
+    leading: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The rows of a parameter that make one of q, k, v, or the columns that read o.
+
+    `rows[h]` lists, for head h, the index of each channel along the `axis` of the parameter.
+    """
+
+    parameter: str
+    axis: int
+    rows: tuple[tuple[int, ...], ...]
+    layout: Literal["linear", "conv1d", "conv", "einsum"]
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention in a Program: facts only."""
+
+    name: str
+    module: str
+    kind: Literal["self", "cross"]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float | None
+    mask: Mask
+    padded: bool
+    bias: Literal["none", "alibi", "relative", "table", "dense"]
+    softcap: float | None
+    sinks: bool
+    rope: Rope | None
+    qk_norm: Literal["head", "full", "cosine"] | None
+    cached: bool
+    grid: Grid | None
+    projections: dict[str, Projection] = field(hash=False)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that looks like attention and is not one, or could not be read as one."""
+
+    module: str
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to do at one site, and why."""
+
+    site: str
+    rewrite: str
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices for a program, with the goal they serve."""
+
+    choices: tuple[Choice, ...]
+    goal: dict[str, Any] = field(default_factory=dict, hash=False)
