@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attnopt.apply import apply as apply
-    from attnopt.capture import capture as capture
+    from attnopt.rewriting import apply as apply
+    from attnopt.frontend import capture as capture
     from attnopt.nouns import Choice as Choice
     from attnopt.nouns import Mask as Mask
     from attnopt.nouns import No as No
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Resolved on first use: `import attnopt` itself imports neither torch nor transformers.
 _HOMES = {
-    "apply": "attnopt.apply",
-    "capture": "attnopt.capture",
+    "apply": "attnopt.rewriting",
+    "capture": "attnopt.frontend",
     "Choice": "attnopt.nouns",
     "Mask": "attnopt.nouns",
     "No": "attnopt.nouns",
@@ -43,7 +43,6 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its home on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'attnopt' has no attribute {name!r}")
-    # The function replaces the submodule of the same name: `attnopt.capture` is the function.
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -87,14 +87,14 @@ class Program:
     @cached_property
     def sites(self) -> tuple["Site", ...]:
         """Every attention in the program, in order of execution."""
-        from attnopt.find import find_sites
+        from attnopt.finder import find_sites
 
         return find_sites(self).sites
 
     @cached_property
     def near_misses(self) -> tuple["NearMiss", ...]:
         """What almost matched, and why it did not."""
-        from attnopt.find import find_sites
+        from attnopt.finder import find_sites
 
         return find_sites(self).near_misses
 
