@@ -1,0 +1,209 @@
+"""Normalize the capture: one flat functional graph, without asserts, that follows its inputs."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+_ASSERTS = frozenset(
+    {
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "_functional_assert_scalar",
+        "_functional_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+        "_functional_sym_constrain_range",
+    }
+)
+_WRAPPERS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """Replace in-place ops by functional ones where the graph has any."""
+    return exported.run_decompositions({}) if _mutates(exported.graph_module) else exported
+
+
+def clean(graph_module: fx.GraphModule) -> None:
+    """Inline the regions of export, then drop asserts and dead nodes, in place."""
+    inline_regions(graph_module)
+    drop_asserts(graph_module)
+    drop_copies(graph_module)
+    read_sizes_from_inputs(graph_module)
+    remove_dead(graph_module)
+    graph_module.recompile()
+
+
+def inline_regions(graph_module: fx.GraphModule) -> None:
+    """Replace set_grad_enabled and disabled autocast regions by their bodies, in place."""
+    while regions := [n for n in graph_module.graph.nodes if _is_region(n)]:
+        for node in regions:
+            _inline(graph_module, node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+
+
+def drop_asserts(graph_module: fx.GraphModule) -> None:
+    """Erase metadata asserts and range constraints, in place."""
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.op == "call_function" and _base_name(node.target) in _ASSERTS:
+            if node.users:
+                node.replace_all_uses_with(node.args[-1])
+            graph_module.graph.erase_node(node)
+        elif node.op == "call_module" and node.target == "_guards_fn":
+            graph_module.graph.erase_node(node)
+
+
+def drop_copies(graph_module: fx.GraphModule) -> None:
+    """Read lifted constants directly: the graph is functional, so no copy is needed."""
+    for node in list(graph_module.graph.nodes):
+        if node.target in (
+            torch.ops.aten.lift_fresh_copy.default,
+            torch.ops.aten.lift_fresh.default,
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+
+
+def read_sizes_from_inputs(graph_module: fx.GraphModule) -> None:
+    """Let every size that is a dimension of an input be read from that input, in place."""
+    graph = graph_module.graph
+    sources = _symbol_sources(graph)
+    made: dict[sympy.Symbol, fx.Node] = {}
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.sym_size.int:
+            continue
+        expression = size_expression(node)
+        source = sources.get(expression) if isinstance(expression, sympy.Symbol) else None
+        if source is None:
+            continue
+        if expression not in made:
+            made[expression] = _size_node(graph, last[0], source, node.meta["val"])
+        node.replace_all_uses_with(made[expression])
+        graph.erase_node(node)
+
+
+def remove_dead(graph_module: fx.GraphModule) -> None:
+    """Remove nodes whose value nobody reads; inputs stay, in place."""
+    graph_module.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+
+
+def drop_unread(graph_module: fx.GraphModule, keep: Callable[[str], bool]) -> list[str]:
+    """Erase the placeholders that nobody reads and `keep` does not hold, and return their names."""
+    gone = [n for n in graph_module.graph.nodes if n.op == "placeholder" and not n.users]
+    names = [n.name for n in gone if not keep(n.name)]
+    for node in gone:
+        if not keep(node.name):
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return names
+
+
+def at_device(graph_module: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:
+    """Return a copy of the graph whose constants and casts live on `device`."""
+    target = torch.device(device)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(graph_module.graph, copied)
+    graph.output(output)
+    for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, lambda a: _moved(a, target))
+        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: _moved(a, target))
+    moved = fx.GraphModule(graph_module, graph)
+    moved.meta = dict(graph_module.meta)
+    return moved
+
+
+def size_expression(node: fx.Node) -> sympy.Expr | int | None:
+    """Return the size that a node computes, in the symbols of the inputs."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    return value if isinstance(value, int) else None
+
+
+def _moved(argument: Any, device: torch.device) -> Any:
+    return device if isinstance(argument, torch.device) else argument
+
+
+def _mutates(graph_module: fx.GraphModule) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for module in graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    )
+
+
+def _base_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", "")
+
+
+def _is_region(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    if node.op != "call_function" or name not in _WRAPPERS:
+        return False
+    return name == "wrap_with_set_grad_enabled" or not node.args[2]
+
+
+def _inline(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    first = next(i for i, a in enumerate(node.args) if _is_attribute(a))
+    body = graph_module.get_submodule(node.args[first].target)
+    values = dict(zip(_inputs(body), node.args[first + 1 :], strict=True))
+    _adopt(graph_module, body, str(node.args[first].target))
+    with graph_module.graph.inserting_before(node):
+        result = graph_module.graph.graph_copy(body.graph, values)
+    results = result if isinstance(result, list | tuple) else [result]
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(results[user.args[1]])
+            graph_module.graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(results[0])
+    graph_module.graph.erase_node(node)
+
+
+def _is_attribute(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
+def _inputs(body: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in body.graph.nodes if n.op == "placeholder"]
+
+
+def _adopt(graph_module: fx.GraphModule, body: fx.GraphModule, prefix: str) -> None:
+    """Let the attributes that a body reads be read through the graph that adopts it."""
+    for node in body.graph.nodes:
+        if node.op == "get_attr" and not str(node.target).startswith(f"{prefix}_"):
+            name = f"{prefix}_{node.target}".replace(".", "_")
+            graph_module.add_submodule(name, body.get_submodule(str(node.target)))
+            node.target = name
+
+
+def _symbol_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[fx.Node, int]]:
+    sources: dict[sympy.Symbol, tuple[fx.Node, int]] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                sources.setdefault(size.node.expr, (node, axis))
+    return sources
+
+
+def _size_node(
+    graph: fx.Graph, after: fx.Node, source: tuple[fx.Node, int], value: torch.SymInt
+) -> fx.Node:
+    with graph.inserting_after(after):
+        node = graph.call_function(torch.ops.aten.sym_size.int, source)
+    node.meta["val"] = value
+    return node

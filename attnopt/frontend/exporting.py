@@ -1,0 +1,318 @@
+"""Trace a source whole: torch.export on named tensors, with as many dynamic sizes as it allows."""
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from attnopt.frontend import cleanup
+from attnopt.frontend.skeletons import Slot, take_apart
+from attnopt.nouns import No
+from attnopt.program import Binding
+
+# Where the source sits in the traced wrapper; removed from every name afterwards.
+SOURCE = "source"
+
+Call = Callable[[nn.Module, Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced source: its normalized graph, what the inputs are, and the result's skeleton."""
+
+    graph_module: fx.GraphModule
+    bindings: dict[str, Binding]
+    constants: dict[str, Tensor]
+    skeleton: Any
+    shapes: dict[str, tuple[Any, ...]]
+    dtypes: dict[str, torch.dtype]
+    bounds: dict[str, tuple[int, int | None]]
+    level: str
+    fixed: tuple[str, ...]
+
+
+class Flat(nn.Module):
+    """A source seen as a function from named tensors to a flat tuple of tensors."""
+
+    def __init__(
+        self, source: nn.Module, call: Call, names: tuple[str, ...], results: list[Any]
+    ):
+        super().__init__()
+        self.source = source
+
+        def forward(**tensors: Any) -> tuple[Any, ...]:
+            flat: list[Any] = []
+
+            def put(_: str, tensor: Any) -> Slot:
+                flat.append(tensor)
+                return Slot(len(flat) - 1)
+
+            results.append(take_apart(call(source, tensors), put))
+            return tuple(flat)
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def trace(
+    source: nn.Module,
+    call: Call,
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[int, ...]],
+) -> Trace | No:
+    """Trace a call of the source; `axes` lists the axes of each tensor that should be dynamic."""
+    reasons: list[No] = []
+    best: Trace | None = None
+    for attempt in _ATTEMPTS:
+        wanted = axes if attempt.dynamic else {}
+        result = _try(source, call, _enlarged(tensors, wanted), wanted, attempt)
+        if isinstance(result, No):
+            reasons.append(result)
+            continue
+        if best is None or len(result.fixed) < len(best.fixed):
+            best = result
+        if not best.fixed or not attempt.dynamic:
+            break
+    return best if best is not None else reasons[0]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    dynamic: bool = True
+    patches: bool = False
+    deferred: bool = False
+
+
+_ATTEMPTS = (
+    _Attempt(),
+    _Attempt(patches=True, deferred=True),
+    _Attempt(dynamic=False),
+    _Attempt(dynamic=False, patches=True),
+)
+
+
+def _try(
+    source: nn.Module,
+    call: Call,
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[int, ...]],
+    attempt: _Attempt,
+) -> Trace | No:
+    skeletons: list[Any] = []
+    flat = Flat(source, call, tuple(tensors), skeletons)
+    shapes = {n: {a: Dim.AUTO for a in axes.get(n, ())} for n in tensors}
+    # The boundary to arbitrary model code: whatever it raises is the reason of the refusal.
+    try:
+        with quiet(), _evaluating(source), _patched(attempt.patches), torch.no_grad():
+            exported = torch.export.export(
+                flat,
+                (),
+                dict(tensors),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=attempt.deferred,
+            )
+            exported = cleanup.functional(exported)
+    except Exception as error:
+        return No(_first_line(error), user_line(error))
+    return _finish(exported, skeletons[0], axes)
+
+
+def _finish(exported: ExportedProgram, skeleton: Any, axes: Mapping[str, Any]) -> Trace:
+    graph_module = exported.graph_module
+    _drop_mutation_outputs(exported)
+    cleanup.clean(graph_module)
+    bindings, constants = _bind(exported)
+    for gone in cleanup.drop_unread(graph_module, lambda n: bindings[n].kind == "input"):
+        del bindings[gone]
+    _name_modules_from_source(graph_module)
+    inputs = [
+        n for n in graph_module.graph.nodes if n.op == "placeholder" and _is_input(n, bindings)
+    ]
+    shapes = {bindings[n.name].name: _shape(n) for n in inputs}
+    fixed = _fixed(shapes, axes)
+    return Trace(
+        graph_module=graph_module,
+        bindings=bindings,
+        constants=constants,
+        skeleton=skeleton,
+        shapes=shapes,
+        dtypes={bindings[n.name].name: n.meta["val"].dtype for n in inputs},
+        bounds=_bounds(exported),
+        level=_level(axes, fixed),
+        fixed=fixed,
+    )
+
+
+def _is_input(node: fx.Node, bindings: Mapping[str, Binding]) -> bool:
+    return bindings[node.name].kind == "input" and isinstance(node.meta.get("val"), Tensor)
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(s if isinstance(s, int) else str(s.node.expr) for s in node.meta["val"].shape)
+
+
+def _bind(exported: ExportedProgram) -> tuple[dict[str, Binding], dict[str, Tensor]]:
+    signature = exported.graph_signature
+    constants: dict[str, Tensor] = {}
+    bindings: dict[str, Binding] = {}
+    for node in exported.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = node.name
+        if name in signature.inputs_to_parameters:
+            made = Binding("parameter", source_name(signature.inputs_to_parameters[name]))
+        elif name in signature.inputs_to_buffers:
+            made = Binding("buffer", source_name(signature.inputs_to_buffers[name]))
+        elif name in signature.inputs_to_lifted_tensor_constants:
+            stored = signature.inputs_to_lifted_tensor_constants[name]
+            made = Binding("constant", source_name(stored))
+            constants[made.name] = exported.constants[stored]
+        else:
+            made = Binding("input", name)
+        bindings[name] = made
+    return _renamed(exported.graph_module, bindings), constants
+
+
+def _renamed(graph_module: fx.GraphModule, bindings: dict[str, Binding]) -> dict[str, Binding]:
+    """Take the wrapper's prefix out of the placeholders' names."""
+    renamed: dict[str, Binding] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        old = node.name
+        if old.startswith(f"p_{SOURCE}_") or old.startswith(f"b_{SOURCE}_"):
+            node._rename(old.replace(f"_{SOURCE}_", "_", 1))
+            node.target = node.name
+        renamed[node.name] = bindings[old]
+    return renamed
+
+
+def source_name(name: str) -> str:
+    """Return a dotted name in the source from its name in the wrapper."""
+    return name.removeprefix(f"{SOURCE}.")
+
+
+def _drop_mutation_outputs(exported: ExportedProgram) -> None:
+    """Keep the outputs that the source returns; updated buffers are not part of the result."""
+    wanted = [s.kind.name for s in exported.graph_signature.output_specs]
+    output = exported.graph.output_node()
+    kept = [a for a, kind in zip(output.args[0], wanted, strict=True) if kind == "USER_OUTPUT"]
+    output.args = (tuple(kept),)
+
+
+def _name_modules_from_source(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {
+                key: (source_name(path).removeprefix(SOURCE), cls)
+                for key, (path, cls) in stack.items()
+                if path
+            }
+
+
+def _bounds(exported: ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    """Return the sizes that each symbol may have; 0 and 1 are as good as 2 to this graph."""
+    bounds: dict[str, tuple[int, int | None]] = {}
+    for symbol, limits in exported.range_constraints.items():
+        low = int(limits.lower) if isinstance(limits.lower, sympy.Integer) else 0
+        high = int(limits.upper) if isinstance(limits.upper, sympy.Integer) else None
+        bounds[str(symbol)] = (low if low > 2 else 0, high)
+    return bounds
+
+
+def _fixed(shapes: Mapping[str, tuple[Any, ...]], axes: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        f"{name} axis {axis} = {shape[axis]}"
+        for name, shape in shapes.items()
+        for axis in axes.get(name, ())
+        if isinstance(shape[axis], int)
+    )
+
+
+def _level(axes: Mapping[str, Any], fixed: tuple[str, ...]) -> str:
+    if not any(axes.values()):
+        return "static"
+    return f"dynamic except {', '.join(fixed)}" if fixed else "dynamic"
+
+
+def _enlarged(tensors: Mapping[str, Tensor], axes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Repeat tensors along dynamic axes of size 1, which export would take for a constant."""
+    return {
+        name: tensor.repeat(
+            *(2 if a in axes.get(name, ()) and s == 1 else 1 for a, s in enumerate(tensor.shape))
+        )
+        if any(tensor.shape[a] == 1 for a in axes.get(name, ()))
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of torch.export and of model code; errors still come through."""
+    loggers = [logging.getLogger(n) for n in ("torch.fx", "torch.export", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _evaluating(source: nn.Module) -> Iterator[None]:
+    """Trace in eval mode and give every module its training flag back."""
+    flags = [(m, m.training) for m in source.modules()]
+    try:
+        source.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _patched(wanted: bool) -> Iterator[None]:
+    """Trace under the export patches that Transformers ships for its own models."""
+    if not wanted:
+        yield
+        return
+    from transformers.exporters import exporter_dynamo
+    from transformers.exporters.utils import apply_patches
+
+    assert exporter_dynamo.__name__
+    with apply_patches("dynamo"):
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def user_line(error: BaseException) -> str:
+    """Return the innermost source line that is neither torch's nor ours, as file:line."""
+    found = ""
+    step = error.__traceback__
+    while step is not None:
+        filename = step.tb_frame.f_code.co_filename
+        if "/torch/" not in filename and "/attnopt/" not in filename and "<" not in filename:
+            found = f"{filename}:{step.tb_lineno}"
+        step = step.tb_next
+    return found

@@ -1,0 +1,130 @@
+"""Nested values taken apart: a skeleton keeps the structure, and its tensors go in a flat list.
+
+Tuples, lists, dicts, Transformers outputs, other dataclasses and key-value caches are structure; every
+other value that is not a tensor is kept in the skeleton as it is.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Put = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor, by its number or name in the flat form."""
+
+    key: int | str
+
+
+@dataclass(frozen=True)
+class Made:
+    """An object made by calling its class with keyword arguments."""
+
+    cls: type
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CacheLayers:
+    """A key-value cache: for each layer its (key, value) pair, or None where the layer has none."""
+
+    layers: tuple[Any, ...]
+    cross: tuple[Any, ...] | None = None
+
+
+def take_apart(value: Any, put: Put, path: str = "") -> Any:
+    """Return the skeleton of a value; `put(path, tensor)` stores each tensor and returns its slot."""
+
+    def inner(item: Any, key: object) -> Any:
+        return take_apart(item, put, f"{path}_{key}" if path else str(key))
+
+    if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return put(path, value)
+    if is_cache(value):
+        return _take_cache_apart(value, put, path)
+    if is_dataclass(value) and not isinstance(value, type):
+        present = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        return Made(type(value), {k: inner(v, k) for k, v in present.items()})
+    if isinstance(value, Mapping):
+        made = {k: inner(v, k) for k, v in value.items()}
+        return made if type(value) is dict else Made(type(value), made)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return Made(type(value), {k: inner(getattr(value, k), k) for k in value._fields})
+    if isinstance(value, list | tuple):
+        return type(value)(inner(v, i) for i, v in enumerate(value))
+    return value
+
+
+def put_together(skeleton: Any, get: Callable[[int | str], Any]) -> Any:
+    """Rebuild a value from its skeleton; `get(key)` gives the tensor of a slot."""
+    if isinstance(skeleton, Slot):
+        return get(skeleton.key)
+    if isinstance(skeleton, CacheLayers):
+        return _put_cache_together(skeleton, get)
+    if isinstance(skeleton, Made):
+        return skeleton.cls(**{k: put_together(v, get) for k, v in skeleton.arguments.items()})
+    if isinstance(skeleton, dict):
+        return {k: put_together(v, get) for k, v in skeleton.items()}
+    if isinstance(skeleton, list | tuple):
+        return type(skeleton)(put_together(v, get) for v in skeleton)
+    return skeleton
+
+
+def is_cache(value: Any) -> bool:
+    """Say whether a value is a cache of Transformers, without importing it."""
+    return any(c.__module__ == "transformers.cache_utils" for c in type(value).__mro__[:-1])
+
+
+def _take_cache_apart(cache: Any, put: Put, path: str) -> CacheLayers:
+    if hasattr(cache, "cross_attention_cache"):
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        return CacheLayers(
+            layers=_layers_apart(own, put, path),
+            cross=_layers_apart(cross, put, f"{path}_cross"),
+        )
+    return CacheLayers(layers=_layers_apart(cache, put, path))
+
+
+def _layers_apart(cache: Any, put: Put, path: str) -> tuple[Any, ...]:
+    pairs: list[Any] = []
+    for index, layer in enumerate(cache.layers):
+        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if hasattr(layer, "recurrent_states"):
+            raise TypeError("a cache with recurrent states is not made of keys and values")
+        stored = isinstance(key, Tensor) and isinstance(value, Tensor)
+        pairs.append(
+            (put(f"{path}_{index}_key", key), put(f"{path}_{index}_value", value))
+            if stored
+            else None
+        )
+    return tuple(pairs)
+
+
+def _put_cache_together(skeleton: CacheLayers, get: Callable[[int | str], Any]) -> Any:
+    from transformers import EncoderDecoderCache
+
+    own = filled_cache(put_together(skeleton.layers, get))
+    if skeleton.cross is None:
+        return own
+    return EncoderDecoderCache(own, filled_cache(put_together(skeleton.cross, get)))
+
+
+def filled_cache(layers: tuple[Any, ...]) -> Any:
+    """Return a cache of full layers that holds these (key, value) pairs as they are."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for pair in layers:
+        layer = DynamicLayer()
+        if pair is not None:
+            layer.dtype, layer.device = pair[0].dtype, pair[0].device
+            layer.keys, layer.values = pair
+            layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
