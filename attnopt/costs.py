@@ -1,0 +1,248 @@
+"""What a program costs: floating-point operations and cache bytes at a stated workload.
+
+Every contraction of the graph counts two operations per multiply-add, masked pairs included; all
+else is free. Symbolic sizes are read off the graph: the first axis of an input is the batch, what
+grows with a cache is the past, and every other free size is the sequence.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.nouns import Site
+from attnopt.program import Program
+
+_LONGEST_DEFAULT = 1024
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much a program is given: `sequence` new tokens per row after `past` cached ones."""
+
+    batch: int = 1
+    sequence: int = _LONGEST_DEFAULT
+    past: int = 0
+
+    def __str__(self) -> str:
+        past = f", past {self.past}" if self.past else ""
+        return f"batch {self.batch}, sequence {self.sequence:,}{past}"
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """The cost of one site, its projections included.
+
+    `cache_bytes` are the bytes per token of keys and values that a cached site keeps.
+    """
+
+    flops: int
+    share: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of a program and of each of its sites by name."""
+
+    workload: Workload
+    flops: int
+    sites: Mapping[str, SiteCost]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values per token, all sites together."""
+        return sum(site.cache_bytes for site in self.sites.values())
+
+
+def default_workload(program: Program) -> Workload:
+    """Return batch 1 and 1,024 tokens, or as many as the model has positions for."""
+    limit = getattr(program.config, "max_position_embeddings", None)
+    longest = limit if isinstance(limit, int) and limit > 0 else _LONGEST_DEFAULT
+    return Workload(sequence=min(longest, _LONGEST_DEFAULT))
+
+
+def count_costs(program: Program, workload: Workload) -> Costs:
+    """Count the operations of a program and of its sites."""
+    by_module: dict[str, int] = {}
+    for leaf in _leaves(program):
+        for module, flops in _contractions(leaf, workload):
+            by_module[module] = by_module.get(module, 0) + flops
+    total = sum(by_module.values())
+    width = _element_size(program)
+    return Costs(
+        workload, total, {s.name: _site_cost(s, program, by_module, width) for s in program.sites}
+    )
+
+
+def cache_bytes(site: Site, element_size: int) -> int:
+    """Return the bytes per token that a site's cache keeps."""
+    if not site.cached:
+        return 0
+    return site.kv_heads * (site.head_dim + site.v_head_dim) * element_size
+
+
+def _leaves(program: Program) -> Iterator[Program]:
+    """Yield the graphs that one pass over the input runs."""
+    if not program.parts:
+        yield program
+    for name, part in program.parts.items():
+        # The later steps of an encoder-decoder repeat the modules of its first.
+        if name != "decode":
+            yield from _leaves(part)
+
+
+def _site_cost(
+    site: Site, program: Program, by_module: Mapping[str, int], element_size: int
+) -> SiteCost:
+    """Sum what runs inside the site's module; sites of the same module share it equally."""
+    inside = sum(n for module, n in by_module.items() if _is_within(module, site.module))
+    sharing = sum(other.module == site.module for other in program.sites)
+    flops = inside // max(sharing, 1)
+    share = flops / max(sum(by_module.values()), 1)
+    return SiteCost(flops, share, cache_bytes(site, element_size))
+
+
+def _is_within(module: str, parent: str) -> bool:
+    return not parent or module == parent or module.startswith(f"{parent}.")
+
+
+def _element_size(program: Program) -> int:
+    """Return the bytes per element of the weights, which the cache follows."""
+    sizes = [w.element_size() for w in program.weights.values() if w.is_floating_point()]
+    if not sizes:
+        return max((_element_size(part) for part in program.parts.values()), default=4)
+    return max(set(sizes), key=sizes.count)
+
+
+def _contractions(program: Program, workload: Workload) -> Iterator[tuple[str, int]]:
+    """Yield the module and the operations of every contraction."""
+    sizes = _Sizes(program, workload)
+    for node in program.graph.nodes:
+        count = _COUNTS.get(_op_name(node)) if node.op == "call_function" else None
+        if count is not None:
+            yield module_path(node), count(node, sizes)
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the module that a node comes from."""
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    path = str(next(reversed(list(stack.values())))[0]) if stack else ""
+    return path.removeprefix("L['self']").removeprefix(".")
+
+
+def _op_name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+class _Sizes:
+    """The sizes of a graph's values, with numbers in place of the symbols."""
+
+    def __init__(self, program: Program, workload: Workload) -> None:
+        self._numbers = _symbol_values(program, workload)
+        self._sequence = workload.sequence
+        self._known: dict[Any, int] = {}
+
+    def __call__(self, value: Any) -> tuple[int, ...]:
+        """Return the shape of a node's value."""
+        tensor = value.meta["val"] if isinstance(value, fx.Node) else value
+        return tuple(self._size(size) for size in tensor.shape)
+
+    def _size(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression not in self._known:
+            self._known[expression] = self._evaluated(expression)
+        return self._known[expression]
+
+    def _evaluated(self, expression: Any) -> int:
+        numbers = {s: self._numbers.get(s, self._sequence) for s in expression.free_symbols}
+        return int(expression.subs(numbers))
+
+
+def _symbol_values(program: Program, workload: Workload) -> dict[Any, int]:
+    """Say which symbol is the past and which the batch; the others are the sequence."""
+    found: dict[Any, int] = {}
+    shapes = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    for state in program.states:
+        shape = _shape(shapes.get(state.placeholder))
+        if state.grows is not None and shape:
+            _note(found, shape[state.grows], workload.past)
+    for name, binding in program.bindings.items():
+        shape = _shape(shapes.get(name))
+        if binding.kind in {"input", "state"} and shape:
+            _note(found, shape[0], workload.batch)
+    return found
+
+
+def _shape(value: Any) -> tuple[Any, ...]:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _note(found: dict[Any, int], size: Any, number: int) -> None:
+    """Remember the number of a size that is one symbol by itself."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    if expression is not None and len(expression.free_symbols) == 1:
+        found.setdefault(next(iter(expression.free_symbols)), number)
+
+
+Count = Callable[[fx.Node, _Sizes], int]
+
+
+def _product(left: int) -> Count:
+    """Count a matrix product whose left operand is argument number `left`."""
+
+    def count(node: fx.Node, sizes: _Sizes) -> int:
+        return 2 * math.prod(sizes(node)) * sizes(node.args[left])[-1]
+
+    return count
+
+
+def _einsum(node: fx.Node, sizes: _Sizes) -> int:
+    """Count every combination of labels once; an ellipsis stands for the output's leading axes."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    assert isinstance(operands, list | tuple)
+    lengths: dict[str, int] = {}
+    for labels, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+        shape = sizes(operand)
+        before, _, after = labels.partition("...")
+        lengths.update(zip(before, shape, strict=False))
+        lengths.update(zip(reversed(after), reversed(shape), strict=False))
+        lengths["..."] = math.prod(shape[len(before) : len(shape) - len(after)])
+    return 2 * math.prod(lengths.values())
+
+
+def _convolution(node: fx.Node, sizes: _Sizes) -> int:
+    return 2 * math.prod(sizes(node)) * math.prod(sizes(node.args[1])[1:])
+
+
+def _attention(node: fx.Node, sizes: _Sizes) -> int:
+    """Count scores and mixing; queries, keys and values are the first three arguments."""
+    query, key, value = (sizes(node.args[i]) for i in range(3))
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+_COUNTS: Mapping[str, Count] = {
+    "mm": _product(0),
+    "bmm": _product(0),
+    "mv": _product(0),
+    "dot": _product(0),
+    "matmul": _product(0),
+    "linear": _product(0),
+    "_grouped_mm": _product(0),
+    "addmm": _product(1),
+    "baddbmm": _product(1),
+    "einsum": _einsum,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+    "convolution": _convolution,
+    "scaled_dot_product_attention": _attention,
+    "flex_attention": _attention,
+    "attention": _attention,
+}

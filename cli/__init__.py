@@ -1,0 +1,3 @@
+"""The command line: one file per subcommand."""
+
+from attnopt.cli._main import main as main

@@ -1,0 +1,41 @@
+"""What goes wrong at the command line: a code, one line, and an exit status.
+
+A line says what happened, where, what is allowed, and the next command. The codes are stable:
+AO1xx usage, AO2xx nothing found, AO5xx refused for safety, AO6xx resources, AO9xx attnopt's own.
+"""
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """The exit statuses, the same for every command."""
+
+    ACCEPTED = 0
+    INTERNAL = 1
+    USAGE = 2
+    NOTHING = 3
+    GATE = 4
+    SAFETY = 5
+    RESOURCES = 6
+    INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """A failed command, told in one line."""
+
+    def __init__(self, code: str, message: str, status: Exit = Exit.USAGE) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.status = status
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.message}"
+
+
+def suggestion(given: str, allowed: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return '; did you mean ...?' for the nearest allowed name, or an empty string."""
+    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,142 @@
+"""What a command prints: tables for people, one JSON document for machines, progress on stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from attnopt import debug
+from attnopt.cli._errors import CommandError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+WIDTH = 100
+# A stage shorter than this leaves no line behind where there is no terminal.
+_WORTH_A_LINE = 2.0
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go, and in which form."""
+
+    json: bool = False
+    quiet: bool = False
+
+    @cached_property
+    def console(self) -> "Console":
+        """The console of results: at most 100 columns, colours on a terminal only."""
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        wide = console.size.width if console.is_terminal else WIDTH
+        return Console(highlight=False, width=min(WIDTH, wide), emoji=False)
+
+    def document(self, schema: str, content: dict[str, Any]) -> None:
+        """Print a JSON document; its first key names the schema and its version."""
+        print(json.dumps({"schema": schema, **content}, indent=2, ensure_ascii=False))
+
+    def line(self, text: str = "") -> None:
+        """Print a line for people."""
+        if not self.json:
+            print(text)
+
+    def note(self, text: str) -> None:
+        """Print a line for people that `--quiet` leaves out."""
+        if not self.quiet:
+            self.line(text)
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table; columns whose cells are all numbers are aligned to the right."""
+        from rich.table import Table
+        from rich.text import Text
+
+        made = Table(box=None, pad_edge=True, header_style="bold", collapse_padding=True)
+        for heading, cells in zip(headings, zip(*rows, strict=True), strict=True):
+            right = all(cell[:1].isdecimal() or not cell for cell in cells)
+            made.add_column(heading, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            made.add_row(*(Text(cell) for cell in row))
+        self.rendered(made)
+
+    def rendered(self, thing: Any) -> None:
+        """Print anything that rich renders; where there is no terminal, without trailing blanks."""
+        if self.console.is_terminal:
+            self.console.print(thing)
+            return
+        with self.console.capture() as captured:
+            self.console.print(thing)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+    def error(self, error: CommandError) -> None:
+        """Print a failure: a line on stderr, and with `--json` a document too."""
+        if self.json:
+            found = {"code": error.code, "message": error.message, "exit": int(error.status)}
+            self.document("attnopt.error/1", {"error": found})
+        print(error, file=sys.stderr)
+
+    @contextmanager
+    def progress(self) -> Iterator["Stages"]:
+        """Show the stages inside the block as they run."""
+        if self.quiet or not sys.stderr.isatty():
+            yield Stages(None, quiet=self.quiet)
+            return
+        with _bar() as bar:
+            yield Stages(bar, quiet=False)
+
+
+class Stages:
+    """The stages of a running command."""
+
+    def __init__(self, bar: "Progress | None", *, quiet: bool) -> None:
+        self._bar = bar
+        self._quiet = quiet
+        self._tasks: dict[str, TaskID] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show one stage, with the steps that it reports through `debug.advance`."""
+        start = time.perf_counter()
+        if self._bar is not None:
+            self._tasks[name] = self._bar.add_task(name, total=None)
+        with debug.listening(self._advance), debug.timed(name):
+            yield
+        spent = time.perf_counter() - start
+        if self._bar is not None:
+            self._bar.update(self._tasks[name], total=1, completed=1)
+        elif spent > _WORTH_A_LINE and not self._quiet:
+            print(f"{name}: {spent:.1f} s", file=sys.stderr)
+
+    def _advance(self, name: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name)
+        self._bar.update(self._tasks[name], completed=done, total=total)
+
+
+def _bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,140 @@
+"""What can be done to an attention: one file per rewrite, named for it.
+
+The folder is the registry: a new file is a new pass. Other distributions add theirs through the
+entry-point group `attnopt.passes`, whose entries name modules with the same attributes.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+if TYPE_CHECKING:
+    from attnopt.nouns import No, Site
+
+GROUP = "attnopt.passes"
+
+
+class Pass(Protocol):
+    """The attributes of a module that is a pass.
+
+    `tier` is where a result can be stored: 0 a stock checkpoint, 1 a checkpoint with per-layer
+    shapes, 2 a saved program.
+    """
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result must equal the original within tolerance."""
+        ...
+
+    @property
+    def tier(self) -> int:
+        """The lowest artifact tier that can hold the result."""
+        ...
+
+    @property
+    def Config(self) -> type[Any]:  # noqa: N802
+        """The knobs: a frozen dataclass with working defaults."""
+        ...
+
+    @property
+    def fits(self) -> "Callable[[Site, Any], Literal[True] | No]":
+        """Whether the pass applies at a site, or why it does not."""
+        ...
+
+    @property
+    def convert(self) -> Callable[..., Any]:
+        """New parameters from the old ones and the calibration statistics."""
+        ...
+
+    @property
+    def emit(self) -> Callable[..., Any]:
+        """Put the op in the graph."""
+        ...
+
+    @property
+    def cost(self) -> Callable[..., Any]:
+        """FLOPs and bytes of the rewritten site."""
+        ...
+
+
+ATTRIBUTES = ("Config", "fits", "convert", "emit", "cost", "exact", "tier")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a pass says about itself, read without importing it."""
+
+    name: str
+    summary: str
+    exact: bool | None
+    tier: int | None
+    origin: str
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all passes, the files of this folder first."""
+    return (*_files(), *sorted(_foreign()))
+
+
+def load(name: str) -> Pass:
+    """Import a pass by name; an unknown name is a ValueError that suggests the nearest one."""
+    module = importlib.import_module(_module_name(name))
+    missing = [attribute for attribute in ATTRIBUTES if not hasattr(module, attribute)]
+    if missing:
+        raise ValueError(f"pass {name!r} ({module.__name__}) lacks {', '.join(missing)}")
+    return cast(Pass, module)
+
+
+def describe(name: str) -> Description:
+    """Read a pass's one-line summary and its constants from its source."""
+    spec = importlib.util.find_spec(_module_name(name))
+    if spec is None or spec.origin is None:
+        raise ValueError(f"pass {name!r} has no source file")
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    constants = _constants(tree)
+    summary = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+    origin = _foreign()[name].value if name in _foreign() else "attnopt"
+    return Description(name, summary, constants.get("exact"), constants.get("tier"), origin)
+
+
+def _files() -> tuple[str, ...]:
+    """List the modules of this folder; a leading underscore hides a file."""
+    return tuple(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+@cache
+def _foreign() -> dict[str, EntryPoint]:
+    """Return the passes of other distributions; this folder's names cannot be taken."""
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in _files()}
+
+
+def _module_name(name: str) -> str:
+    if name in _files():
+        return f"{__name__}.{name}"
+    if name in _foreign():
+        return _foreign()[name].module
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown pass {name!r}{hint} (attnopt passes lists all)")
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    """Collect the module-level assignments of literals."""
+    found: dict[str, Any] = {}
+    for statement in tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=value)):
+                found[name] = value
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=value)):
+                found[name] = value
+            case _:
+                pass
+    return found
