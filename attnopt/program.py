@@ -22,32 +22,58 @@ class Binding:
     name: str
 
 
+Role = Literal["key", "value", "cross_key", "cross_value", "conv", "recurrent"]
+
+
 @dataclass(frozen=True)
 class State:
     """One tensor that a program carries from step to step, such as the keys of a layer's cache.
 
     `placeholder` takes it in, output number `output` gives its successor; `grows` is the axis that
-    lengthens with the tokens seen (None: constant size).
+    lengthens with the tokens seen (None: constant size). `shape` has "batch" for the batch size and
+    "past" for the growing size; a state starts as zeros of this shape with past = 0. `index` tells
+    several states of one role and layer apart.
     """
 
     name: str
     layer: int
-    role: Literal["key", "value"]
+    role: Role
     placeholder: str
     output: int
     grows: int | None
+    shape: tuple[int | str, ...] = ()
+    dtype: torch.dtype = torch.float32
+    index: int = 0
+
+    def initial(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the value before the first token."""
+        sizes = {"batch": batch, "past": 0}
+        shape = [sizes[s] if isinstance(s, str) else s for s in self.shape]
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a program hands from one step to the next: its states by name, and the tokens seen."""
+
+    tensors: Mapping[str, Tensor]
+    past_length: int
 
 
 @dataclass(frozen=True)
 class CallForm:
     """How a call of the source becomes inputs of the graph, and outputs become its result.
 
-    `flatten(args, kwargs)` gives a tensor for each input and state placeholder by name;
-    `unflatten(outputs)` rebuilds the source's output class from the graph's flat outputs.
+    `flatten(args, kwargs)` gives a value for each input, state and past_length placeholder by name.
+    `unflatten(outputs, values)` rebuilds the source's output class from the graph's flat outputs
+    and the flattened call. `restate(states)` is the form for other states. `route(program, args,
+    kwargs)` calls a program of parts.
     """
 
     flatten: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]
-    unflatten: Callable[[tuple[Any, ...]], Any]
+    unflatten: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
+    restate: Callable[[tuple[State, ...]], "CallForm"] | None = None
+    route: Callable[["Program", tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,17 +128,48 @@ class Program:
         """Return a program with another graph and one more line of history."""
         return replace(self, graph_module=graph_module, history=(*self.history, note))
 
+    def with_states(self, states: tuple[State, ...]) -> "Program":
+        """Return a program with another State table; the graph must already take and give it."""
+        form = self.form.restate(states) if self.form.restate else self.form
+        return replace(self, states=states, form=form)
+
     def run(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """Run the graph on tensors by placeholder name; weights are bound by the program."""
-        arguments = [
-            values[node.name] if node.name in values else self.weights[self.bindings[node.name].name]
-            for node in self.graph.nodes
-            if node.op == "placeholder"
-        ]
+        arguments = [self._value(n.name, values) for n in self.placeholders]
         outputs = self.graph_module(*arguments)
         return tuple(outputs)
+
+    @cached_property
+    def placeholders(self) -> tuple[fx.Node, ...]:
+        """The placeholders of the graph, in order."""
+        return tuple(n for n in self.graph.nodes if n.op == "placeholder")
+
+    def step(
+        self, inputs: Mapping[str, Any], state: Carry | None = None
+    ) -> tuple[tuple[Any, ...], Carry]:
+        """Run one step from a state (None: the initial one); return the flat outputs and the next."""
+        with torch.no_grad():
+            given = dict(inputs) if state is None else {**inputs, "past_key_values": state}
+            values = self.form.flatten((), given)
+            outputs = self.run(values)
+        tensors = {s.name: outputs[s.output] for s in self.states}
+        carried = {s.output for s in self.states}
+        results = tuple(o for i, o in enumerate(outputs) if i not in carried)
+        return results, Carry(tensors, values.get("past_length", 0) + self._step_length(values))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program as the source is called; omitted state is the initial one."""
         with torch.no_grad():
-            return self.form.unflatten(self.run(self.form.flatten(args, kwargs)))
+            if self.form.route is not None:
+                return self.form.route(self, args, kwargs)
+            values = self.form.flatten(args, kwargs)
+            return self.form.unflatten(self.run(values), values)
+
+    def _step_length(self, values: Mapping[str, Any]) -> int:
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in values:
+                return int(values[name].shape[1])
+        return 0
+
+    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+        return values[name] if name in values else self.weights[self.bindings[name].name]

@@ -61,7 +61,7 @@ class Inputs:
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a tensor for each input by name; raise TypeError or ValueError for a bad call."""
-        given = self._named(args, kwargs)
+        given = self.named(args, kwargs)
         tensors = self.tensors_of(given)
         self.check(tensors)
         return tensors
@@ -79,7 +79,8 @@ class Inputs:
                 self._refuse_unless_equal(name, wanted)
         return self._completed(tensors)
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Bind a call's arguments to their names; raise TypeError for an unknown one."""
         signature = self.example.signature
         named = _unpacked(signature, signature.bind_partial(*args, **kwargs).arguments)
         unknown = [n for n in named if n not in signature.parameters and n not in self.shapes]
@@ -164,7 +165,7 @@ class Outputs:
 
     skeleton: Any
 
-    def unflatten(self, outputs: tuple[Any, ...]) -> Any:
+    def unflatten(self, outputs: tuple[Any, ...], values: Mapping[str, Any]) -> Any:
         """Return the result in the class that the source returns."""
         return put_together(self.skeleton, lambda index: outputs[int(index)])
 

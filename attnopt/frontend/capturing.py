@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -9,6 +10,14 @@ from torch import Tensor, fx, nn
 from attnopt.frontend.calls import Example, Inputs, Outputs, take_call_apart
 from attnopt.frontend.exporting import Trace, trace
 from attnopt.frontend.inputs import dynamic_axes
+from attnopt.frontend.skeletons import Slot
+from attnopt.frontend.stateful import (
+    Stateful,
+    StatefulCalls,
+    cache_argument,
+    positions_follow_mask,
+    trace_stateful,
+)
 from attnopt.nouns import No
 from attnopt.program import CallForm, Program
 
@@ -34,10 +43,51 @@ def capture_module(
     """Capture a module with an example call: whole if that works, else module by module."""
     example = take_call_apart(model, args, kwargs)
     axes = dynamic_axes(example.tensors) if dynamic else {}
+    refused: tuple[No, ...] = ()
+    if cache_argument(model, example):
+        stateful = trace_stateful(model, example, axes)
+        if not isinstance(stateful, No):
+            return stateful_program(model, example, stateful)
+        refused = (No(f"captured without its cache: {stateful.why}", stateful.where),)
+        example = without_cache(example)
     result = trace(model, example.call, example.tensors, axes)
     if isinstance(result, No):
         raise ValueError(f"cannot capture {type(model).__name__}: {result}")
-    return plain_program(model, example, result)
+    program = plain_program(model, example, result)
+    notes = tuple(str(no) for no in refused)
+    return replace(program, refused=refused, history=(*program.history, *notes))
+
+
+def without_cache(example: Example) -> Example:
+    """Return the same call with its cache switched off."""
+    return replace(example, skeleton={**example.skeleton, "use_cache": False})
+
+
+def stateful_program(model: nn.Module, example: Example, made: Stateful) -> Program:
+    """Make the Program of a causal language model with explicit states."""
+    result = made.trace
+    calls = StatefulCalls(
+        inputs=Inputs(_called(example, result), result.shapes, result.dtypes, result.bounds),
+        outputs=Outputs(result.skeleton),
+        states=made.states,
+        argument=made.cache_argument,
+        positions_from_mask=positions_follow_mask(model),
+    )
+    return Program(
+        name=type(model).__name__,
+        graph_module=result.graph_module,
+        bindings=result.bindings,
+        weights={**source_weights(model), **result.constants},
+        form=calls.form(),
+        states=made.states,
+        history=(f"capture: whole, {result.level}, {len(made.states)} states",),
+        config=example.config,
+    )
+
+
+def _called(example: Example, result: Trace) -> Example:
+    skeleton = {k: v for k, v in example.skeleton.items() if k != "use_cache"}
+    return replace(example, skeleton={**skeleton, **{n: Slot(n) for n in result.shapes}})
 
 
 def plain_program(model: nn.Module, example: Example, result: Trace) -> Program:

@@ -73,20 +73,78 @@ def drop_copies(graph_module: fx.GraphModule) -> None:
 def read_sizes_from_inputs(graph_module: fx.GraphModule) -> None:
     """Let every size that is a dimension of an input be read from that input, in place."""
     graph = graph_module.graph
-    sources = _symbol_sources(graph)
-    made: dict[sympy.Symbol, fx.Node] = {}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+    if not last:
+        return
+    sizes = Sizes(graph, last[0], symbol_sources(graph))
     for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.sym_size.int:
-            continue
         expression = size_expression(node)
-        source = sources.get(expression) if isinstance(expression, sympy.Symbol) else None
-        if source is None:
-            continue
-        if expression not in made:
-            made[expression] = _size_node(graph, last[0], source, node.meta["val"])
-        node.replace_all_uses_with(made[expression])
-        graph.erase_node(node)
+        if node.target is torch.ops.aten.sym_size.int and expression in sizes.sources:
+            node.replace_all_uses_with(sizes.node_for(expression, node.meta["val"]))
+            graph.erase_node(node)
+
+
+class Sizes:
+    """Makes the nodes that compute a size from the sizes of inputs, each of them once."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        after: fx.Node,
+        sources: dict[sympy.Basic, tuple[fx.Node, int]],
+        known: dict[sympy.Basic, fx.Node] | None = None,
+    ):
+        self.graph = graph
+        self.after = after
+        self.sources = sources
+        self.made: dict[sympy.Basic, Any] = dict(known or {})
+
+    def node_for(self, expression: sympy.Expr, value: Any) -> Any:
+        """Return the node, or the integer, that computes an expression in sizes of inputs."""
+        if expression.is_Integer:
+            return int(expression)
+        if expression in self.made:
+            return self.made[expression]
+        if isinstance(expression, sympy.Symbol):
+            target, operands = torch.ops.aten.sym_size.int, self.sources[expression]
+        else:
+            target, operands = self._operation(expression)
+        with self.graph.inserting_after(self.after):
+            node = self.graph.call_function(target, tuple(operands))
+        node.meta["val"] = _value_like(value, expression)
+        self.after = node
+        self.made[expression] = node
+        return node
+
+    def _operation(self, expression: sympy.Expr) -> tuple[Any, Any]:
+        target = _OPERATIONS.get(type(expression).__name__)
+        if target is None:
+            raise NotImplementedError(f"a size with {type(expression).__name__}: {expression}")
+        first, *rest = expression.args
+        if len(rest) > 1:
+            return target, (self._inner(first), self._inner(expression.func(*rest)))
+        return target, (self._inner(first), self._inner(rest[0]))
+
+    def _inner(self, expression: Any) -> Any:
+        return self.node_for(expression, None)
+
+
+_OPERATIONS: dict[str, Any] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "PythonMod": operator.mod,
+    "Mod": operator.mod,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}
+
+
+def _value_like(value: Any, expression: sympy.Expr) -> Any:
+    if value is not None:
+        return value
+    return expression
 
 
 def remove_dead(graph_module: fx.GraphModule) -> None:
@@ -188,22 +246,16 @@ def _adopt(graph_module: fx.GraphModule, body: fx.GraphModule, prefix: str) -> N
             node.target = name
 
 
-def _symbol_sources(graph: fx.Graph) -> dict[sympy.Symbol, tuple[fx.Node, int]]:
-    sources: dict[sympy.Symbol, tuple[fx.Node, int]] = {}
+def symbol_sources(
+    graph: fx.Graph, without: set[str] | frozenset[str] = frozenset()
+) -> dict[sympy.Basic, tuple[fx.Node, int]]:
+    """Return the input and axis where each symbol can be read, states (`without`) left out."""
+    sources: dict[sympy.Basic, tuple[fx.Node, int]] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor) or node.name in without:
             continue
         for axis, size in enumerate(value.shape):
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 sources.setdefault(size.node.expr, (node, axis))
     return sources
-
-
-def _size_node(
-    graph: fx.Graph, after: fx.Node, source: tuple[fx.Node, int], value: torch.SymInt
-) -> fx.Node:
-    with graph.inserting_after(after):
-        node = graph.call_function(torch.ops.aten.sym_size.int, source)
-    node.meta["val"] = value
-    return node

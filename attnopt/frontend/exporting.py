@@ -159,7 +159,14 @@ def _is_input(node: fx.Node, bindings: Mapping[str, Binding]) -> bool:
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(s if isinstance(s, int) else str(s.node.expr) for s in node.meta["val"].shape)
+    return tuple(_size(s) for s in node.meta["val"].shape)
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
 
 
 def _bind(exported: ExportedProgram) -> tuple[dict[str, Binding], dict[str, Tensor]]:

@@ -31,7 +31,7 @@ class Made:
 
 @dataclass(frozen=True)
 class CacheLayers:
-    """A key-value cache: for each layer its (key, value) pair, or None where the layer has none."""
+    """A key-value cache: for each layer the tensors it stores, by name."""
 
     layers: tuple[Any, ...]
     cross: tuple[Any, ...] | None = None
@@ -91,18 +91,12 @@ def _take_cache_apart(cache: Any, put: Put, path: str) -> CacheLayers:
 
 
 def _layers_apart(cache: Any, put: Put, path: str) -> tuple[Any, ...]:
-    pairs: list[Any] = []
-    for index, layer in enumerate(cache.layers):
-        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if hasattr(layer, "recurrent_states"):
-            raise TypeError("a cache with recurrent states is not made of keys and values")
-        stored = isinstance(key, Tensor) and isinstance(value, Tensor)
-        pairs.append(
-            (put(f"{path}_{index}_key", key), put(f"{path}_{index}_value", value))
-            if stored
-            else None
-        )
-    return tuple(pairs)
+    from attnopt.frontend.caches import read_layers
+
+    return tuple(
+        {name: put(f"{path}_{index}_{name}", tensor) for name, tensor in form.tensors.items()}
+        for index, form in enumerate(read_layers(cache))
+    )
 
 
 def _put_cache_together(skeleton: CacheLayers, get: Callable[[int | str], Any]) -> Any:
@@ -115,16 +109,16 @@ def _put_cache_together(skeleton: CacheLayers, get: Callable[[int | str], Any]) 
 
 
 def filled_cache(layers: tuple[Any, ...]) -> Any:
-    """Return a cache of full layers that holds these (key, value) pairs as they are."""
+    """Return a cache of full layers that holds these keys and values as they are."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache()
-    for pair in layers:
+    for tensors in layers:
         layer = DynamicLayer()
-        if pair is not None:
-            layer.dtype, layer.device = pair[0].dtype, pair[0].device
-            layer.keys, layer.values = pair
+        if tensors:
+            layer.keys, layer.values = tensors["key"], tensors["value"]
+            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
             layer.is_initialized = True
         cache.layers.append(layer)
     return cache

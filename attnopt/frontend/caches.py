@@ -1,0 +1,190 @@
+"""Caches of Transformers whose layers hold a program's states, while tracing and between steps."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from attnopt.program import Role, State
+
+Kind = Literal["full", "linear", "both", "empty"]
+
+
+class FullLayer(DynamicLayer):
+    """Keys and values of all tokens seen; its length never depends on what is stored."""
+
+    def __init__(self, keys: Tensor, values: Tensor, seen: Any = None):
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.seen = seen
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values."""
+        if self.seen is not None:
+            self.seen += key_states.shape[-2]
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        """Return the number of tokens seen, 0 included, without a branch."""
+        return self.keys.shape[-2] if self.seen is None else self.seen
+
+
+class LinearLayer(LinearAttentionLayer):
+    """Convolution and recurrent states that are always present; zeros mean nothing was seen."""
+
+    def __init__(self, states: Mapping[str, Tensor], count: int):
+        super().__init__(number_of_states=count)
+        for key, tensor in states.items():
+            role, index = key.rsplit("_", 1)
+            getattr(self, f"{role}_states")[int(index)] = tensor
+            getattr(self, f"is_{role}_states_initialized")[int(index)] = True
+            self.dtype, self.device = tensor.dtype, tensor.device
+            if role == "conv":
+                self.conv_kernel_size[int(index)] = tensor.shape[-1]
+        self.has_previous_state = dict.fromkeys(range(count), True)
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Append new columns, and keep the last ones."""
+        full = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        self.conv_states[state_idx] = full[..., -self.conv_kernel_size[state_idx] :]
+        return full
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Replace the state."""
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What one layer of a cache stores: a name for each tensor, with its role, shape and dtype."""
+
+    kind: Kind
+    tensors: dict[str, Tensor]
+    count: int = 1
+
+
+def read_layers(cache: Any) -> list[LayerForm]:
+    """Return what each layer of a filled cache stores; raise TypeError for an unknown layer."""
+    return [_read_layer(layer) for layer in cache.layers]
+
+
+def _read_layer(layer: Any) -> LayerForm:
+    tensors: dict[str, Tensor] = {}
+    linear = hasattr(layer, "recurrent_states")
+    if linear:
+        for role in ("conv", "recurrent"):
+            for index, tensor in getattr(layer, f"{role}_states").items():
+                if tensor is not None:
+                    tensors[f"{role}_{index}"] = tensor
+    if isinstance(getattr(layer, "keys", None), Tensor):
+        tensors |= {"key": layer.keys, "value": layer.values}
+    if getattr(layer, "indexer_keys", None) is not None:
+        raise TypeError("an indexed cache layer has no keys-and-values form")
+    full = "key" in tensors
+    kind: Kind = "both" if linear and full else "linear" if linear else "full" if full else "empty"
+    return LayerForm(kind, tensors, getattr(layer, "number_of_states", 1))
+
+
+def build_cache(
+    forms: list[LayerForm], tensor_of: Callable[[int, str], Tensor], seen: Any = None
+) -> DynamicCache:
+    """Return a cache of these layers; `tensor_of(layer, name)` gives the tensors."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = None
+    for index, form in enumerate(forms):
+        values = {name: tensor_of(index, name) for name in form.tensors}
+        cache.layers.append(_build_layer(form, values, seen))
+    return cache
+
+
+def _build_layer(form: LayerForm, values: dict[str, Tensor], seen: Any) -> Any:
+    if form.kind == "full":
+        return FullLayer(values["key"], values["value"], seen)
+    if form.kind == "linear":
+        return LinearLayer(values, form.count)
+    if form.kind == "empty":
+        return DynamicLayer()
+    raise TypeError("a layer with both a recurrent state and keys has no program form")
+
+
+class StateCache(DynamicCache):
+    """The states of a program between two steps, as a cache that knows how many tokens it saw."""
+
+    def __init__(self, states: tuple[State, ...], tensors: Mapping[str, Tensor], seen: int):
+        super().__init__()
+        self.layer_class_to_replicate = None
+        by_layer: dict[int, dict[str, Tensor]] = {}
+        for state in states:
+            by_layer.setdefault(state.layer, {})[_layer_key(state)] = tensors[state.name]
+        for index in range(max(by_layer, default=-1) + 1):
+            self.layers.append(_stored_layer(by_layer.get(index, {}), seen))
+        self.seen = seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen."""
+        return self.seen
+
+
+def _layer_key(state: State) -> str:
+    if state.role in ("conv", "recurrent"):
+        return f"{state.role}_{state.index}"
+    return state.role
+
+
+def _stored_layer(tensors: dict[str, Tensor], seen: int) -> Any:
+    if "key" in tensors:
+        return FullLayer(tensors["key"], tensors["value"], seen)
+    if tensors:
+        return LinearLayer(tensors, 1 + max(int(k.rsplit("_", 1)[1]) for k in tensors))
+    return DynamicLayer()
+
+
+def cached_tensor(cache: Any, state: State) -> Tensor | None:
+    """Return the tensor that a cache stores for a state, or None where it stores nothing yet."""
+    if state.layer >= len(cache.layers):
+        return None
+    layer = cache.layers[state.layer]
+    role: Role = state.role
+    if role in ("conv", "recurrent"):
+        stored: Tensor | None = getattr(layer, f"{role}_states")[state.index]
+        return stored if layer.has_previous_state[state.index] else None
+    if not layer.is_initialized:
+        return None
+    found: Tensor = layer.keys if role.endswith("key") else layer.values
+    return _unwindowed(layer, found)
+
+
+def _unwindowed(layer: Any, stored: Tensor) -> Tensor:
+    """Lengthen what a sliding layer kept to all the tokens it saw; the window hides the rest."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return stored
+    missing = layer.get_seq_length() - stored.shape[-2]
+    return torch.nn.functional.pad(stored, (0, 0, missing, 0)) if missing > 0 else stored
+
+
+def tokens_seen(cache: Any) -> int:
+    """Return how many tokens a cache has seen."""
+    if isinstance(cache, StateCache):
+        return cache.seen
+    if not cache.layers or all(hasattr(layer, "recurrent_states") for layer in cache.layers):
+        return 0
+    return int(cache.get_seq_length())
