@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -38,7 +38,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def debug(level: int, *, folder: Path | str | None = None) -> Iterator[None]:
+def debug(level: int, *, folder: Path | str | None = None) -> Generator[None]:
     """Use another level, and another folder for graphs, inside a `with` block."""
     level_token = _level.set(_checked(level))
     folder_token = _folder.set(_folder.get() if folder is None else Path(folder))
@@ -74,7 +74,7 @@ def dump(stage: int, name: str, graph_module: "GraphModule") -> None:
 
 
 @contextmanager
-def timed(name: str) -> Iterator[None]:
+def timed(name: str) -> Generator[None]:
     """Log how long a stage took."""
     start = time.perf_counter()
     yield
@@ -89,7 +89,7 @@ def advance(stage: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> Generator[None]:
     """Pass every `advance` inside the block to a listener, such as a progress bar."""
     token = _listener.set(listener)
     try:

@@ -47,7 +47,8 @@ def _check_config(folder: Path) -> None:
 
 def _elsewhere(folder: Path) -> str:
     """Say where below a folder there are checkpoints, or what one looks like."""
-    below = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+    configs = [*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]
+    below = sorted(str(path.parent) for path in configs)
     if below:
         return f"; there is one in {', '.join(below[:3])}"
     return "; a checkpoint directory has config.json and *.safetensors"

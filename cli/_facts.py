@@ -85,10 +85,8 @@ def layers(numbers: tuple[int, ...]) -> str:
 
 def sharing(site: Site) -> str:
     """Name how query heads share key heads."""
-    if site.kv_heads == site.heads:
-        named = "MHA"
-    else:
-        named = "MQA" if site.kv_heads == 1 else "GQA"
+    ratios = {site.heads: "MHA", 1: "MQA"} if site.heads > 1 else {1: "MHA"}
+    named = ratios.get(site.kv_heads, "GQA")
     return named if site.kind == "self" else f"{site.kind} {named}"
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,7 +81,7 @@ class Output:
         print(error, file=sys.stderr)
 
     @contextmanager
-    def progress(self) -> Iterator["Stages"]:
+    def progress(self) -> Generator["Stages"]:
         """Show the stages inside the block as they run."""
         if self.quiet or not sys.stderr.isatty():
             yield Stages(None, quiet=self.quiet)
@@ -99,7 +99,7 @@ class Stages:
         self._tasks: dict[str, TaskID] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Generator[None]:
         """Show one stage, with the steps that it reports through `debug.advance`."""
         start = time.perf_counter()
         if self._bar is not None:

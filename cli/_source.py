@@ -8,7 +8,7 @@ import argparse
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,8 @@ def resolve(arguments: argparse.Namespace) -> Source:
     elif path.is_file():
         _check_exported(path, trusted=arguments.trust_pickle)
         kind = "exported"
+    elif path.suffix == ".pt2":
+        raise _missing(path)
     elif _FACTORY.fullmatch(text):
         kind = "factory"
     elif _HUB_ID.fullmatch(text) and not _means_a_path(path):
@@ -88,7 +90,7 @@ def capture(source: Source) -> "Program":
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Generator[None]:
     """Keep the libraries' warnings and bars away from the user, except when debugging."""
     if debug.level() >= 1:
         yield
@@ -125,7 +127,7 @@ def _missing(path: Path) -> CommandError:
     parent = path.parent
     if not parent.is_dir():
         return CommandError("AO102", f"no file or directory {path}: there is no {parent}")
-    hint = suggestion(path.name, (child.name for child in parent.iterdir()))
+    hint = suggestion(str(path), map(str, parent.iterdir()))
     return CommandError("AO102", f"no file or directory {path}{hint}")
 
 
