@@ -185,7 +185,11 @@ def _compared(case: Case, compiled: Compiled) -> tuple[list[Problem], int]:
 
 
 def _measure(
-    case: Case, compiled: Compiled, reference: Callable[..., Any], inputs: dict, gaps: Iterable[Gaps]
+    case: Case,
+    compiled: Compiled,
+    reference: Callable[..., Any],
+    inputs: dict,
+    gaps: Iterable[Gaps],
 ) -> None:
     with torch.no_grad():
         stock = tensors_of(case.module(**inputs))

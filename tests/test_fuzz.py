@@ -24,7 +24,7 @@ SHARDS = 6
 def test_random_spellings_are_found_and_rewritten_right(shard):
     summary = fuzz.run(SEED, range(shard, CASES, SHARDS))
     problems = [line for r in summary.results if r.problems for line in fuzz.report(r)]
-    assert not summary.failed or summary.found_share >= 0.99, "\n".join(problems)
+    assert summary.found_share >= 0.99, "\n".join(problems)
     assert not summary.count("wrong rewrite"), "\n".join(problems)
     assert not summary.count("wrong capture"), "\n".join(problems)
     assert not summary.count("false positive"), "\n".join(problems)

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fuzz_grammar.layouts import LAYOUTS
 from fuzz_grammar.masks import Visible, additive, hide, hide_padding, upper_triangle
 from fuzz_grammar.positions import Bias, QueryKeyNorm, Rotary
 from fuzz_grammar.projections import PROJECTIONS, linear, weight
 from fuzz_grammar.softmaxes import SOFTMAXES, with_sinks
 from fuzz_grammar.spec import SDPA, Spec
-from torch import Tensor, nn
 
 NO_EXPANSION = ("grouped", "mqa_folded", "no_head_axis")
 

@@ -8,12 +8,13 @@ from random import Random
 from typing import Any, Final
 
 import torch
+from site_facts import ANY, Expected
+from torch import Tensor, nn
+
 from fuzz_grammar.lookalikes import LOOKALIKES, WIDTH, lookalike
 from fuzz_grammar.masks import expected_mask
 from fuzz_grammar.models import cross_of, model
 from fuzz_grammar.spec import IMAGE, POOL_QUERIES, STATIC_LENGTH, Spec, robust, sample
-from site_facts import ANY, Expected
-from torch import Tensor, nn
 
 SHARE_OF_LOOKALIKES: Final = 0.2
 DTYPES: Final = {
@@ -81,7 +82,11 @@ class Case:
             given["padding"] = _padding(self.spec, size, generator)
         if self.spec.bias == "dense_input":
             given["dense"] = _normal(
-                generator, size.batch, self.spec.heads, _queries(self.spec, size), _keys(self.spec, size)
+                generator,
+                size.batch,
+                self.spec.heads,
+                _queries(self.spec, size),
+                _keys(self.spec, size),
             )
         return {
             name: t.to(self.dtype) if t.is_floating_point() and name != "padding" else t
@@ -119,7 +124,7 @@ class Case:
 
 
 def draw(seed: int, index: int, *, only: str | None = None, attempt: int = 0) -> Case:
-    """Return the case that (seed, index) stands for; a next attempt where torch cannot export it."""
+    """Return the case that (seed, index) stands for; `attempt` numbers its replacements."""
     rng = Random(f"{seed}/{index}/{attempt}")
     chosen = rng.choice(sorted(LOOKALIKES)) if rng.random() < SHARE_OF_LOOKALIKES else None
     if only in LOOKALIKES:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 import torch
-from fuzz_grammar.spec import STATIC_LENGTH, Spec
 from torch import Tensor
+
+from fuzz_grammar.spec import STATIC_LENGTH, Spec
 
 BLOCKS: Final = {2: 2, 3: 3, 4: 4, 5: 6}
 

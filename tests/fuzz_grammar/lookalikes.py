@@ -1,10 +1,10 @@
 """Modules with a softmax, or with products of tokens, that hold no attention.
 
-The line: attention weighs *values of tokens* by a softmax over *products of queries and keys*, where
-the keys are made from the tokens that are weighed. So a softmax over one learned score per token
-(`Linear(D, 1)`) is pooling without a query, a softmax over rows of a parameter is a codebook, and
-products without a softmax across tokens are Gram matrices or linear attention. A learned query that
-is contracted with *projected keys per head* is attention; the grammar's `pool` has it.
+The line: attention weighs *values of tokens* by a softmax over *products of queries and keys*,
+where the keys are made from the tokens that are weighed. So a softmax over one learned score per
+token (`Linear(D, 1)`) is pooling without a query, a softmax over rows of a parameter is a codebook,
+and products without a softmax across tokens are Gram matrices or linear attention. A learned query
+that is contracted with *projected keys per head* is attention; the grammar's `pool` has it.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from fuzz_grammar.projections import linear, weight
 from torch import Tensor, nn
+
+from fuzz_grammar.projections import linear, weight
 
 WIDTH: Final = 12
 

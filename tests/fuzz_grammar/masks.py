@@ -1,10 +1,10 @@
 """Which keys a query sees, made and applied in the ways that models do."""
 
 import torch
-from fuzz_grammar.spec import MAX_POSITIONS, Spec
 from torch import Tensor, nn
 
 from attnopt.nouns import Mask
+from fuzz_grammar.spec import MAX_POSITIONS, Spec
 
 
 def expected_mask(spec: Spec) -> Mask:

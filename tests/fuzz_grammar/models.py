@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fuzz_grammar.attention import Raw, attention
 from fuzz_grammar.projections import linear
 from fuzz_grammar.spec import IMAGE, POOL_QUERIES, Spec, repair
-from torch import Tensor, nn
 
 WINDOW = (2, 3)
 

@@ -4,8 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from fuzz_grammar.spec import MAX_POSITIONS, Spec
 from torch import Tensor, nn
+
+from fuzz_grammar.spec import MAX_POSITIONS, Spec
 
 
 class Rotary(nn.Module):
@@ -41,7 +42,9 @@ class Rotary(nn.Module):
             return self._as_complex(x, angles)
         turned, rest = x[..., : self.channels], x[..., self.channels :]
         if self.style == "interleaved":
-            cos, sin = (t.repeat_interleave(2, -1).to(x.dtype) for t in (angles.cos(), angles.sin()))
+            cos, sin = (
+                t.repeat_interleave(2, -1).to(x.dtype) for t in (angles.cos(), angles.sin())
+            )
             other = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
         else:
             cos, sin = (torch.cat([t, t], -1).to(x.dtype) for t in (angles.cos(), angles.sin()))

@@ -9,8 +9,9 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from fuzz_grammar.spec import Spec
 from torch import Tensor, nn
+
+from fuzz_grammar.spec import Spec
 
 Projected = tuple[Tensor, Tensor, Tensor]
 
@@ -154,7 +155,7 @@ class FusedHeadFirst(nn.Module):
 
 
 class FusedGroup(nn.Module):
-    """One linear layer whose outputs are laid out [key heads, queries of the group + 2, channels]."""
+    """One linear layer whose outputs are laid out [key heads, group + 2, channels]."""
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -229,9 +230,7 @@ class Functional(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Tensor) -> Projected:
-        return heads_of(
-            F.linear(x, self.in_proj_weight, self.in_proj_bias), self.spec, self.sizes
-        )
+        return heads_of(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.spec, self.sizes)
 
 
 class WeightSplit(nn.Module):

@@ -78,11 +78,21 @@ class Spec:
     def described(self) -> dict[str, Any]:
         """Return the fields that are not the simplest."""
         return {
-            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
         }
 
 
-FUSED: Final = ("fused_3hd", "fused_h3d", "fused_group", "conv1d", "conv1x1", "conv2d", "functional")
+FUSED: Final = (
+    "fused_3hd",
+    "fused_h3d",
+    "fused_group",
+    "conv1d",
+    "conv1x1",
+    "conv2d",
+    "functional",
+)
 LAYOUTS: Final = (
     "bhtd", "bthd", "bmm", "seq_first", "grouped", "mqa_folded", "no_head_axis", "blocked",
 )  # fmt: skip
@@ -139,7 +149,8 @@ CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "returns": ("output", "output", "output", "output", "weights", "mean_weights"),
     "partition": ("none", "none", "none", "none", "none", "window", "shifted", "rows"),
     "stack": (
-        "bare", "bare", "bare", "sequential", "list", "pre_norm", "post_norm", "parallel", "decoder",
+        "bare", "bare", "bare", "sequential", "list", "pre_norm", "post_norm", "parallel",
+        "decoder",
     ),
     "layers": (1, 1, 2, 3),
     "twice": (False, False, False, False, True),
@@ -257,8 +268,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ("unprojected heads keep the width", lambda s: (
         s.output == "none" and s.stack != "bare"), {"output": "linear"}),
     ("nn.Sequential passes one tensor", lambda s: s.stack == "sequential" and (
-        s.source != "self" or s.partition == "shifted" or s.padding != "none" or s.bias == "dense_input" or s.shared_bias), {
-        "stack": "list"}),
+        s.source != "self" or s.partition == "shifted" or s.padding != "none"
+        or s.bias == "dense_input" or s.shared_bias), {"stack": "list"}),
     ("a row alone in its block is not padding", lambda s: (
         s.mask in ("chunked", "block") and not robust(s)), {"padding": "none"}),
     ("called twice: same width", lambda s: s.twice and s.output == "none", {"output": "linear"}),
@@ -266,11 +277,9 @@ RULES: Final[tuple[Rule, ...]] = (
 
 
 def sample(rng: Random) -> Spec:
-    """Draw a case; about half of the parts keep their simplest form, so that causes are told apart."""
+    """Draw a case; many parts keep their simplest form, so that causes are told apart."""
     plain = rng.choice((0.2, 0.5, 0.7))
-    drawn = {
-        name: rng.choice(values) for name, values in CHOICES.items() if rng.random() >= plain
-    }
+    drawn = {name: rng.choice(values) for name, values in CHOICES.items() if rng.random() >= plain}
     return repair(replace(Spec(), **{"v_head_dim": 0, **drawn}))
 
 
