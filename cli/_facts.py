@@ -19,16 +19,26 @@ class Group:
 
 
 def as_json(site: Site) -> dict[str, Any]:
-    """Return every fact; rows of projections as runs [start, stop, step] for each head."""
+    """Return every fact; the rows of a head are slices such as "0:64" or "0:32,64:96:2"."""
     facts = asdict(replace(site, projections={}))
     facts["projections"] = {
-        role: {**asdict(p), "rows": [runs(rows) for rows in p.rows]}
+        role: {**asdict(p), "rows": [slices(rows) for rows in p.rows]}
         for role, p in site.projections.items()
     }
     return facts
 
 
-def runs(rows: tuple[int, ...]) -> list[list[int]]:
+def slices(rows: tuple[int, ...]) -> str:
+    """Write a list of indices as slices."""
+    return ",".join(_slice(run) for run in _runs(rows))
+
+
+def _slice(run: list[int]) -> str:
+    start, stop, step = run
+    return f"{start}:{stop}" if step == 1 else f"{start}:{stop}:{step}"
+
+
+def _runs(rows: tuple[int, ...]) -> list[list[int]]:
     """Compress a list of indices to runs [start, stop, step]."""
     found: list[list[int]] = []
     for row in rows:
@@ -160,14 +170,9 @@ def _rope_sentence(value: Rope) -> str:
 def _projection_sentence(projection: Projection) -> str:
     axis = ("rows", "columns")[projection.axis] if projection.axis < 2 else "slices"
     bias = f", bias {projection.bias}" if projection.bias else ""
-    first = runs(projection.rows[0])
-    shown = ", ".join(_run(run) for run in first[:3]) + (" ..." if len(first) > 3 else "")
+    first = slices(projection.rows[0])
+    shown = first if len(first) <= 40 else f"{first[:40]}..."
     return f"{projection.parameter} ({projection.layout}), head 0 = {axis} {shown}{bias}"
-
-
-def _run(run: list[int]) -> str:
-    start, stop, step = run
-    return f"{start}:{stop}" if step == 1 else f"{start}:{stop}:{step}"
 
 
 def _yes(value: bool) -> str:

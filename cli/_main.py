@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     output = Output(json="--json" in words, quiet="--quiet" in words)
     try:
-        _check_debug_level()
+        debug.level()
+    except ValueError as error:
+        output.error(CommandError("AO101", str(error)))
+        return Exit.USAGE
+    try:
         return _dispatch(words, output)
     except CommandError as error:
         return _failed(error, output)
@@ -159,13 +163,6 @@ def _internal(error: Exception) -> CommandError:
         f"{type(error).__name__}: {first}. This is a bug; ATTNOPT_DEBUG=1 shows where.",
         Exit.INTERNAL,
     )
-
-
-def _check_debug_level() -> None:
-    try:
-        debug.level()
-    except ValueError as error:
-        raise CommandError("AO101", str(error)) from None
 
 
 def _failed(error: CommandError, output: Output) -> int:
