@@ -30,8 +30,9 @@ class State:
     """One tensor that a program carries from step to step, such as the keys of a layer's cache.
 
     `placeholder` takes it in, output number `output` gives its successor; `grows` is the axis that
-    lengthens with the tokens seen (None: constant size). `shape` has "batch" for the batch size and
-    "past" for the growing size; a state starts as zeros of this shape with past = 0. `index` tells
+    lengthens with the tokens seen (None: constant size). `shape` has "batch" for the batch size,
+    "past" for the growing size and "source" for the encoder's; a state starts as zeros of this
+    shape with past = 0. `index` tells
     several states of one role and layer apart.
     """
 
@@ -47,7 +48,7 @@ class State:
 
     def initial(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the value before the first token."""
-        sizes = {"batch": batch, "past": 0}
+        sizes = {"batch": batch, "past": 0, "source": 0}
         shape = [sizes[s] if isinstance(s, str) else s for s in self.shape]
         return torch.zeros(shape, dtype=self.dtype, device=device)
 

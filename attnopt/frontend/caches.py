@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from attnopt.program import Role, State
@@ -87,6 +87,16 @@ def read_layers(cache: Any) -> list[LayerForm]:
     return [_read_layer(layer) for layer in cache.layers]
 
 
+def read_both_halves(cache: EncoderDecoderCache) -> list[LayerForm]:
+    """Return what each layer stores for its own tokens and for the encoder's."""
+    own = read_layers(cache.self_attention_cache)
+    crossed = read_layers(cache.cross_attention_cache)
+    return [
+        LayerForm("full", {**o.tensors, **{f"cross_{n}": t for n, t in c.tensors.items()}})
+        for o, c in zip(own, crossed, strict=True)
+    ]
+
+
 def _read_layer(layer: Any) -> LayerForm:
     tensors: dict[str, Tensor] = {}
     linear = hasattr(layer, "recurrent_states")
@@ -126,6 +136,22 @@ def _build_layer(form: LayerForm, values: dict[str, Tensor], seen: Any) -> Any:
     raise TypeError("a layer with both a recurrent state and keys has no program form")
 
 
+def build_both_halves(
+    forms: list[LayerForm], tensor_of: Callable[[int, str], Tensor]
+) -> EncoderDecoderCache:
+    """Return an encoder-decoder cache whose cross-attention half is filled already."""
+    own, crossed = DynamicCache(), DynamicCache()
+    for index in range(len(forms)):
+        key, value = tensor_of(index, "key"), tensor_of(index, "value")
+        own.layers.append(FullLayer(key, value))
+        key, value = tensor_of(index, "cross_key"), tensor_of(index, "cross_value")
+        crossed.layers.append(FullLayer(key, value))
+    cache = EncoderDecoderCache(own, DynamicCache())
+    cache.cross_attention_cache = crossed
+    cache.is_updated = dict.fromkeys(range(len(forms)), True)
+    return cache
+
+
 class StateCache(DynamicCache):
     """The states of a program between two steps, as a cache that knows how many tokens it saw."""
 
@@ -144,10 +170,21 @@ class StateCache(DynamicCache):
         return self.seen
 
 
+def cache_of_states(states: tuple[State, ...], tensors: Mapping[str, Tensor], seen: int) -> Any:
+    """Return a cache that holds states, in two halves where some of them are cross-attention's."""
+    own = tuple(s for s in states if not s.role.startswith("cross"))
+    crossed = tuple(s for s in states if s.role.startswith("cross"))
+    cache = StateCache(own, tensors, seen)
+    if not crossed:
+        return cache
+    length = tensors[crossed[0].name].shape[2]
+    return EncoderDecoderCache(cache, StateCache(crossed, tensors, length))
+
+
 def _layer_key(state: State) -> str:
     if state.role in ("conv", "recurrent"):
         return f"{state.role}_{state.index}"
-    return state.role
+    return state.role.removeprefix("cross_")
 
 
 def _stored_layer(tensors: dict[str, Tensor], seen: int) -> Any:
@@ -160,6 +197,9 @@ def _stored_layer(tensors: dict[str, Tensor], seen: int) -> Any:
 
 def cached_tensor(cache: Any, state: State) -> Tensor | None:
     """Return the tensor that a cache stores for a state, or None where it stores nothing yet."""
+    if isinstance(cache, EncoderDecoderCache):
+        crossed = state.role.startswith("cross")
+        cache = cache.cross_attention_cache if crossed else cache.self_attention_cache
     if state.layer >= len(cache.layers):
         return None
     layer = cache.layers[state.layer]
@@ -183,6 +223,8 @@ def _unwindowed(layer: Any, stored: Tensor) -> Tensor:
 
 def tokens_seen(cache: Any) -> int:
     """Return how many tokens a cache has seen."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     if isinstance(cache, StateCache):
         return cache.seen
     if not cache.layers or all(hasattr(layer, "recurrent_states") for layer in cache.layers):

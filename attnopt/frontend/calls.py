@@ -58,6 +58,7 @@ class Inputs:
     shapes: dict[str, tuple[Any, ...]]
     dtypes: dict[str, torch.dtype]
     bounds: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    conditions: tuple[Any, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a tensor for each input by name; raise TypeError or ValueError for a bad call."""
@@ -70,7 +71,9 @@ class Inputs:
         """Take named arguments apart and fill in the ones that have a natural default."""
         tensors: dict[str, Any] = {}
         for name, value in given.items():
-            if name in self.example.skeleton:
+            if name in self.shapes and name not in self.example.skeleton:
+                tensors[name] = value
+            elif name in self.example.skeleton:
                 _match(self.example.skeleton[name], value, name, tensors)
             else:
                 self._refuse_unless_default(name, value)
@@ -82,7 +85,10 @@ class Inputs:
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Bind a call's arguments to their names; raise TypeError for an unknown one."""
         signature = self.example.signature
-        named = _unpacked(signature, signature.bind_partial(*args, **kwargs).arguments)
+        direct = {n: v for n, v in kwargs.items() if n in self.shapes}
+        kwargs = {n: v for n, v in kwargs.items() if n not in direct}
+        bound = signature.bind_partial(*args, **kwargs).arguments
+        named = {**_unpacked(signature, bound), **direct}
         unknown = [n for n in named if n not in signature.parameters and n not in self.shapes]
         for name in unknown:
             if name not in self.example.skeleton and not _configured(self.example.config, name):
@@ -142,6 +148,7 @@ class Inputs:
                 )
             for axis, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):
                 self._check_size((name, axis), size, wanted, sizes)
+        self._check_conditions(sizes)
 
     def _check_size(
         self, where: tuple[str, int], size: int, wanted: Any, sizes: dict[str, tuple[int, str]]
@@ -157,6 +164,14 @@ class Inputs:
         low, high = self.bounds.get(wanted, (0, None))
         if size < low or (high is not None and size > high):
             raise ValueError(f"{label}; the captured graph takes {low} to {high or 'any size'}")
+
+    def _check_conditions(self, sizes: Mapping[str, tuple[int, str]]) -> None:
+        values = {name: size for name, (size, _) in sizes.items()}
+        for condition in self.conditions:
+            known = {s: values[str(s)] for s in condition.free_symbols if str(s) in values}
+            if len(known) == len(condition.free_symbols) and condition.subs(known) == False:  # noqa: E712
+                shown = ", ".join(f"{sizes[str(s)][1]} has {v}" for s, v in known.items())
+                raise ValueError(f"the captured graph holds only where {condition}: {shown}")
 
 
 @dataclass(frozen=True)

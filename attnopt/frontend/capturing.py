@@ -1,15 +1,22 @@
 """The entry: a module, a checkpoint or a factory becomes a Program."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
 from attnopt.frontend.calls import Example, Inputs, Outputs, take_call_apart
+from attnopt.frontend.encoderdecoder import (
+    decode_example,
+    has_two_steps,
+    route,
+    trace_decode,
+    trace_encode,
+)
 from attnopt.frontend.exporting import Trace, trace
-from attnopt.frontend.inputs import dynamic_axes
+from attnopt.frontend.inputs import dynamic_axes, grown
 from attnopt.frontend.skeletons import Slot
 from attnopt.frontend.stateful import (
     Stateful,
@@ -43,19 +50,101 @@ def capture_module(
     """Capture a module with an example call: whole if that works, else module by module."""
     example = take_call_apart(model, args, kwargs)
     axes = dynamic_axes(example.tensors) if dynamic else {}
+    program = whole(model, example, axes)
+    if isinstance(program, No):
+        raise ValueError(f"cannot capture {type(model).__name__}: {program}")
+    return program
+
+
+def whole(
+    model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+) -> Program | No:
+    """Capture the whole model in one graph, with states where the call uses a cache."""
     refused: tuple[No, ...] = ()
+    if has_two_steps(model, example):
+        program = two_steps(model, example, axes)
+        if not isinstance(program, No):
+            return program
+        refused = (No(f"captured without its cache: {program.why}", program.where),)
+        example = without_cache(example)
     if cache_argument(model, example):
-        stateful = trace_stateful(model, example, axes)
+        stateful = best_of(example, axes, lambda e, a: trace_stateful(model, e, a))
         if not isinstance(stateful, No):
             return stateful_program(model, example, stateful)
-        refused = (No(f"captured without its cache: {stateful.why}", stateful.where),)
+        if may_generate(model):
+            refused = (No(f"captured without its cache: {stateful.why}", stateful.where),)
         example = without_cache(example)
-    result = trace(model, example.call, example.tensors, axes)
+    result = best_of(example, axes, lambda e, a: trace(model, e.call, e.tensors, a))
     if isinstance(result, No):
-        raise ValueError(f"cannot capture {type(model).__name__}: {result}")
+        return result
     program = plain_program(model, example, result)
     notes = tuple(str(no) for no in refused)
     return replace(program, refused=refused, history=(*program.history, *notes))
+
+
+Traced = TypeVar("Traced", Trace, Stateful)
+
+
+def best_of(
+    example: Example,
+    axes: Mapping[str, tuple[int, ...]],
+    attempt: Callable[[Example, Mapping[str, tuple[int, ...]]], Traced | No],
+) -> Traced | No:
+    """Trace with sizes that are special to nothing, then as given, then with fixed sizes."""
+    enlarged = replace(example, tensors=grown(example.tensors, axes))
+    tries = [(enlarged, axes), (example, axes), (example, {})] if axes else [(example, axes)]
+    best: Traced | None = None
+    reason: No | None = None
+    for tried, dynamic in tries:
+        if best is not None and (not dynamic or not fixed_sizes(best)):
+            break
+        result = attempt(tried, dynamic)
+        if isinstance(result, No):
+            reason = reason or result
+        elif best is None or len(fixed_sizes(result)) <= len(fixed_sizes(best)):
+            best = result
+    if best is not None:
+        return best
+    assert reason is not None
+    return reason
+
+
+def may_generate(model: nn.Module) -> bool:
+    """Say whether a model is made to generate token by token."""
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def fixed_sizes(result: Trace | Stateful) -> tuple[str, ...]:
+    """Return the sizes that should have been dynamic and are not."""
+    return result.trace.fixed if isinstance(result, Stateful) else result.fixed
+
+
+def two_steps(
+    model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+) -> Program | No:
+    """Capture an encoder-decoder as the parts "encode" and "decode"."""
+    first = best_of(example, axes, lambda e, a: trace_encode(model, e, a))
+    if isinstance(first, No):
+        return first
+    later = best_of(example, axes, lambda e, a: trace_decode(model, e, a))
+    if isinstance(later, No):
+        return later
+    encode = plain_program(model, example, first)
+    decode = stateful_program(model, decode_example(example, later.trace), later)
+    return Program(
+        name=type(model).__name__,
+        graph_module=empty_graph(),
+        bindings={},
+        weights=encode.weights,
+        form=CallForm(encode.form.flatten, encode.form.unflatten, route=route),
+        states=decode.states,
+        history=(
+            f"capture: encode, {first.level}",
+            f"capture: decode, {later.trace.level}, {len(later.states)} states",
+        ),
+        config=example.config,
+        parts={"encode": encode, "decode": decode},
+    )
 
 
 def without_cache(example: Example) -> Example:
@@ -67,11 +156,12 @@ def stateful_program(model: nn.Module, example: Example, made: Stateful) -> Prog
     """Make the Program of a causal language model with explicit states."""
     result = made.trace
     calls = StatefulCalls(
-        inputs=Inputs(_called(example, result), result.shapes, result.dtypes, result.bounds),
+        inputs=Inputs(_called(example, result), result.shapes, result.dtypes, result.bounds, result.conditions),
         outputs=Outputs(result.skeleton),
         states=made.states,
         argument=made.cache_argument,
         positions_from_mask=positions_follow_mask(model),
+        tokens="input_ids" if "input_ids" in result.shapes else "decoder_input_ids",
     )
     return Program(
         name=type(model).__name__,
@@ -92,7 +182,7 @@ def _called(example: Example, result: Trace) -> Example:
 
 def plain_program(model: nn.Module, example: Example, result: Trace) -> Program:
     """Make the Program of a trace without state."""
-    inputs = Inputs(example, result.shapes, result.dtypes, result.bounds)
+    inputs = Inputs(example, result.shapes, result.dtypes, result.bounds, result.conditions)
     return Program(
         name=type(model).__name__,
         graph_module=result.graph_module,

@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 
 from attnopt.frontend import cleanup
@@ -37,6 +38,7 @@ class Trace:
     bounds: dict[str, tuple[int, int | None]]
     level: str
     fixed: tuple[str, ...]
+    conditions: tuple[Any, ...] = ()
 
 
 class Flat(nn.Module):
@@ -73,32 +75,26 @@ def trace(
     """Trace a call of the source; `axes` lists the axes of each tensor that should be dynamic."""
     reasons: list[No] = []
     best: Trace | None = None
-    for attempt in _ATTEMPTS:
-        wanted = axes if attempt.dynamic else {}
-        result = _try(source, call, _enlarged(tensors, wanted), wanted, attempt)
+    for attempt in _ATTEMPTS if any(axes.values()) else _STATIC:
+        result = _try(source, call, tensors, axes, attempt)
         if isinstance(result, No):
             reasons.append(result)
             continue
         if best is None or len(result.fixed) < len(best.fixed):
             best = result
-        if not best.fixed or not attempt.dynamic:
+        if not best.fixed:
             break
     return best if best is not None else reasons[0]
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    dynamic: bool = True
     patches: bool = False
     deferred: bool = False
 
 
-_ATTEMPTS = (
-    _Attempt(),
-    _Attempt(patches=True, deferred=True),
-    _Attempt(dynamic=False),
-    _Attempt(dynamic=False, patches=True),
-)
+_STATIC = (_Attempt(), _Attempt(patches=True))
+_ATTEMPTS = (_Attempt(), _Attempt(patches=True, deferred=True))
 
 
 def _try(
@@ -122,13 +118,47 @@ def _try(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=attempt.deferred,
             )
+            conditions = _conditions(exported)
+            bounds = _bounds(exported)
             exported = cleanup.functional(exported)
     except Exception as error:
         return No(_first_line(error), user_line(error))
-    return _finish(exported, skeletons[0], axes)
+    return _finish(exported, skeletons[0], axes, bounds=bounds, conditions=conditions)
 
 
-def _finish(exported: ExportedProgram, skeleton: Any, axes: Mapping[str, Any]) -> Trace:
+def _conditions(exported: ExportedProgram) -> tuple[sympy.Basic, ...]:
+    """Return what sizes must satisfy because the trace took a branch or unrolled a loop."""
+    found = (g for g in _guards(exported) if isinstance(g, sympy.Eq) and not g.is_number)
+    return tuple(dict.fromkeys(g for g in found if g.free_symbols))
+
+
+def _about_layout(guard: Any) -> bool:
+    """Say whether a guard only asks if strides are contiguous, which changes no value."""
+    frame = str(guard.sloc.framework_loc)
+    return "contiguous" in frame or "channels_last" in frame
+
+
+def _guards(exported: ExportedProgram) -> list[Any]:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            environment = value.fake_mode.shape_env
+            return [
+                environment.replace(guard.expr)
+                for guard in environment.guards
+                if not _about_layout(guard)
+            ]
+    return []
+
+
+def _finish(
+    exported: ExportedProgram,
+    skeleton: Any,
+    axes: Mapping[str, Any],
+    *,
+    bounds: dict[str, tuple[int, int | None]],
+    conditions: tuple[Any, ...],
+) -> Trace:
     graph_module = exported.graph_module
     _drop_mutation_outputs(exported)
     cleanup.clean(graph_module)
@@ -140,7 +170,7 @@ def _finish(exported: ExportedProgram, skeleton: Any, axes: Mapping[str, Any]) -
         n for n in graph_module.graph.nodes if n.op == "placeholder" and _is_input(n, bindings)
     ]
     shapes = {bindings[n.name].name: _shape(n) for n in inputs}
-    fixed = _fixed(shapes, axes)
+    fixed = (*_fixed(shapes, axes, bounds), *(f"only where {c}" for c in conditions))
     return Trace(
         graph_module=graph_module,
         bindings=bindings,
@@ -148,9 +178,10 @@ def _finish(exported: ExportedProgram, skeleton: Any, axes: Mapping[str, Any]) -
         skeleton=skeleton,
         shapes=shapes,
         dtypes={bindings[n.name].name: n.meta["val"].dtype for n in inputs},
-        bounds=_bounds(exported),
+        bounds=bounds,
         level=_level(axes, fixed),
         fixed=fixed,
+        conditions=conditions,
     )
 
 
@@ -239,31 +270,25 @@ def _bounds(exported: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     return bounds
 
 
-def _fixed(shapes: Mapping[str, tuple[Any, ...]], axes: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(
-        f"{name} axis {axis} = {shape[axis]}"
-        for name, shape in shapes.items()
-        for axis in axes.get(name, ())
-        if isinstance(shape[axis], int)
-    )
+def _fixed(
+    shapes: Mapping[str, tuple[Any, ...]],
+    axes: Mapping[str, Any],
+    bounds: Mapping[str, tuple[int, int | None]],
+) -> tuple[str, ...]:
+    found: list[str] = []
+    for name, shape in shapes.items():
+        for axis in axes.get(name, ()):
+            size = shape[axis]
+            low, high = (size, size) if isinstance(size, int) else bounds.get(size, (0, None))
+            if low == high:
+                found.append(f"{name} axis {axis} = {low}")
+    return tuple(found)
 
 
 def _level(axes: Mapping[str, Any], fixed: tuple[str, ...]) -> str:
     if not any(axes.values()):
         return "static"
     return f"dynamic except {', '.join(fixed)}" if fixed else "dynamic"
-
-
-def _enlarged(tensors: Mapping[str, Tensor], axes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Repeat tensors along dynamic axes of size 1, which export would take for a constant."""
-    return {
-        name: tensor.repeat(
-            *(2 if a in axes.get(name, ()) and s == 1 else 1 for a, s in enumerate(tensor.shape))
-        )
-        if any(tensor.shape[a] == 1 for a in axes.get(name, ()))
-        else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 @contextlib.contextmanager

@@ -68,9 +68,9 @@ def put_together(skeleton: Any, get: Callable[[int | str], Any]) -> Any:
         return _put_cache_together(skeleton, get)
     if isinstance(skeleton, Made):
         return skeleton.cls(**{k: put_together(v, get) for k, v in skeleton.arguments.items()})
-    if isinstance(skeleton, dict):
+    if type(skeleton) is dict:
         return {k: put_together(v, get) for k, v in skeleton.items()}
-    if isinstance(skeleton, list | tuple):
+    if type(skeleton) in (list, tuple):
         return type(skeleton)(put_together(v, get) for v in skeleton)
     return skeleton
 

@@ -70,7 +70,7 @@ def trace_stateful(
     result = trace(source, call, given, dynamic if axes else {})
     if isinstance(result, No):
         return result
-    return _with_states(result, forms, argument)
+    return with_states(result, forms, argument)
 
 
 def state_name(layer: int, name: str) -> str:
@@ -142,7 +142,7 @@ def _example_states(
     return tensors, axes
 
 
-def _with_states(result: Trace, forms: list[Any], argument: str) -> Stateful | No:
+def with_states(result: Trace, forms: list[Any], argument: str) -> Stateful | No:
     outputs = _state_outputs(result.skeleton, argument)
     names = {node.name: node for node in result.graph_module.graph.nodes}
     states: list[State] = []
@@ -173,36 +173,48 @@ def _with_states(result: Trace, forms: list[Any], argument: str) -> Stateful | N
 
 
 def _state(layer: int, name: str, stored: Tensor, output: int) -> State:
-    role, _, index = name.partition("_")
+    role, index = _role(name)
     grows = 2 if name in ("key", "value") else None
     shape: list[int | str] = ["batch", *(int(s) for s in stored.shape[1:])]
-    if grows is not None:
-        shape[grows] = "past"
+    if role not in ("conv", "recurrent"):
+        shape[2] = "source" if grows is None else "past"
     return State(
         name=state_name(layer, name),
         layer=layer,
-        role=_role(role),
+        role=role,
         placeholder=state_name(layer, name),
         output=output,
         grows=grows,
         shape=tuple(shape),
         dtype=stored.dtype,
-        index=int(index or 0),
+        index=index,
     )
 
 
-def _role(name: str) -> Role:
-    assert name in ("key", "value", "conv", "recurrent")
-    return name  # type: ignore[return-value]  # narrowed by the assertion
+def _role(name: str) -> tuple[Role, int]:
+    match name.split("_"):
+        case ["key"]:
+            return "key", 0
+        case ["value"]:
+            return "value", 0
+        case ["cross", "key"]:
+            return "cross_key", 0
+        case ["cross", "value"]:
+            return "cross_value", 0
+        case ["conv", index]:
+            return "conv", int(index)
+        case ["recurrent", index]:
+            return "recurrent", int(index)
+    raise ValueError(f"unknown state {name!r}")
 
 
 def _state_outputs(skeleton: Any, argument: str) -> list[dict[str, int]]:
     cache = _field(skeleton, argument)
     assert isinstance(cache, CacheLayers)
-    return [
-        {name: int(slot.key) for name, slot in layer.items()} if layer else {}
-        for layer in cache.layers
-    ]
+    outputs = [{name: int(slot.key) for name, slot in layer.items()} for layer in cache.layers]
+    for layer, crossed in zip(outputs, cache.cross or (), strict=False):
+        layer |= {f"cross_{name}": int(slot.key) for name, slot in crossed.items()}
+    return outputs
 
 
 def _field(skeleton: Any, name: str) -> Any:
@@ -224,6 +236,7 @@ def make_past_explicit(graph_module: fx.GraphModule, states: tuple[State, ...]) 
         length = graph.placeholder("past_length")
     length.meta["val"] = _past_value(placeholders, states)
     sources = cleanup.symbol_sources(graph, {s.placeholder for s in states})
+    sources |= _cross_sources(placeholders, states, sources)
     sizes = cleanup.Sizes(graph, length, sources, dict.fromkeys(past, length))
     held = set(_state_nodes(placeholders, states))
     for node in list(graph.nodes):
@@ -241,6 +254,21 @@ def make_past_explicit(graph_module: fx.GraphModule, states: tuple[State, ...]) 
 
 def _state_nodes(placeholders: Mapping[str, fx.Node], states: tuple[State, ...]) -> list[fx.Node]:
     return [placeholders[s.placeholder] for s in states]
+
+
+def _cross_sources(
+    placeholders: Mapping[str, fx.Node], states: tuple[State, ...], sources: Mapping[Any, Any]
+) -> dict[sympy.Basic, tuple[fx.Node, int]]:
+    """Read the length of the encoder's result from it, not from the cross-attention states."""
+    encoded = next((n for k, n in placeholders.items() if k.startswith("encoder_outputs")), None)
+    found: dict[sympy.Basic, tuple[fx.Node, int]] = {}
+    for state in states:
+        size = placeholders[state.placeholder].meta["val"].shape
+        length = size[2] if state.role.startswith("cross") else None
+        if encoded is not None and isinstance(length, torch.SymInt):
+            if length.node.expr not in sources:
+                found[length.node.expr] = (encoded, 1)
+    return found
 
 
 def _past_symbols(
@@ -271,6 +299,7 @@ class StatefulCalls:
     states: tuple[State, ...]
     argument: str
     positions_from_mask: bool = False
+    tokens: str = "input_ids"
 
     def form(self) -> CallForm:
         """Return this as a CallForm."""
@@ -286,11 +315,12 @@ class StatefulCalls:
         carry = self._carry(given.pop(self.argument, None))
         if given.pop("use_cache", True) is False:
             raise ValueError("argument use_cache=False; the captured call had use_cache=True")
-        ids = given.get("input_ids")
+        ids = given.get(self.tokens)
         if not isinstance(ids, Tensor):
-            raise ValueError("argument input_ids is missing: the captured call had it")
+            raise ValueError(f"argument {self.tokens} is missing: the captured call had it")
         past = carry.past_length if carry else 0
-        self._default_mask_and_positions(given, ids, past)
+        if self.tokens == "input_ids":
+            self._default_mask_and_positions(given, ids, past)
         tensors = self.inputs.tensors_of(given)
         self.inputs.check(tensors)
         for state in self.states:
@@ -302,11 +332,11 @@ class StatefulCalls:
 
     def unflatten(self, outputs: tuple[Any, ...], values: Mapping[str, Any]) -> Any:
         """Return the source's result, with the states as its cache."""
-        from attnopt.frontend.caches import StateCache
+        from attnopt.frontend.caches import cache_of_states
 
         tensors = {s.name: outputs[s.output] for s in self.states}
-        seen = values["past_length"] + values["input_ids"].shape[1]
-        cache = StateCache(self.states, tensors, seen)
+        seen = values["past_length"] + values[self.tokens].shape[1]
+        cache = cache_of_states(self.states, tensors, seen)
         return put_together(
             self.outputs.skeleton, lambda key: cache if key == "cache" else outputs[int(key)]
         )
@@ -316,7 +346,7 @@ class StatefulCalls:
             return cache
         from attnopt.frontend.caches import cached_tensor, tokens_seen
 
-        if not hasattr(cache, "layers"):
+        if not hasattr(cache, "layers") and not hasattr(cache, "self_attention_cache"):
             raise TypeError(f"argument {self.argument} must be a Cache, not {type(cache).__name__}")
         stored = {s.name: cached_tensor(cache, s) for s in self.states}
         return Carry({n: t for n, t in stored.items() if t is not None}, tokens_seen(cache))
@@ -350,7 +380,8 @@ class StatefulCalls:
 def positions_follow_mask(source: nn.Module) -> bool:
     """Say whether the source numbers its tokens by the attention mask when positions are omitted."""
     for module in source.modules():
-        if "position_ids" not in inspect.signature(module.forward).parameters:
+        parameters = inspect.signature(module.forward).parameters
+        if "position_ids" not in parameters or "inputs_embeds" not in parameters:
             continue
         text = inspect.getsource(type(module).forward)
         if "position_ids = torch.cumsum(" in text and "mask" in text:

@@ -1,0 +1,151 @@
+"""Encoder-decoders with a language-model head: two programs that share weights and states.
+
+"encode" runs the encoder and the decoder's first tokens from an empty cache; "decode" runs further
+tokens from the cache. Whether the cross-attention cache is filled is a branch of the source's Python,
+so no single graph does both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnopt.frontend.calls import Example
+from attnopt.frontend.exporting import Trace, quiet, trace
+from attnopt.frontend.skeletons import Slot
+from attnopt.frontend.stateful import Stateful, state_name, with_states
+from attnopt.nouns import No
+from attnopt.program import Program
+
+# Long enough to be no special case, and unlike common sizes of models.
+_PAST = 5
+_NEW = 3
+_ENCODED = "encoder_outputs"
+_ENCODER_ONLY = ("input_ids", "input_features", "input_values", "inputs_embeds", "pixel_values")
+
+
+def has_two_steps(source: nn.Module, example: Example) -> bool:
+    """Say whether a call is the first step of cached encoder-decoder generation."""
+    config = getattr(source, "config", None)
+    if config is None or not getattr(config, "is_encoder_decoder", False):
+        return False
+    wanted = example.skeleton.get("use_cache")
+    used = getattr(config, "use_cache", False) if wanted is None else wanted
+    return bool(used) and "decoder_input_ids" in example.tensors
+
+
+def trace_encode(
+    source: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+) -> Trace | No:
+    """Trace the first call: the encoder, and the decoder from an empty cache."""
+    cached = replace(example, skeleton={**example.skeleton, "use_cache": True})
+    return trace(source, cached.call, example.tensors, axes)
+
+
+def trace_decode(
+    source: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+) -> Stateful | No:
+    """Trace a later call: the decoder from its cache and the encoder's result."""
+    probe = _first_call(source, example)
+    if isinstance(probe, No):
+        return probe
+    encoded, forms = probe
+    given = _decode_tensors(example, encoded)
+    states, state_axes = _decode_states(forms)
+    skeleton = _decode_skeleton(example)
+    dynamic = {n: (0,) if n.startswith(_ENCODED) else a for n, a in axes.items()}
+    dynamic = {n: _axes(t) for n, t in given.items()} | state_axes if axes else {}
+
+    def call(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        from attnopt.frontend.caches import build_both_halves
+
+        cache = build_both_halves(forms, lambda layer, name: tensors[state_name(layer, name)])
+        values = {
+            **skeleton,
+            _ENCODED: BaseModelOutput(last_hidden_state=tensors[f"{_ENCODED}_last_hidden_state"]),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        return replace(example, skeleton=values).call(module, tensors)
+
+    result = trace(source, call, {**given, **states}, dynamic)
+    return result if isinstance(result, No) else with_states(result, forms, "past_key_values")
+
+
+def _axes(tensor: Tensor) -> tuple[int, ...]:
+    return (0, 1) if tensor.dim() > 1 else (0,)
+
+
+def _first_call(source: nn.Module, example: Example) -> tuple[Tensor, list[Any]] | No:
+    from attnopt.frontend.caches import read_both_halves
+
+    training = source.training
+    # The boundary to arbitrary model code, as in `trace`.
+    try:
+        with quiet(), torch.no_grad():
+            source.eval()
+            skeleton = {**example.skeleton, "use_cache": True}
+            result = replace(example, skeleton=skeleton).call(source, example.tensors)
+        return result.encoder_last_hidden_state, read_both_halves(result.past_key_values)
+    except Exception as error:
+        return No(f"{type(error).__name__}: {error}")
+    finally:
+        source.train(training)
+
+
+def _decode_tensors(example: Example, encoded: Tensor) -> dict[str, Tensor]:
+    kept = {n: t for n, t in example.tensors.items() if n not in _ENCODER_ONLY}
+    ids = example.tensors["decoder_input_ids"]
+    kept["decoder_input_ids"] = ids[:, :1].repeat(1, _NEW)
+    if "decoder_attention_mask" in kept:
+        mask = kept["decoder_attention_mask"]
+        kept["decoder_attention_mask"] = mask.new_ones(mask.shape[0], _PAST + _NEW)
+    kept[f"{_ENCODED}_last_hidden_state"] = encoded
+    return kept
+
+
+def _decode_skeleton(example: Example) -> dict[str, Any]:
+    return {n: v for n, v in example.skeleton.items() if n not in _ENCODER_ONLY}
+
+
+def _decode_states(
+    forms: list[Any],
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    tensors: dict[str, Tensor] = {}
+    axes: dict[str, tuple[int, ...]] = {}
+    for layer, form in enumerate(forms):
+        for name, stored in form.tensors.items():
+            shape = list(stored.shape)
+            if not name.startswith("cross"):
+                shape[2] = _PAST
+            tensors[state_name(layer, name)] = stored.new_zeros(shape)
+            axes[state_name(layer, name)] = (0, 2)
+    return tensors, axes
+
+
+def decode_example(example: Example, result: Trace) -> Example:
+    """Return the call of the "decode" part, whose encoder result is an argument."""
+    slots = {n: Slot(n) for n in result.shapes if not n.startswith(_ENCODED)}
+    return replace(example, skeleton={**_decode_skeleton(example), **slots})
+
+
+def route(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call "decode" where the call brings a filled cache, else "encode"."""
+    cache = kwargs.get("past_key_values")
+    if cache is None or not cache.get_seq_length():
+        call = {k: v for k, v in kwargs.items() if k not in ("past_key_values", _ENCODED)}
+        if kwargs.get(_ENCODED) is not None:
+            raise ValueError("argument encoder_outputs without past_key_values: give encoder inputs")
+        return program.parts["encode"](*args, **call)
+    if args:
+        raise TypeError("give the arguments of a decoding step by name")
+    call = {k: v for k, v in kwargs.items() if k not in _ENCODER_ONLY}
+    encoded = call.pop(_ENCODED, None)
+    if encoded is None:
+        raise ValueError("argument encoder_outputs is missing: the captured call had it")
+    hidden = encoded if isinstance(encoded, Tensor) else encoded[0]
+    return program.parts["decode"](**call, **{f"{_ENCODED}_last_hidden_state": hidden})
