@@ -25,19 +25,18 @@ MaskKind = Literal["none", "causal", "sliding", "chunked", "prefix", "block", "d
 class Mask:
     """Which keys a query sees, as far as positions decide it.
 
-    `window` counts the keys of a sliding window, the query's own included; a two-sided window sees
-    `window` keys to the left and `right` keys to the right of the query (its own not counted in
-    either). `size` is the length of a chunk, `prefix` the number of keys that everyone sees.
+    `window` counts the keys of a causal sliding window, the query's own included, or the length of
+    a chunk or block. A two-sided window sees `window` keys to the left and `right` keys to the
+    right of the query (its own counted in neither). `prefix` keys are seen by everyone.
     """
 
     kind: MaskKind
     window: int | None = None
     right: int | None = None
-    size: int | None = None
     prefix: int | None = None
 
     def __str__(self) -> str:
-        shown = {"window": self.window, "right": self.right, "size": self.size}
+        shown = {"window": self.window, "right": self.right, "prefix": self.prefix}
         inner = ", ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
         return f"{self.kind}({inner})" if inner else self.kind
 

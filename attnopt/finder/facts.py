@@ -1,0 +1,504 @@
+"""Read the facts of a site that its match does not hold: projections, rotation, norms, origins."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.finder.contraction import Contraction, read_contraction
+from attnopt.finder.evaluate import ancestors, at_sizes, is_size
+from attnopt.finder.layout import place
+from attnopt.finder.match import Match, Operand, canonical_numbers
+from attnopt.finder.ops import (
+    CONTRACTIONS,
+    JOINING,
+    LAYOUT,
+    NORMS,
+    TRANSPARENT,
+    is_number,
+    kind,
+    rank,
+    shape,
+    value,
+)
+from attnopt.finder.provenance import ELEMENTWISE, Root, View, run_layout, weight_of
+from attnopt.nouns import Grid, Projection, Rope
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+# ------------------------------------------------------------------------------------ projections
+
+
+def projections(view: View, match: Match) -> dict[str, Projection]:
+    """Find the parameter rows that make q, k and v of each head, and the columns that read o."""
+    found: dict[str, Projection] = {}
+    for name, operand, order in (
+        ("q", match.q, "BHTD"),
+        ("k", match.k, "BHSD"),
+        ("v", match.v, "BHSE"),
+    ):
+        projection = _projection(view, operand, order)
+        if projection is not None:
+            found[name] = projection
+    output = _output_projection(view, match)
+    if output is not None:
+        found["o"] = output
+    return found
+
+
+def _projection(view: View, operand: Operand, order: str) -> Projection | None:
+    """Read which rows of which parameter make each head and channel of an operand."""
+    channels: list[tuple[int, ...]] = []
+    roots: set[fx.Node] = set()
+    both = [
+        canonical_numbers(view.provenance.numbers(operand.node, second=s), operand.layout, order)
+        for s in (False, True)
+    ]
+    for head in range(both[0].shape[1]):
+        row: list[int] = []
+        # The last row of keys is new even where a cache comes first.
+        numbers = [x[0, head, -1] for x in both]
+        root = _learned_root(view, numbers[0])
+        if root is None:
+            return None
+        roots.add(root.node)
+        inside = [_in_root(root, n) for n in numbers]
+        row = inside[0] if len(set(inside[0])) == len(inside[0]) else sorted({*inside[0], *inside[1]})
+        channels.append(tuple(row))
+    if len(roots) != 1:
+        return None
+    root = _learned_root(view, both[0][0, 0, -1])
+    assert root is not None
+    return _parameter_rows(view, root, tuple(channels))
+
+
+def _learned_root(view: View, numbers: Tensor) -> Root | None:
+    for number in numbers.tolist():
+        if number < 0:
+            continue
+        root = view.provenance.root_of(int(number))
+        if root.contraction is not None and number < root.base + torch.tensor(root.shape).prod():
+            return root
+    return None
+
+
+def _in_root(root: Root, numbers: Tensor) -> list[int]:
+    """Return the channels of the elements that belong to a root, in order."""
+    last = root.base + int(torch.tensor(root.shape).prod())
+    mine = numbers[(numbers >= root.base) & (numbers < last)]
+    return [int(c) for c in root.place(mine)[1]]
+
+
+def _parameter_rows(view: View, root: Root, channels: Rows) -> Projection | None:
+    """Turn output channels of a learned contraction into indices along its parameter's axis."""
+    contraction = root.contraction
+    assert contraction is not None
+    weight = weight_of(contraction, view.origins)
+    if weight is None:
+        return None
+    labels = contraction.labels(weight)
+    kept = [i for i, x in enumerate(labels) if x in contraction.out_labels]
+    return _indexed(view, contraction, weight, kept, channels)
+
+
+def _indexed(
+    view: View, contraction: Contraction, weight: fx.Node, kept: list[int], channels: Rows
+) -> Projection | None:
+    """Follow a weight's axes back to the parameter, through transposes and views."""
+    numbers = view.provenance.numbers(weight)
+    moved = numbers.movedim(kept, list(range(len(kept))))
+    line = moved.reshape(-1, *moved.shape[len(kept) :]).flatten(1)[:, 0]
+    root = view.provenance.root_of(int(line[0]))
+    if root.node.op != "placeholder":
+        return None
+    binding = view.program.bindings[root.node.name]
+    if binding.kind != "parameter":
+        return None
+    axis = _varying_axis(root, line)
+    layout = _layout_name(contraction)
+    if axis is None:
+        rows = channels
+        axis = 0
+    else:
+        stride = int(torch.tensor(root.shape[axis + 1 :]).prod()) if axis + 1 < len(root.shape) else 1
+        index = (line - root.base) // stride % root.shape[axis]
+        rows = tuple(tuple(int(index[c]) for c in row) for row in channels)
+    bias = contraction.addend
+    return Projection(
+        parameter=binding.name,
+        axis=axis,
+        rows=rows,
+        layout=layout,
+        bias=_parameter_name(view, bias) if bias is not None else None,
+    )
+
+
+def _varying_axis(root: Root, line: Tensor) -> int | None:
+    """Return the one axis of a parameter that a line of its elements moves along; None for several."""
+    moved = []
+    for axis in range(len(root.shape)):
+        stride = int(torch.tensor(root.shape[axis + 1 :]).prod()) if axis + 1 < len(root.shape) else 1
+        index = (line - root.base) // stride % root.shape[axis]
+        if (index != index[0]).any():
+            moved.append(axis)
+    return moved[0] if len(moved) == 1 else 0 if not moved else None
+
+
+def _layout_name(c: Contraction) -> Literal["linear", "conv1d", "conv", "einsum"]:
+    name = kind(c.node)
+    if name == "linear":
+        return "linear"
+    return "conv" if name.startswith("conv") else "einsum" if name == "einsum" else "conv1d"
+
+
+def _parameter_name(view: View, node: fx.Node) -> str | None:
+    while node.op != "placeholder":
+        if kind(node) not in TRANSPARENT | LAYOUT:
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    binding = view.program.bindings[node.name]
+    return binding.name if binding.kind == "parameter" else None
+
+
+def _output_projection(view: View, match: Match) -> Projection | None:
+    """Follow the result to the parameter that reads it, pushing head and channel numbers along."""
+    heads, width = match.heads, match.v.layout.size("E")
+    sizes = shape(match.result)
+    numbers = place(match.result_layout, "H", sizes) * width + place(match.result_layout, "E", sizes)
+    todo: list[tuple[fx.Node, Tensor]] = [(match.result, numbers)]
+    seen: set[fx.Node] = set()
+    while todo and len(seen) < 60:
+        node, held = todo.pop(0)
+        for user in sorted(node.users, key=lambda n: n._sort_key):
+            if user in seen or is_size(user):
+                continue
+            seen.add(user)
+            contraction = read_contraction(user) if kind(user) in CONTRACTIONS else None
+            if contraction is not None:
+                found = _columns(view, contraction, node, held, heads, width)
+                if found is not None:
+                    return found
+                continue
+            moved = _pushed(view, user, node, held)
+            if moved is not None:
+                todo.append((user, moved))
+    return None
+
+
+def _pushed(view: View, user: fx.Node, node: fx.Node, held: Tensor) -> Tensor | None:
+    name = kind(user)
+    if name in TRANSPARENT:
+        return held
+    if name in LAYOUT and user.args[0] is node and name != "getitem":
+
+        def read(n: fx.Node) -> Any:
+            return held if n is node else at_sizes(value(n), view.shapes.captured)
+
+        if any(n is not node and not is_size(n) for n in user.all_input_nodes):
+            return None
+        args, kwargs = fx.map_arg(user.args, read), fx.map_arg(user.kwargs, read)
+        try:
+            moved = run_layout(user, args, kwargs)
+        except RuntimeError:
+            return None
+        return moved if isinstance(moved, Tensor) else None
+    if name in NORMS | ELEMENTWISE and isinstance(value(user), Tensor):
+        return held if shape(user) == tuple(held.shape) else None
+    if name in JOINING and isinstance(value(user), Tensor):
+        return None
+    return None
+
+
+def _columns(
+    view: View, c: Contraction, node: fx.Node, held: Tensor, heads: int, width: int
+) -> Projection | None:
+    weight = weight_of(c, view.origins)
+    if weight is None or node is weight or node not in (c.lhs, c.rhs):
+        return None
+    labels = c.labels(node)
+    summed = [i for i, x in enumerate(labels) if x in c.summed]
+    if len(summed) != len(c.summed):
+        return None
+    moved = held.movedim(summed, list(range(len(summed)))).reshape(
+        -1, *[s for i, s in enumerate(held.shape) if i not in summed]
+    )
+    line = moved.flatten(1)[:, 0]
+    if len(set(line.tolist())) != heads * width:
+        return None
+    at = {int(x): i for i, x in enumerate(line)}
+    channels = tuple(tuple(at[h * width + e] for e in range(width)) for h in range(heads))
+    w_labels = c.labels(weight)
+    kept = [w_labels.index(labels[i]) for i in summed]
+    return _indexed(view, c, weight, kept, channels)
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+def path(view: View, operand: Operand) -> list[fx.Node]:
+    """List the nodes between the projection of an operand and the operand, in order of execution."""
+    roots = {r.node for r in view.provenance.roots}
+    stop = {n for n in ancestors([operand.product]) if n in roots and n is not operand.product}
+    stop |= {n for n in ancestors([operand.product]) if _ends_path(view, n)}
+    stop.discard(operand.product)
+    return [n for n in ancestors([operand.product], stop) if n not in stop]
+
+
+def _ends_path(view: View, node: fx.Node) -> bool:
+    contraction = read_contraction(node) if kind(node) in CONTRACTIONS else None
+    return contraction is not None and weight_of(contraction, view.origins) is not None
+
+
+def scale_before(view: View, operand: Operand) -> float:
+    """Multiply the constants that an operand is scaled by between projection and product."""
+    factor = 1.0
+    node: Any = operand.product
+    while isinstance(node, fx.Node) and not _ends_path(view, node) and node.op != "placeholder":
+        name = kind(node)
+        if name in ("mul", "div") and len(node.args) > 1:
+            number = _constant(view, node.args[1])
+            if number is not None:
+                factor *= number if name == "mul" else 1.0 / number
+                node = node.args[0]
+                continue
+            number = _constant(view, node.args[0])
+            if number is not None and name == "mul":
+                factor *= number
+                node = node.args[1]
+                continue
+        if name in TRANSPARENT | LAYOUT | NORMS:
+            node = node.args[0]
+        elif name in JOINING:
+            parts = [n for n in node.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+            node = parts[-1] if parts else None
+        elif name in ELEMENTWISE and name not in ("pow", "rsqrt", "where"):
+            if _is_norm_step(node):
+                break
+            node = view.provenance.carrier(node)
+        else:
+            break
+    return factor
+
+
+def _is_norm_step(node: fx.Node) -> bool:
+    """Tell x * rsqrt(mean(x^2)) and x / norm(x), past which constants are not scales."""
+    return any(
+        kind(n) in ("rsqrt", "linalg_vector_norm", "norm", "clamp_min") for n in node.all_input_nodes
+    )
+
+
+def _constant(view: View, x: Any) -> float | None:
+    if is_number(x):
+        return float(x)
+    if not isinstance(x, fx.Node) or not isinstance(value(x), Tensor) or value(x).numel() != 1:
+        return None
+    return view.scalars.scalar(x)
+
+
+# ------------------------------------------------------------------------------- rotation, norms
+
+
+def rope(view: View, match: Match, cached: bool) -> Rope | None:
+    """Find a rotary embedding: how channels pair, and whether it comes before or after the cache."""
+    nodes = path(view, match.q)
+    turned = [n for n in nodes if kind(n) in ("mul", "view_as_complex") and _turns(view, n)]
+    if not turned:
+        return None
+    style: Literal["half", "interleaved", "complex"] = "half"
+    if any(kind(n) == "view_as_complex" for n in nodes):
+        style = "complex"
+    elif _interleaves(nodes):
+        style = "interleaved"
+    placement: Literal["before_cache", "after_cache", "no_cache"] = "no_cache"
+    if cached:
+        k_nodes = path(view, match.k)
+        late = [n for n in k_nodes if kind(n) == "mul" and "state" in view.origins.of(n)]
+        placement = "after_cache" if any(_turns(view, n) for n in late) else "before_cache"
+    width = shape(turned[0])[-1]
+    if kind(turned[0]) == "mul" and value(turned[0]).is_complex():
+        width *= 2
+    full = match.q.layout.size("D")
+    halves = any(shape(n)[-1] == width for n in turned[1:]) and _in_halves(nodes, width)
+    channels = min(2 * width if halves else width, full)
+    return Rope(style=style, placement=placement, channels=channels)
+
+
+def _turns(view: View, node: fx.Node) -> bool:
+    """Tell whether a product has a side operand made of cosines and sines of positions."""
+    if kind(node) != "mul":
+        return False
+    for side in node.all_input_nodes:
+        if is_size(side) or view.origins.is_data(side):
+            continue
+        flags = view.origins.of(side)
+        if flags and flags <= {"buffer", "constant", "position", "mask", "past_length"}:
+            ops = {kind(n) for n in ancestors([side])}
+            if ops & {"cos", "sin", "polar", "exp", "complex"} or _is_table(side):
+                return True
+        elif not flags and {kind(n) for n in ancestors([side])} & {"cos", "sin", "polar"}:
+            return True
+    return False
+
+
+def _is_table(node: fx.Node) -> bool:
+    """Tell whether a stored table is read by position."""
+    ops = {kind(n) for n in ancestors([node])}
+    return bool(ops & {"embedding", "index", "index_select", "gather", "slice"}) and rank(node) >= 2
+
+
+def _interleaves(nodes: list[fx.Node]) -> bool:
+    """Tell whether neighbours are paired: strided slices or stacked pairs."""
+    for n in nodes:
+        if kind(n) == "slice" and len(n.args) > 4 and n.args[4] == 2:
+            return True
+        if kind(n) == "stack" and n.args[1:] and n.args[1] in (-1, rank(n) - 1):
+            return True
+        if kind(n) == "unbind" and shape(n.args[0])[-1] == 2:  # type: ignore[arg-type]
+            return True
+    return False
+
+
+def _in_halves(nodes: list[fx.Node], width: int) -> bool:
+    """Tell whether the halves are turned apart and joined afterwards."""
+    joins = [n for n in nodes if kind(n) in JOINING and isinstance(n.args[0], list | tuple)]
+    for n in joins:
+        parts = [p for p in n.args[0] if isinstance(p, fx.Node)]  # type: ignore[union-attr]
+        if len(parts) == 2 and all(
+            kind(p) in ("add", "sub", *TRANSPARENT) and shape(p)[-1] == width for p in parts
+        ):
+            return True
+    return False
+
+
+def qk_norm(view: View, match: Match) -> Literal["head", "full", "cosine"] | None:
+    """Find a norm between projection and product: per head, over all heads, or to unit length."""
+    width = match.q.layout.size("D")
+    for n in path(view, match.q):
+        name = kind(n)
+        if name in ("linalg_vector_norm", "norm", "normalize"):
+            return "cosine"
+        source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
+        if source is None or not isinstance(value(source), Tensor):
+            continue
+        if name in ("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"):
+            return "head" if shape(source)[-1] == width else "full"
+        if name == "rsqrt" and any(kind(m) == "mean" for m in ancestors([n])[-6:]):
+            mean = next(m for m in reversed(ancestors([n])) if kind(m) == "mean")
+            return "head" if shape(mean.args[0])[-1] == width else "full"  # type: ignore[arg-type]
+    return None
+
+
+# ---------------------------------------------------------------------------------------- origins
+
+
+def cache_inputs(view: View, node: fx.Node) -> list[fx.Node]:
+    """List the states that an operand is made of without another projection in between."""
+    found: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen or is_size(n) or kind(n) in CONTRACTIONS:
+            continue
+        seen.add(n)
+        if n.op == "placeholder":
+            found.extend([n] if view.program.bindings[n.name].kind == "state" else [])
+        else:
+            todo.extend(n.all_input_nodes)
+    return found
+
+
+def piece_key(match: Match, matches: list[Match]) -> object | None:
+    """Return what the pieces of one logical attention share: the place where results are joined."""
+    if sum(m.module == match.module for m in matches) < 2:
+        return None
+    node, seen = match.result, 0
+    todo = [node]
+    while todo and seen < 40:
+        node = todo.pop(0)
+        seen += 1
+        for user in node.users:
+            if kind(user) in JOINING:
+                return (match.module, user)
+            if kind(user) in TRANSPARENT | LAYOUT:
+                todo.append(user)
+    return None
+
+
+def site_kind(view: View, match: Match, mask_kind: str) -> Literal["self", "cross"]:
+    """Tell whether queries attend to their own tokens."""
+    if mask_kind in ("causal", "sliding", "chunked", "prefix"):
+        return "self"
+    q, k = stream(view, match.q.product), stream(view, match.k.product)
+    if not q or q & k:
+        return "self" if q else "cross"
+    return "cross"
+
+
+def stream(view: View, node: fx.Node) -> frozenset[fx.Node]:
+    """Walk back from an operand to the token stream: a residual sum, an embedding or an input."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        step = _upstream(view, n)
+        if step is None:
+            found.add(n)
+        else:
+            todo.extend(step)
+    return frozenset(found)
+
+
+def _upstream(view: View, node: fx.Node) -> list[fx.Node] | None:
+    """Return what a node passes on; None at a node of the token stream."""
+    name = kind(node)
+    origins = view.origins
+    data = [n for n in node.all_input_nodes if origins.is_data(n)]
+    if node.op == "placeholder" or name in ("embedding", "") or not data:
+        return None
+    if name in JOINING:
+        fresh = [n for n in data if "state" not in origins.of(n) or "parameter" in origins.of(n)]
+        return fresh or None
+    if name in ("add", "sub") and len(data) > 1:
+        return None if not _same_source(data) else data
+    if name in CONTRACTIONS:
+        contraction = read_contraction(node)
+        if contraction is None or weight_of(contraction, origins) is None:
+            return None
+    return data
+
+
+def _same_source(parts: list[fx.Node]) -> bool:
+    """Tell two turned copies of one tensor from a residual sum: both come from it within a few steps."""
+    near = [_near(p) for p in parts]
+    return bool(frozenset.intersection(*near))
+
+
+def _near(node: fx.Node, steps: int = 8) -> frozenset[fx.Node]:
+    found: set[fx.Node] = set()
+    layer = {node}
+    for _ in range(steps):
+        found |= layer
+        layer = {
+            m for n in layer for m in n.all_input_nodes
+            if kind(n) in ELEMENTWISE | LAYOUT | JOINING | TRANSPARENT and not is_size(m)
+            and isinstance(value(m), Tensor) and m.op != "placeholder"
+        }  # fmt: skip
+    return frozenset(n for n in found if kind(n) not in ("", "cos", "sin", "unsqueeze"))
+
+
+def grid(view: View, match: Match) -> Grid | None:
+    """Find the image that the queries come from: a convolution's height x width, and what leads it."""
+    tokens = match.q.layout.size("T")
+    for n in reversed(ancestors([match.q.product])):
+        if kind(n) == "conv2d" and rank(n) == 4:
+            height, width = shape(n)[-2:]
+            leading = tokens - height * width
+            if 0 <= leading <= 16 and height * width > 1:
+                return Grid(height, width, leading)
+    return None

@@ -1,0 +1,538 @@
+"""Name masks by evaluating them: at sizes derived from their own constants, with and without padding.
+
+Whatever ops spell a mask, its values say what it is. Terms that positions alone decide are
+evaluated as they are; terms that read a padding mask are evaluated with all ones, then with random
+masks, and must split into structure AND padding. Soft terms are biases, not masks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from attnopt.finder.evaluate import Sizes, ancestors, evaluate, is_size, leaves
+from attnopt.finder.layout import Layout
+from attnopt.finder.match import Match, Side, canonical_numbers
+from attnopt.finder.ops import LAYOUT, TRANSPARENT, argument, is_number, kind, shape, value
+from attnopt.finder.provenance import View
+from attnopt.finder.scores import HARD
+from attnopt.nouns import Mask
+
+Bias = Literal["none", "alibi", "relative", "table", "dense"]
+
+_BROADCASTING = frozenset("expand expand_as unsqueeze slice view reshape broadcast_to to _to_copy".split())
+_PADDING_TRIALS = 8
+_LARGEST_SQUARE = 8200
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of what is added to, or hides, the scores."""
+
+    node: fx.Node
+    op: str
+    when: bool
+    factor: float
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the side operands of a site amount to."""
+
+    mask: Mask
+    padded: bool
+    bias: Bias
+    notes: tuple[str, ...] = ()
+
+
+def name_masks(view: View, match: Match) -> Named:
+    """Name the structure, the padding and the bias of a site."""
+    return _Reader(view, match).read()
+
+
+def split_terms(side: Side) -> list[Term]:
+    """Split a side operand into the terms that are added up in it."""
+    step = side.step
+    if step.op != "add":
+        return [Term(side.node, step.op, step.when, 1.0, side.layout)]
+    return [Term(n, "add", True, side.factor, side.layout) for n in _summands(side.node)]
+
+
+def _summands(node: fx.Node) -> list[fx.Node]:
+    """Follow sums, casts and broadcasts down to the terms, each a tensor that broadcasts."""
+    inner = node
+    while kind(inner) in _BROADCASTING | TRANSPARENT and isinstance(inner.args[0], fx.Node):
+        if kind(inner) in LAYOUT and not _keeps_axes(inner):
+            break
+        inner = inner.args[0]
+    if kind(inner) == "add" and argument(inner, 2, "alpha", 1) == 1:
+        parts = [a for a in inner.args[:2] if isinstance(a, fx.Node)]
+        if len(parts) == 2 and all(isinstance(value(p), Tensor) for p in parts):
+            return [term for p in parts for term in _summands(p)]
+    return [inner]
+
+
+def _keeps_axes(node: fx.Node) -> bool:
+    """Tell whether a layout op only broadcasts: its input could stand in its place."""
+    before, after = shape(node.args[0]), shape(node)  # type: ignore[arg-type]
+    if kind(node) == "unsqueeze" and node.args[1] not in (0,):
+        return False
+    lead = len(after) - len(before)
+    return lead >= 0 and all(b in (1, a) for b, a in zip(before, after[lead:], strict=True))
+
+
+class _Reader:
+    """Evaluates the terms of one site."""
+
+    def __init__(self, view: View, match: Match) -> None:
+        self.view = view
+        self.match = match
+        self.program = view.program
+        terms = [t for side in match.sides if side.step.op != "multiply" for t in split_terms(side)]
+        self.hard: list[Term] = []
+        self.soft: list[Term] = []
+        for term in terms:
+            (self.hard if self._decidable(term.node) else self.soft).append(term)
+        self.inputs = self._mask_inputs()
+
+    def read(self) -> Named:
+        """Evaluate, name, and test for padding."""
+        notes: list[str] = []
+        # A data-dependent term that hides keys cannot be named; one that adds is a bias.
+        if any(t.op == "hide" for t in self.soft):
+            return Named(Mask("dense"), bool(self.inputs), self._bias(notes), ("the mask depends on data",))
+        structure = self._structure(notes)
+        padded = False
+        if self.inputs and not any("evaluated" in n for n in notes):
+            padded, exact = self._padding(structure)
+            if not exact:
+                structure = Mask("dense")
+                notes.append("the mask is not structure AND padding")
+        return Named(structure, padded, self._bias(notes), tuple(notes))
+
+    # ------------------------------------------------------------------------- dependencies
+
+    def _decidable(self, node: fx.Node) -> bool:
+        """Tell whether positions, constants and mask inputs decide a term."""
+        flags = self.view.origins.of(node)
+        return not flags & {"parameter", "data", "state"} and not self._reads_tokens(node)
+
+    def _reads_tokens(self, node: fx.Node) -> bool:
+        """Tell whether integer inputs matter: one of another role than ids is a mask input."""
+        names = {self.program.bindings[n.name].name for n in leaves([node]) if n.op == "placeholder"}
+        return bool(names & {"input_ids", "decoder_input_ids"})
+
+    def _mask_inputs(self) -> list[fx.Node]:
+        found = leaves([t.node for t in self.hard])
+        return [
+            n
+            for n in found
+            if self.program.bindings[n.name].kind == "input"
+            and self.program.bindings[n.name].name.split(".")[-1]
+            not in ("position_ids", "cache_position")
+        ]
+
+    # --------------------------------------------------------------------------- evaluation
+
+    def _visible(self, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
+        """Return which keys are visible, as (B or 1, H or 1, T, S) booleans."""
+        visible = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+        def leaf(node: fx.Node) -> Tensor:
+            return inputs[node] if node in inputs else self._default(node, sizes)
+
+        for term in self.hard:
+            (found,) = evaluate([term.node], leaf, sizes=sizes)
+            if term.op == "hide":
+                hidden = (found != 0) == term.when
+            else:
+                hidden = found * term.factor <= HARD
+            own = broadcast_layout(term.layout, tuple(hidden.shape))
+            visible = visible & ~_to_bhts(hidden, own, term.layout)
+        if self.match.causal:
+            queries, keys = visible.shape[-2:]
+            queries, keys = max(queries, self._length("T", sizes)), max(keys, self._length("S", sizes))
+            visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        return visible
+
+    def _default(self, node: fx.Node, sizes: Sizes) -> Tensor:
+        binding = self.program.bindings[node.name]
+        if binding.kind in ("parameter", "buffer", "constant"):
+            return self.program.weights[binding.name]
+        example = value(node)
+        size = self.view.shapes.shape(node, sizes)
+        if binding.name.split(".")[-1] in ("position_ids", "cache_position"):
+            past = sizes.get(self._past, 0) if self._past is not None else 0
+            return (torch.arange(size[-1]) + past).expand(size)
+        if example.is_floating_point():
+            return torch.zeros(size, dtype=example.dtype)
+        return torch.ones(size, dtype=example.dtype)
+
+    @property
+    def _past(self) -> sympy.Symbol | None:
+        for symbol, (node, _) in self.view.shapes.sources.items():
+            if self.program.bindings[node.name].kind in ("past_length", "state"):
+                return symbol
+        return None
+
+    def _length(self, role: str, sizes: Sizes) -> int:
+        """Return the number of queries or keys at the given sizes."""
+        operand = self.match.q if role == "T" else self.match.k
+        node = operand.product
+        found = self.view.shapes.shape(node, sizes)
+        held = self._layout_of(node)
+        axes = [i for i, a in enumerate(held.axes) if any(f.role == role for f in a)]
+        total = 1
+        for i in axes:
+            total *= found[i]
+        return total
+
+    def _layout_of(self, node: fx.Node) -> Layout:
+        labels = self.match.contraction.labels(node)
+        by_label = dict(
+            zip(self.match.contraction.out_labels, self.match.scores_layout.axes, strict=True)
+        )
+        return Layout(tuple(by_label.get(x, ()) for x in labels))
+
+    # ----------------------------------------------------------------------------- structure
+
+    def _structure(self, notes: list[str]) -> Mask:
+        if not self.hard and not self.match.causal:
+            return Mask("none")
+        shown: list[tuple[Tensor, int]] = []
+        for sizes in self._trials():
+            try:
+                visible = self._visible(sizes, self._all_visible(sizes))
+            except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+                continue
+            full = self._full(visible, sizes)
+            if full is None:
+                return Mask("dense")
+            shown.append((full, full.shape[-1] - full.shape[-2]))
+        if not shown:
+            notes.append("the mask could not be evaluated")
+            return Mask("dense")
+        return name_structure([v for v, _ in shown])
+
+    def _full(self, visible: Tensor, sizes: Sizes) -> Tensor | None:
+        """Return the (T, S) structure; None where rows of the batch or heads differ."""
+        first = visible[0, 0]
+        if not (visible == first).all():
+            return None
+        queries, keys = self._length("T", sizes), self._length("S", sizes)
+        return first.expand(queries, keys)
+
+    def _all_visible(self, sizes: Sizes) -> dict[fx.Node, Tensor]:
+        """Give each mask input the value that hides nothing: ones, or zeros where they hide less."""
+        values: dict[fx.Node, Tensor] = {}
+        for node in self.inputs:
+            values[node] = self._default(node, sizes)
+            if not value(node).is_floating_point() and not self._ones_show(node):
+                values[node] = torch.zeros_like(values[node])
+        return values
+
+    def _ones_show(self, node: fx.Node) -> bool:
+        key = ("ones", node)
+        if key not in _POLARITY:
+            sizes = self.view.shapes.captured
+            counts = []
+            for fill in (1, 0):
+                given = {n: self._default(n, sizes) for n in self.inputs}
+                given[node] = torch.full_like(given[node], fill)
+                counts.append(int(self._visible(sizes, given).sum()))
+            _POLARITY[key] = counts[0] >= counts[1]
+        return _POLARITY[key]
+
+    def _trials(self) -> Iterator[Sizes]:
+        """Yield sizes: those of the capture, small ones, and ones around every constant.
+
+        With a state, a few rows after a long past show what a square mask would.
+        """
+        captured = dict(self.view.shapes.captured)
+        yield captured
+        lengths = self._length_symbols()
+        if not lengths:
+            return
+        queries, past = lengths
+        for n in sorted({3, 7, 13, *self._constants()}):
+            if past is not None:
+                rows = min(3, n)
+                yield {**captured, **dict.fromkeys(queries, rows), past: max(n - rows, 0)}
+                if n <= 64:
+                    yield {**captured, **dict.fromkeys(queries, n), past: 0}
+            elif n <= _LARGEST_SQUARE:
+                yield {**captured, **dict.fromkeys(queries, n)}
+
+    def _length_symbols(self) -> tuple[list[sympy.Symbol], sympy.Symbol | None] | None:
+        """Find the symbols that lengths of queries and keys are made of."""
+        past = self._past
+        used: set[sympy.Symbol] = set()
+        for role, node in (("T", self.match.q.product), ("S", self.match.k.product)):
+            for size, axis in zip(value(node).shape, self._layout_of(node).axes, strict=True):
+                if any(f.role == role for f in axis) and isinstance(size, torch.SymInt):
+                    used |= size.node.expr.free_symbols
+        queries = [s for s in used if s != past and s in self.view.shapes.captured]
+        if not queries:
+            return None
+        return queries, past if past in used or past is not None else None
+
+    def _constants(self) -> set[int]:
+        """Collect the integers in the mask's own subgraph, and their neighbours."""
+        found: set[int] = set()
+        for node in ancestors([t.node for t in self.hard]):
+            if node.op == "placeholder" and not is_size(node):
+                binding = self.program.bindings[node.name]
+                if binding.kind in ("buffer", "constant") and value(node).numel() == 1:
+                    found |= _integers(self.program.weights[binding.name].item())
+            elif node.op == "call_function" and kind(node) not in ("slice", "view", "reshape", "expand"):
+                for arg in (*node.args, *node.kwargs.values()):
+                    found |= _integers(arg)
+        return {n for c in found for n in (c - 1, c, c + 1, 2 * c + 1) if n > 1}
+
+    # ------------------------------------------------------------------------------ padding
+
+    def _padding(self, structure: Mask) -> tuple[bool, bool]:
+        """Return whether inputs hide keys, and whether they do nothing else."""
+        sizes = self.view.shapes.captured
+        try:
+            base = self._visible(sizes, self._all_visible(sizes))
+        except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+            return True, False
+        padded = False
+        exact = True
+        for seed in range(_PADDING_TRIALS):
+            generator = torch.Generator().manual_seed(seed)
+            given = {n: self._random_mask(n, sizes, generator) for n in self.inputs}
+            try:
+                visible = self._visible(sizes, given)
+            except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+                return True, False
+            shape_ = torch.broadcast_shapes(base.shape, visible.shape)
+            visible, plain = visible.expand(shape_), base.expand(shape_)
+            padded = padded or not torch.equal(visible, plain)
+            exact = exact and _is_padding(visible, plain)
+        return padded, exact
+
+    def _random_mask(self, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Tensor:
+        example = value(node)
+        size = self.view.shapes.shape(node, sizes)
+        shown = torch.rand(size, generator=generator) < 0.7
+        if example.is_floating_point():
+            return torch.zeros(size, dtype=example.dtype).masked_fill(~shown, torch.finfo(example.dtype).min)
+        if not self._ones_show(node):
+            shown = ~shown
+        return shown.to(example.dtype)
+
+    # --------------------------------------------------------------------------------- bias
+
+    def _bias(self, notes: list[str]) -> Bias:
+        """Name what is added softly."""
+        kinds: set[Bias] = set()
+        for term in self.soft:
+            if term.op == "add":
+                kinds.add(self._soft_kind(term))
+        for term in self.hard:
+            if term.op == "add" and (soft := self._soft_remainder(term)) is not None:
+                kinds.add(soft)
+        if not kinds:
+            return "none"
+        if len(kinds) > 1:
+            notes.append(f"several biases: {', '.join(sorted(kinds))}")
+        return next(b for b in ("dense", "relative", "table", "alibi") if b in kinds)
+
+    def _soft_kind(self, term: Term) -> Bias:
+        flags = self.view.origins.of(term.node)
+        if flags & {"data", "tokens", "state"}:
+            return "dense"
+        ops = {kind(n) for n in ancestors([term.node])}
+        if "embedding" in ops:
+            return "relative"
+        return "table" if ops & {"index", "gather", "index_select"} else "dense"
+
+    def _soft_remainder(self, term: Term) -> Bias | None:
+        """Return the bias in a term that positions decide; None where it only hides."""
+        sizes = self.view.shapes.captured
+        given = self._all_visible(sizes)
+        try:
+            (found,) = evaluate(
+                [term.node], lambda n: given.get(n, None) if n in given else self._default(n, sizes),
+                sizes=sizes,
+            )  # fmt: skip
+        except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+            return "dense"
+        soft = found[(found * term.factor > HARD)]
+        if soft.numel() == 0 or not (soft != 0).any():
+            return None
+        # Linear in the key's position, with a slope of its own for each head.
+        line = found.double()
+        line = line.reshape(-1, line.shape[-1]) if line.dim() else line.reshape(1, 1)
+        seen = line > HARD
+        step = line[:, 1:] - line[:, :-1]
+        both = seen[:, 1:] & seen[:, :-1]
+        for row, ok in zip(step, both, strict=True):
+            kept = row[ok]
+            if kept.numel() > 1 and (kept - kept[0]).abs().max() > 1e-4 * max(1.0, float(kept.abs().max())):
+                return "dense"
+        return "alibi"
+
+
+_POLARITY: dict[tuple[str, fx.Node], bool] = {}
+
+
+def broadcast_layout(layout: Layout, sizes: tuple[int, ...]) -> Layout:
+    """Return the layout of a tensor that broadcasts into a stage."""
+    axes = layout.axes[len(layout.axes) - len(sizes) :]
+    return Layout(tuple(a if s > 1 else () for a, s in zip(axes, sizes, strict=True)))
+
+
+def _to_bhts(hidden: Tensor, own: Layout, full: Layout) -> Tensor:
+    """Bring a broadcasting tensor to (B, H, T, S)."""
+    if hidden.dim() == 0:
+        return hidden.view(1, 1, 1, 1)
+    groups: list[list[int]] = []
+    covered: set[str] = set()
+    for role in "BHTS":
+        axes = [i for i, a in enumerate(own.axes) if a and a[0].role == role]
+        groups.append(sorted(axes, key=lambda i: -own.axes[i][0].stride))
+        if axes and sum(f.size > 1 for f in own.factors(role)) < len(full.factors(role)):
+            covered.add(role)
+    if covered or any(len(a) > 1 for a in own.axes):
+        return _expanded_bhts(hidden, own, full, covered)
+    used = [i for g in groups for i in g]
+    rest = [i for i in range(hidden.dim()) if i not in used]
+    sizes = [_product(hidden.shape[i] for i in g) for g in groups]
+    return hidden.permute(*rest, *used).reshape(sizes)
+
+
+def _expanded_bhts(hidden: Tensor, own: Layout, full: Layout, roles: set[str]) -> Tensor:
+    lead = len(full.axes) - hidden.dim()
+    hidden = hidden.reshape((1,) * lead + tuple(hidden.shape))
+    sizes = [
+        _product(f.size for f in a) if a and hidden.shape[i] == 1 and any(f.role in roles for f in a) else -1
+        for i, a in enumerate(full.axes)
+    ]
+    hidden = hidden.expand(sizes)
+    axes = tuple(a if s > 1 else () for a, s in zip(full.axes, hidden.shape, strict=True))
+    return canonical_numbers(hidden, Layout(axes), "BHTS")
+
+
+def _product(sizes: Any) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _integers(x: Any) -> set[int]:
+    if isinstance(x, list | tuple):
+        return {n for y in x for n in _integers(y)}
+    if is_number(x) and 2 <= abs(x) <= 65536 and float(x).is_integer():
+        return {abs(int(x))}
+    return set()
+
+
+def _is_padding(visible: Tensor, plain: Tensor) -> bool:
+    """Tell whether what is hidden beyond the structure is whole keys of a batch row.
+
+    Queries that see nothing are not compared: they are padding themselves.
+    """
+    alive = visible.any(dim=-1, keepdim=True)
+    lost = plain & ~visible & alive
+    kept = visible & alive
+    if (visible & ~plain & alive).any():
+        return False
+    hidden_key = lost.any(dim=-2, keepdim=True)
+    return not bool((kept & hidden_key).any())
+
+
+# ------------------------------------------------------------------------------------- structures
+
+
+def name_structure(seen: list[Tensor]) -> Mask:
+    """Name (T, S) visibilities taken at several sizes, queries at the end of the keys."""
+    for candidate in _candidates(seen):
+        if all(torch.equal(v, structure(candidate, *v.shape)) for v in seen):
+            return candidate
+    return Mask("dense")
+
+
+def structure(mask: Mask, queries: int, keys: int) -> Tensor:
+    """Return the (T, S) visibility that a named mask stands for."""
+    column = torch.arange(keys)
+    row = torch.arange(queries).unsqueeze(1) + (keys - queries)
+    if mask.kind == "none":
+        return torch.ones(queries, keys, dtype=torch.bool)
+    causal = column <= row
+    if mask.kind == "causal":
+        return causal
+    if mask.kind == "sliding" and mask.right is not None:
+        assert mask.window is not None
+        return (row - column <= mask.window) & (column - row <= mask.right)
+    if mask.kind == "sliding":
+        assert mask.window is not None
+        return causal & (row - column < mask.window)
+    if mask.kind == "chunked":
+        assert mask.window is not None
+        return causal & (row // mask.window == column // mask.window)
+    if mask.kind == "block":
+        assert mask.window is not None
+        return row // mask.window == column // mask.window
+    assert mask.kind == "prefix"
+    assert mask.prefix is not None
+    return causal | (column < mask.prefix)
+
+
+def _candidates(seen: list[Tensor]) -> Iterator[Mask]:
+    """Yield the named masks that the largest sample allows, the simplest first."""
+    yield Mask("none")
+    yield Mask("causal")
+    widest = max(seen, key=lambda v: v.shape[-1])
+    queries, keys = widest.shape
+    counts = {int(v[-1].sum()) for v in seen}
+    window = max(counts)
+    yield Mask("sliding", window=window)
+    yield from _chunks(seen)
+    reaches = [_reach(v) for v in seen]
+    behind, ahead = (max(r[i] for r in reaches) for i in (0, 1))
+    if ahead > 0:
+        yield Mask("sliding", window=behind, right=ahead)
+        if queries == keys:
+            yield Mask("prefix", prefix=int(widest[0].sum()))
+
+
+def _reach(visible: Tensor) -> tuple[int, int]:
+    """Return how far queries see back and ahead, at most."""
+    queries, keys = visible.shape
+    distance = (torch.arange(queries).unsqueeze(1) + keys - queries) - torch.arange(keys)
+    if not visible.any():
+        return 0, 0
+    back = distance.masked_fill(~visible, -keys).max()
+    ahead = -distance.masked_fill(~visible, keys).min()
+    return int(back), int(ahead)
+
+
+def _chunks(seen: list[Tensor]) -> Iterator[Mask]:
+    """Yield chunk lengths that the last rows allow."""
+    for v in seen:
+        keys = v.shape[1]
+        row = v[-1].nonzero().flatten()
+        if len(row) and 0 < int(row[0]) and int(row[-1]) == keys - 1:
+            start = int(row[0])
+            for size in _divisors(start):
+                if size >= keys - start:
+                    yield Mask("chunked", window=size)
+    for v in seen:
+        if v.shape[0] == v.shape[1] and v[0].any():
+            size = int(v[0].sum())
+            if 0 < size < v.shape[1]:
+                yield Mask("block", window=size)
+
+
+def _divisors(n: int) -> list[int]:
+    small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+

@@ -1,0 +1,666 @@
+"""Assemble a match: queries, keys, values, scores and result, each with the roles of its axes."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.finder.contraction import Contraction, Labels
+from attnopt.finder.evaluate import at_sizes, is_size
+from attnopt.finder.layout import Factor, Layout, place, read_layout
+from attnopt.finder.ops import (
+    LAYOUT,
+    TRANSPARENT,
+    argument,
+    kind,
+    module_path,
+    rank,
+    shape,
+    value,
+)
+from attnopt.finder.provenance import View, run_layout
+from attnopt.finder.scores import Anchor, Step, Walker, forth
+from attnopt.nouns import No
+
+Factors = tuple[Factor, ...]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor with its layout; `heads[h]` is its own head that query head h reads."""
+
+    node: fx.Node
+    layout: Layout
+    heads: tuple[int, ...]
+    product: fx.Node
+
+    @property
+    def count(self) -> int:
+        """Return the number of distinct heads."""
+        return max(self.heads) + 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """A side operand of the scores or the weights, with the layout of the stage that it joins."""
+
+    step: Step
+    layout: Layout
+    factor: float = 1.0
+
+    @property
+    def node(self) -> fx.Node:
+        """Return the side operand's node."""
+        assert self.step.side is not None
+        return self.step.side
+
+    def own_layout(self) -> Layout:
+        """Return the layout of the side operand itself: axes that it broadcasts along hold no role."""
+        sizes = shape(self.node)
+        axes = self.layout.axes[len(self.layout.axes) - len(sizes) :]
+        return Layout(tuple(a if s > 1 else () for a, s in zip(axes, sizes, strict=True)))
+
+
+@dataclass(frozen=True)
+class Match:
+    """One attention, read: result = softmax(cap(q k * scale) + sides) v, at `result` in the graph."""
+
+    module: str
+    anchor: fx.Node
+    result: fx.Node
+    result_layout: Layout
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float
+    softcap: float | None
+    sides: tuple[Side, ...]
+    sinks: Side | None
+    after: tuple[Side, ...]
+    after_scale: float
+    causal: bool
+    reused: tuple[fx.Node, ...]
+    scores_layout: Layout
+    contraction: Contraction
+
+    @property
+    def heads(self) -> int:
+        """Return the number of query heads."""
+        return len(self.k.heads)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the walks found, before any axis has a role."""
+
+    anchor: fx.Node
+    result: fx.Node
+    scores: fx.Node
+    axis: int
+    query_key: Contraction
+    steps: tuple[Step, ...]
+    values: Contraction
+    weights: fx.Node | None
+    after: tuple[Step, ...]
+    reused: tuple[fx.Node, ...]
+    causal: bool = False
+
+
+def match_anchor(view: View, walker: Walker, anchor: Anchor) -> Match | No:
+    """Read the attention around a normalisation of scores."""
+    trail = walker.back(anchor.scores)
+    if isinstance(trail, No):
+        return trail
+    way = forth(view, anchor)
+    if isinstance(way, No):
+        return way
+    result = way.contraction.node
+    others = way.others
+    if anchor.result is not None:
+        found = _divided(anchor.result, result)
+        if isinstance(found, No):
+            return found
+        result = found
+    parts = Parts(
+        anchor=anchor.weights,
+        result=result,
+        scores=anchor.scores,
+        axis=anchor.axis,
+        query_key=trail.contraction,
+        steps=trail.steps,
+        values=way.contraction,
+        weights=way.weights,
+        after=way.steps,
+        reused=others,
+    )
+    return _assemble(view, parts)
+
+
+def _divided(division: fx.Node, product: fx.Node) -> fx.Node | No:
+    node: Any = division.args[0]
+    while isinstance(node, fx.Node) and kind(node) in TRANSPARENT and node is not product:
+        node = node.args[0]
+    if node is not product:
+        return No("the division by the sum does not follow the product with the values", division.name)
+    return division
+
+
+def match_fused(view: View, walker: Walker, node: fx.Node) -> Match | No:
+    """Read a scaled_dot_product_attention node."""
+    q, k, v = node.args[:3]
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
+    batch = tuple(f"b{i}" for i in range(rank(q) - 2))
+    trail = lambda x: batch[len(batch) - (rank(x) - 2) :]  # noqa: E731
+    out = (*batch, "t", "s")
+    query_key = Contraction(node, q, k, (*trail(q), "t", "d"), (*trail(k), "s", "d"), out)
+    values = Contraction(node, node, v, out, (*trail(v), "s", "e"), (*batch, "t", "e"))
+    mask = argument(node, 3, "attn_mask")
+    scale = argument(node, 6, "scale")
+    number = float(scale) if scale is not None else shape(q)[-1] ** -0.5
+    steps = [Step("scale", node, number=number)]
+    if isinstance(mask, fx.Node):
+        hides = value(mask).dtype == torch.bool
+        steps.append(
+            Step("hide", node, side=mask, number=-torch.inf, when=False)
+            if hides
+            else Step("add", node, side=mask)
+        )
+    return _assemble(
+        view,
+        Parts(
+            anchor=node,
+            result=node,
+            scores=node,
+            axis=len(out) - 1,
+            query_key=query_key,
+            steps=tuple(steps),
+            values=values,
+            weights=None,
+            after=(),
+            reused=(),
+            causal=bool(argument(node, 5, "is_causal", default=False)),
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------- roles
+
+
+class _Refused(Exception):
+    """Carries a refusal out of nested reading code to `_assemble`."""
+
+    def __init__(self, no: No) -> None:
+        super().__init__(no.why)
+        self.no = no
+
+
+def _refuse(why: str, node: fx.Node) -> _Refused:
+    return _Refused(No(why, node.name))
+
+
+def _assemble(view: View, parts: Parts) -> Match | No:
+    try:
+        return _Assembly(view, parts).match()
+    except _Refused as refused:
+        return refused.no
+
+
+class _Assembly:
+    """Names the axes of one attention and collects its operands."""
+
+    def __init__(self, view: View, parts: Parts) -> None:
+        self.view = view
+        self.parts = parts
+        self.sizes = view.shapes.captured
+        self.qk = parts.query_key
+        self.out_sizes = self._label_sizes()
+
+    def match(self) -> Match:
+        """Read everything, raising `_Refused` where something does not fit."""
+        parts = self.parts
+        key_labels = self._softmax_labels()
+        self.q_node, self.k_node = self._orient(key_labels)
+        factors = self._factors(key_labels)
+        out = Layout(tuple(factors[x] for x in self.qk.out_labels))
+        scale, softcap, sides, sinks, coordinates = self._score_steps(out)
+        weights_layout, after, after_scale = self._after(out, coordinates)
+        v_labels, result_layout = self._value_layouts(weights_layout)
+        heads = max(out.size("H"), 1)
+        q = self._operand(self.q_node, self._layout_of(self.q_node, factors), "BHTD", heads)
+        k = self._operand(self.k_node, self._layout_of(self.k_node, factors), "BHSD", heads)
+        values = parts.values
+        v_node = values.rhs if self._weights_are_lhs() else values.lhs
+        v = self._operand(v_node, v_labels, "BHSE", heads)
+        return Match(
+            module=module_path(parts.anchor),
+            anchor=parts.anchor,
+            result=parts.result,
+            result_layout=result_layout,
+            q=q,
+            k=k,
+            v=v,
+            scale=scale,
+            softcap=softcap,
+            sides=tuple(sides),
+            sinks=sinks,
+            after=tuple(after),
+            after_scale=after_scale,
+            causal=parts.causal,
+            reused=parts.reused,
+            scores_layout=out,
+            contraction=self.qk,
+        )
+
+    def _label_sizes(self) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for node, labels in ((self.qk.lhs, self.qk.lhs_labels), (self.qk.rhs, self.qk.rhs_labels)):
+            for label, size in zip(labels, shape(node), strict=True):
+                sizes[label] = max(sizes.get(label, 1), size)
+        return sizes
+
+    def _size_in(self, node: fx.Node, label: str) -> int:
+        labels = self.qk.labels(node)
+        return shape(node)[labels.index(label)] if label in labels else 0
+
+    def _softmax_labels(self) -> tuple[str, ...]:
+        """Name the axes of the product that the softmax runs over."""
+        parts = self.parts
+        moves = [s for s in parts.steps if s.op in ("layout", "sink", "drop")]
+        if not moves:
+            return (self.qk.out_labels[parts.axis],)
+        full = tuple(self.out_sizes[x] for x in self.qk.out_labels)
+        lines = {
+            x: torch.arange(full[i]).view([-1 if j == i else 1 for j in range(len(full))]).expand(full)
+            for i, x in enumerate(self.qk.out_labels)
+        }
+        for step in moves:
+            lines = {x: self._push(step, line) for x, line in lines.items()}
+        found = []
+        for x, line in lines.items():
+            moved = line.movedim(parts.axis, -1).reshape(-1, line.shape[parts.axis])[0]
+            moved = moved[moved >= 0]
+            if len(moved) > 1 and (moved != moved[0]).any():
+                found.append(x)
+        if not found:
+            raise _refuse("the softmax does not run over an axis of the product", parts.anchor)
+        return tuple(found)
+
+    def _push(self, step: Step, numbers: Tensor) -> Tensor:
+        """Run one layout step on numbers instead of values."""
+        node = step.node
+        if step.op == "sink":
+            axis = argument(node, 1, "dim", 0)
+            column = torch.full_like(numbers.narrow(axis, 0, 1), -1)
+            pieces = [column, numbers] if not step.when else [numbers, column]
+            return torch.cat(pieces, dim=axis)
+
+        def read(n: fx.Node) -> Any:
+            if is_size(n):
+                return at_sizes(value(n), self.sizes)
+            if n is node.args[0]:
+                return numbers
+            raise _refuse("a layout op reads data", node)
+
+        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        if "pad" in kind(node):
+            return torch.ops.aten.constant_pad_nd.default(args[0], args[1], -1)  # type: ignore[no-any-return]
+        try:
+            return run_layout(node, args, kwargs)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise _refuse(f"a layout op cannot be followed: {error}", node) from error
+
+    def _orient(self, key_labels: Labels) -> tuple[fx.Node, fx.Node]:
+        """Tell which operand holds the keys: the softmax axis is theirs alone."""
+        for q, k in ((self.qk.lhs, self.qk.rhs), (self.qk.rhs, self.qk.lhs)):
+            if all(self._size_in(k, x) >= 1 and self._size_in(q, x) <= 1 for x in key_labels):
+                if any(x in self.qk.labels(k) and x not in self.qk.labels(q) for x in key_labels):
+                    return q, k
+        raise _refuse("the softmax axis belongs to both queries and keys", self.qk.node)
+
+    def _factors(self, key_labels: Labels) -> dict[str, Factors]:
+        """Give every axis of the product its roles."""
+        local: dict[str, list[tuple[str, int, int]]] = {}
+        batches = [x for x in self.qk.out_labels if x in self.qk.lhs_labels and x in self.qk.rhs_labels]
+        for label in self.qk.out_labels:
+            local[label] = self._roles_of(label, key_labels, batches)
+        for label in self.qk.summed:
+            local[label] = [("D", self.out_sizes[label], 0)]
+        return _with_strides(local, (*self.qk.out_labels, *self.qk.summed))
+
+    def _roles_of(
+        self, label: str, key_labels: Labels, batches: list[str]
+    ) -> list[tuple[str, int, int]]:
+        """List (role, size, order) of an axis, the slowest first."""
+        size = self.out_sizes[label]
+        if size == 1:
+            return []
+        if label in key_labels:
+            return [("S", size, 0)]
+        in_q, in_k = self._size_in(self.q_node, label), self._size_in(self.k_node, label)
+        if in_q <= 1 and label not in self.qk.labels(self.q_node):
+            raise _refuse("an axis of the keys is neither batch, head nor softmax axis", self.qk.node)
+        rows = "B" if label in batches else "T"
+        found = self._split_line(self.q_node if in_q > 1 else self.k_node, label, rows)
+        if found is None and in_q > 1 and in_k > 1:
+            found = self._split_line(self.k_node, label, rows)
+        if found is not None:
+            return found
+        # Nothing is known of where the operand comes from: the first shared axis is the batch.
+        is_head = label in batches and len(batches) > 1 and label == batches[-1]
+        return [("H" if is_head else rows, size, 0)]
+
+    def _split_line(self, node: fx.Node, label: str, rows: str) -> list[tuple[str, int, int]] | None:
+        """Tell batch or query steps from head steps along an axis of an operand."""
+        provenance = self.view.provenance
+        numbers = provenance.numbers(node)
+        labels = self.qk.labels(node)
+        line = _line(numbers, labels.index(label))
+        if line is None:
+            return None
+        root = provenance.root_of(int(line[0]))
+        if int(line.max()) >= root.base + _count(root.shape) or int(line.min()) < root.base:
+            return None
+        if not root.channels:
+            root = self._guess_channels(root, numbers, labels)
+            if not root.channels:
+                return None
+        row, channel = root.place(line)
+        if root.contraction is None and (row != row[0]).any() and (channel == channel[0]).all():
+            pass
+        lines = {
+            role: torch.unique(x, return_inverse=True)[1]
+            for role, x in ((rows, row), ("H", channel))
+            if (x != x[0]).any()
+        }
+        if not lines:
+            return None
+        layout = read_layout(lines)
+        if layout is None:
+            return None
+        step = {f.role: 0 for f in layout.axes[0]}
+        if "H" in step:
+            changes = (channel[1:] - channel[:-1])[channel[1:] != channel[:-1]]
+            step["H"] = int(changes[0])
+        return [(f.role, f.size, abs(step[f.role])) for f in layout.axes[0]]
+
+    def _guess_channels(self, root: Any, numbers: Tensor, labels: Labels) -> Any:
+        """For a raw input: axes that are not batch (the first) nor query or key hold the heads."""
+        rows: set[int] = set()
+        taken: set[int] = set()
+        for i, x in enumerate(labels):
+            line = _line(numbers, i)
+            if line is None or len(line) < 2:
+                continue
+            moved = _moved_axes(root, line)
+            taken |= moved
+            both = x in self.qk.lhs_labels and x in self.qk.rhs_labels
+            if not both:
+                rows |= moved
+        free = [i for i in sorted(taken - rows) if i != 0]
+        return replace(root, channels=tuple(free)) if free else root
+
+    # ------------------------------------------------------------------------------- scores
+
+    def _score_steps(
+        self, out: Layout
+    ) -> tuple[float, float | None, list[Side], Side | None, dict[str, Tensor] | None]:
+        """Fold the score arithmetic into scale, soft cap and sides."""
+        scale, softcap = 1.0, None
+        sides: list[Side] = []
+        sinks: Side | None = None
+        layout = out
+        coordinates: dict[str, Tensor] | None = None
+        for step in self.parts.steps:
+            if step.op == "scale":
+                if step.number < 0 and any(s.step.op == "hide" for s in sides):
+                    raise _refuse("masked scores are negated", step.node)
+                scale *= step.number
+                softcap = None if softcap is None else softcap * step.number
+                sides = [replace(s, factor=s.factor * step.number) for s in sides]
+            elif step.op == "tanh":
+                if sides or softcap is not None:
+                    raise _refuse("tanh of scores that are already biased or masked", step.node)
+                softcap = 1.0
+            elif step.op in ("add", "multiply", "hide"):
+                if step.op == "multiply" and softcap is not None:
+                    raise _refuse("scores are multiplied after the soft cap", step.node)
+                sides.append(Side(step, layout, step.number if step.op == "add" else 1.0))
+            elif step.op == "sink":
+                if sinks is not None:
+                    raise _refuse("two sink columns", step.node)
+                sinks = Side(step, layout)
+            if step.op in ("layout", "sink", "drop"):
+                coordinates = self._start(out) if coordinates is None else coordinates
+                coordinates = {r: self._push(step, c) for r, c in coordinates.items()}
+                if step.op == "layout":
+                    layout = self._read(coordinates, step.node)
+        return scale, softcap, sides, sinks, coordinates
+
+    def _start(self, out: Layout) -> dict[str, Tensor]:
+        full = tuple(self.out_sizes[x] for x in self.qk.out_labels)
+        return {role: place(out, role, full) for role in "BHTS"}
+
+    def _read(self, coordinates: dict[str, Tensor], node: fx.Node) -> Layout:
+        layout = read_layout(coordinates)
+        if layout is None:
+            raise _refuse("an op moves scores in a way that is not a product of axes", node)
+        return layout
+
+    def _after(
+        self, out: Layout, coordinates: dict[str, Tensor] | None
+    ) -> tuple[Layout, list[Side], float]:
+        """Follow the weights to the product with the values."""
+        layout = out if coordinates is None else None
+        scale = 1.0
+        after: list[Side] = []
+        open_sink = any(s.op == "sink" for s in self.parts.steps) and not any(
+            s.op == "drop" for s in self.parts.steps
+        )
+        if coordinates is not None and not open_sink:
+            layout = self._read(coordinates, self.parts.anchor)
+        for step in self.parts.after:
+            if step.op == "scale":
+                scale *= step.number
+            elif step.op in ("layout", "drop"):
+                coordinates = self._start(out) if coordinates is None else coordinates
+                coordinates = {r: self._push(step, c) for r, c in coordinates.items()}
+                layout = self._read(coordinates, step.node)
+            else:
+                if layout is None:
+                    raise _refuse("the sink column is changed before it is dropped", step.node)
+                after.append(Side(step, layout))
+        if layout is None:
+            raise _refuse("the sink column meets the values", self.parts.anchor)
+        return layout, after, scale
+
+    def _weights_are_lhs(self) -> bool:
+        weights, values = self.parts.weights, self.parts.values
+        if weights is None or values.lhs is weights:
+            return True
+        # In a mul + sum product the weights may arrive by another node of the same value.
+        return values.rhs is not weights
+
+    def _value_layouts(self, weights: Layout) -> tuple[Layout, Layout]:
+        """Give the axes of the values and of the result their roles."""
+        values = self.parts.values
+        lhs = self._weights_are_lhs()
+        w_labels = values.lhs_labels if lhs else values.rhs_labels
+        v_labels = values.rhs_labels if lhs else values.lhs_labels
+        v_node = values.rhs if lhs else values.lhs
+        if len(w_labels) != len(weights.axes):
+            raise _refuse("weights and values do not line up", values.node)
+        of_label = dict(zip(w_labels, weights.axes, strict=True))
+        sizes = dict(zip(v_labels, shape(v_node), strict=True))
+        for x in values.summed:
+            if any(f.role != "S" for f in of_label[x]):
+                raise _refuse("the product with the values sums over more than the keys", values.node)
+        if sum(f.role == "S" for x in values.summed for f in of_label[x]) != len(weights.factors("S")):
+            raise _refuse("the product with the values does not sum over the softmax axis", values.node)
+        own = [x for x in v_labels if x not in w_labels and sizes[x] > 1]
+        strides = _with_strides({x: [("E", sizes[x], 0)] for x in own}, tuple(own))
+        v_layout = Layout(
+            tuple((of_label[x] if x in of_label else strides.get(x, ())) if sizes[x] > 1 else ()
+                  for x in v_labels)
+        )  # fmt: skip
+        result = Layout(tuple(of_label[x] if x in of_label else strides.get(x, ()) for x in values.out_labels))
+        if "S" in result.roles:
+            raise _refuse("the result still has an axis of keys", values.node)
+        return v_layout, result
+
+    # ----------------------------------------------------------------------------- operands
+
+    def _layout_of(self, node: fx.Node, factors: dict[str, Factors]) -> Layout:
+        labels = self.qk.labels(node)
+        pairs = zip(labels, shape(node), strict=True)
+        return Layout(tuple(factors[x] if size > 1 else () for x, size in pairs))
+
+    def _operand(self, node: fx.Node, layout: Layout, order: str, heads: int) -> Operand:
+        """Step back over repeated heads and mere rearrangements to the plainest spelling."""
+        numbers = self.view.provenance.numbers(node)
+        canonical = canonical_numbers(numbers, layout, order)
+        own = canonical.shape[1]
+        if own not in (1, heads):
+            # Grouped heads of a fused op: query head h reads head h // (heads / own).
+            return Operand(node, layout, tuple(h // (heads // own) for h in range(heads)), node)
+        if own == 1:
+            plain = self._plainest(node, canonical, order)
+            return Operand(*(plain or (node, layout)), (0,) * heads, node)
+        groups, first = _head_groups(canonical)
+        distinct = canonical[:, first]
+        plain = None
+        if torch.equal(distinct[:, list(groups)], canonical):
+            plain = self._plainest(node, distinct, order)
+        if plain is None:
+            # The repeated spelling stays, but which heads are equal is known.
+            return Operand(node, layout, tuple(range(heads)), node)
+        return Operand(*plain, tuple(groups), node)
+
+    def _plainest(self, node: fx.Node, numbers: Tensor, order: str) -> tuple[fx.Node, Layout] | None:
+        """Find the nearest source that holds just these elements, once each, best in plain order."""
+        flat = numbers.flatten()
+        ranked, at = flat.sort()
+        if len(ranked) == 0 or int(ranked[0]) < 0 or (ranked[1:] == ranked[:-1]).any():
+            return None
+        best: tuple[fx.Node, Layout] | None = None
+        current: Any = node
+        while isinstance(current, fx.Node) and isinstance(value(current), Tensor):
+            layout = self._layout_by_numbers(current, numbers, ranked, at, order)
+            if layout is not None:
+                if layout.is_plain(order):
+                    return current, layout
+                best = best or (current, layout)
+            movable = kind(current) in LAYOUT - {"gather", "index", "getitem"} or (
+                kind(current) in TRANSPARENT and _same_dtype(current)
+            )
+            current = current.args[0] if movable else None
+        return best
+
+    def _layout_by_numbers(
+        self, node: fx.Node, numbers: Tensor, ranked: Tensor, at: Tensor, order: str
+    ) -> Layout | None:
+        found = self.view.provenance.numbers(node)
+        if found.numel() != ranked.numel():
+            return None
+        where = torch.searchsorted(ranked, found.flatten()).clamp(max=len(ranked) - 1)
+        if not torch.equal(ranked[where], found.flatten()):
+            return None
+        index = at[where]
+        coordinates: dict[str, Tensor] = {}
+        stride = numbers.numel()
+        for role, size in zip(order, numbers.shape, strict=True):
+            stride //= size
+            coordinates[role] = ((index // stride) % size).view(found.shape)
+        return read_layout(coordinates)
+
+
+def _same_dtype(node: fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and value(source).dtype == value(node).dtype
+
+
+def canonical_numbers(numbers: Tensor, layout: Layout, order: str) -> Tensor:
+    """Bring element numbers to the axes of `order`."""
+    sizes: list[int] = []
+    factors: list[Factor | None] = []
+    for size, axis in zip(numbers.shape, layout.axes, strict=True):
+        sizes.extend(f.size for f in axis)
+        factors.extend(axis)
+        if not axis:
+            sizes.append(size)
+            factors.append(None)
+    split = numbers.reshape(sizes)
+    places = [
+        sorted((i for i, f in enumerate(factors) if f and f.role == role), key=lambda i: -factors[i].stride)  # type: ignore[union-attr]
+        for role in order
+    ]
+    used = [i for group in places for i in group]
+    rest = [i for i in range(len(sizes)) if i not in used]
+    shape = [_count(tuple(sizes[i] for i in group)) for group in places]
+    return split.permute(*rest, *used).reshape(shape)
+
+
+def _head_groups(canonical: Tensor) -> tuple[list[int], list[int]]:
+    """Number the distinct heads of (B, H, S, D) element numbers in order of first use."""
+    groups: list[int] = []
+    first: list[int] = []
+    for h in range(canonical.shape[1]):
+        head = canonical[:, h]
+        same = next((g for g, f in enumerate(first) if torch.equal(canonical[:, f], head)), None)
+        if same is None:
+            first.append(h)
+            same = len(first) - 1
+        groups.append(same)
+    return groups, first
+
+
+def _with_strides(
+    local: dict[str, list[tuple[str, int, int]]], labels: tuple[str, ...]
+) -> dict[str, Factors]:
+    """Number each role over all axes: heads by their place among the channels, others in order."""
+    slots = [(x, i, *part) for x in labels for i, part in enumerate(local[x])]
+    strides: dict[tuple[str, int], int] = {}
+    for role in dict.fromkeys(role for _, _, role, _, _ in slots):
+        mine = [s for s in slots if s[2] == role]
+        mine = sorted(mine, key=lambda s: -s[4]) if role == "H" else mine
+        stride = 1
+        for x, i, _, size, _ in reversed(mine):
+            strides[(x, i)] = stride
+            stride *= size
+    return {
+        x: tuple(Factor(role, size, strides[(x, i)]) for i, (role, size, _) in enumerate(local[x]))
+        for x in labels
+    }
+
+
+def _line(numbers: Tensor, axis: int) -> Tensor | None:
+    """Return the numbers along an axis at some place without padding."""
+    moved = numbers.movedim(axis, -1)
+    moved = moved.reshape(-1, moved.shape[-1])
+    for row in (moved[-1], moved[0], moved[len(moved) // 2]):
+        if (row >= 0).all():
+            return row
+    return None
+
+
+def _moved_axes(root: Any, line: Tensor) -> set[int]:
+    """List the axes of a root that a line of its elements moves along."""
+    rest = line - root.base
+    moved: set[int] = set()
+    for axis in range(len(root.shape)):
+        stride = _count(root.shape[axis + 1 :])
+        index = (rest // stride) % root.shape[axis]
+        if (index != index[0]).any():
+            moved.add(axis)
+    return moved
+
+
+def _count(sizes: tuple[int, ...]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+

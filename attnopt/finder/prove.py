@@ -1,0 +1,145 @@
+"""Prove a replacement by running it: the source's region and ours on random inputs, in float64."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.finder.evaluate import Sizes, ancestors, at_sizes, evaluate, is_size, leaves
+from attnopt.finder.match import Match
+from attnopt.finder.ops import value
+from attnopt.finder.provenance import View
+from attnopt.nouns import No
+
+# Both sides compute in float64; what differs is the order of the same few operations.
+TOLERANCE = 1e-9
+
+
+def region_inputs(match: Match) -> list[fx.Node]:
+    """List the nodes that a match reads: queries, keys, values and side operands."""
+    sides = [s.node for s in (*match.sides, *match.after)]
+    sinks = [match.sinks.step.side] if match.sinks and match.sinks.step.side else []
+    return list(dict.fromkeys([match.q.node, match.k.node, match.v.node, *sides, *sinks]))
+
+
+def prove(view: View, match: Match, rewritten: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> No | None:
+    """Return the numbers of a mismatch as a refusal; None where the two agree.
+
+    `rewritten` is the result in a copy of the graph, `mapping` leads from the graph to the copy.
+    """
+    inputs = region_inputs(match)
+    sizes = view.shapes.captured
+    for seed in (0, 1):
+        values = _random_inputs(view, match, inputs, sizes, seed)
+        try:
+            want = _run(view, match.result, inputs, values, sizes)
+            copies = {mapping[n]: x for n, x in values.items()}
+            got = _run(view, rewritten, list(copies), copies, sizes)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            return No(f"the replacement does not run: {error}", match.anchor.name)
+        refusal = _compare(want, got, match)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def _run(
+    view: View, target: fx.Node, inputs: list[fx.Node], values: Mapping[fx.Node, Tensor], sizes: Sizes
+) -> Tensor:
+    program = view.program
+
+    def leaf(node: fx.Node) -> Tensor:
+        return values[node] if node in values else program.weights[program.bindings[node.name].name]
+
+    (found,) = evaluate([target], leaf, sizes=sizes, stop=inputs, double=True)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _compare(want: Tensor, got: Tensor, match: Match) -> No | None:
+    where = match.anchor.name
+    if want.shape != got.shape:
+        return No(f"shape {tuple(got.shape)} instead of {tuple(want.shape)}", where)
+    seen = torch.isfinite(want)
+    if not torch.isfinite(got[seen]).all():
+        return No("the replacement is not finite where the source is", where)
+    error = (want - got)[seen].abs().max().item() if seen.any() else 0.0
+    scale = max(want[seen].abs().max().item(), 1e-30) if seen.any() else 1.0
+    if error > TOLERANCE * scale:
+        return No(f"differs from the source by {error / scale:.2e} of its largest value", where)
+    return None
+
+
+def _random_inputs(
+    view: View, match: Match, inputs: list[fx.Node], sizes: Sizes, seed: int
+) -> dict[fx.Node, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    values: dict[fx.Node, Tensor] = {}
+    operands = (match.q.node, match.k.node, match.v.node)
+    for node in inputs:
+        known = None if node in operands else _position_value(view, node, sizes)
+        values[node] = known if known is not None else _random(node, sizes, generator)
+    return values
+
+
+def _position_value(view: View, node: fx.Node, sizes: Sizes) -> Tensor | None:
+    """Evaluate a side operand that only positions and constants decide, such as a causal mask."""
+    program = view.program
+    found = leaves([node])
+    if any(program.bindings[n.name].kind not in ("buffer", "constant") for n in found):
+        return None
+    try:
+        (tensor,) = evaluate(
+            [node], lambda n: program.weights[program.bindings[n.name].name], sizes=sizes
+        )
+    except (RuntimeError, KeyError):
+        return None
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+def _random(node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    """Draw a tensor like a node's; a mask shows the first key to every query."""
+    example = value(node)
+    shape = tuple(at_sizes(s, sizes) for s in example.shape)
+    if example.dtype == torch.bool:
+        drawn = torch.rand(shape, generator=generator) < 0.6
+        if drawn.dim() and drawn.numel():
+            drawn[..., 0] = True
+        return drawn
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    if example.is_complex():
+        return torch.randn(shape, generator=generator, dtype=torch.complex128)
+    return torch.randint(0, 2, shape, generator=generator)
+
+
+def signature(view: View, match: Match) -> str:
+    """Return a digest that structurally equal regions share: they are proved once."""
+    inputs = region_inputs(match)
+    order = [n for n in ancestors([match.result], inputs) if not is_size(n)]
+    number = {n: i for i, n in enumerate(order)}
+
+    def show(x: Any) -> str:
+        if isinstance(x, fx.Node):
+            return f"%{number[x]}" if x in number else str(value(x))
+        if isinstance(x, list | tuple):
+            return "[" + ",".join(show(y) for y in x) + "]"
+        return repr(x)
+
+    lines = []
+    for node in order:
+        example = value(node)
+        like = f"{example.dtype}{tuple(example.shape)}" if isinstance(example, Tensor) else ""
+        if node in inputs or node.op == "placeholder":
+            lines.append(f"{inputs.index(node) if node in inputs else 'leaf'} {like}")
+        else:
+            keywords = sorted((k, show(v)) for k, v in node.kwargs.items())
+            lines.append(f"{node.target} {show(node.args)} {keywords} {like}")
+    facts = (match.q.heads, match.k.heads, match.v.heads, match.scale, match.softcap, match.causal)
+    operands = (match.q.layout, match.k.layout, match.v.layout, match.result_layout)
+    text = "\n".join([*lines, repr(facts), repr(operands)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+

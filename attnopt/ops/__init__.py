@@ -1,0 +1,5 @@
+"""The op library `torch.ops.attnopt`: each op's reference is its definition."""
+
+from attnopt.ops.attention import attention, attention_lse, attention_reference
+
+__all__ = ["attention", "attention_lse", "attention_reference"]
