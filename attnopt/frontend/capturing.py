@@ -1,6 +1,8 @@
 """The entry: a module, a checkpoint or a factory becomes a Program."""
 
+import importlib
 import os
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from attnopt.frontend.encoderdecoder import (
     trace_encode,
 )
 from attnopt.frontend.exporting import Trace, trace
-from attnopt.frontend.inputs import dynamic_axes, grown
+from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
 from attnopt.frontend.skeletons import Slot
 from attnopt.frontend.stateful import (
     Stateful,
@@ -41,13 +43,68 @@ def capture(
     """Capture a module with an example call, or a checkpoint, as a Program."""
     if isinstance(model, nn.Module):
         return capture_module(model, args, kwargs or {}, dynamic=dynamic)
-    raise ValueError(f"cannot capture {model!r}: give a module or a checkpoint directory")
+    place = os.fspath(model)
+    if place.endswith(".pt2"):
+        return capture_saved(place, trust_pickle=trust_pickle)
+    if not os.path.exists(place) and place.count(":") == 1 and "/" not in place:
+        made, args, kwargs = call_factory(place, args, kwargs or {})
+        return capture_module(made, args, kwargs, dynamic=dynamic)
+    from attnopt.frontend.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(place, trust_remote_code=trust_remote_code)
+    program = capture_module(checkpoint.model, args, kwargs or {}, dynamic=dynamic)
+    return with_weights(program, checkpoint.weights, checkpoint.note)
+
+
+def with_weights(program: Program, weights: Mapping[str, Tensor], note: str) -> Program:
+    """Return the program with other weights; constants made by the capture stay."""
+    own = {
+        binding.name: program.weights[binding.name]
+        for binding in program.bindings.values()
+        if binding.kind == "constant"
+    }
+    return replace(
+        program,
+        weights=ChainMap(own, weights),  # type: ignore[arg-type]  # both are only read
+        history=(*program.history, f"weights: {note}"),
+        parts={n: with_weights(p, weights, note) for n, p in program.parts.items()},
+    )
+
+
+def call_factory(
+    place: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
+    """Import "package.module:factory" and call it for a module, or (module, args, kwargs)."""
+    module_name, name = place.split(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {place!r}: {error}") from error
+    made = factory()
+    if isinstance(made, nn.Module):
+        return made, args, kwargs
+    if isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module):
+        return made
+    raise ValueError(f"{place!r} must return a module or (module, args, kwargs), not {type(made)}")
+
+
+def capture_saved(place: str, *, trust_pickle: bool) -> Program:
+    """Read an ExportedProgram that torch.export.save wrote."""
+    if not trust_pickle:
+        raise ValueError(
+            f"{place} can run code when read; if you trust it, pass trust_pickle=True (--trust-pickle)"
+        )
+    from attnopt.frontend.saved import read_saved
+
+    return read_saved(place)
 
 
 def capture_module(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool
 ) -> Program:
     """Capture a module with an example call: whole if that works, else module by module."""
+    if not args and not kwargs:
+        kwargs = example_inputs(model)
     example = take_call_apart(model, args, kwargs)
     axes = dynamic_axes(example.tensors) if dynamic else {}
     program = whole(model, example, axes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.frontend.calls import Example
-from attnopt.frontend.exporting import Trace, quiet, trace
+from attnopt.frontend.exporting import Trace, dry_run, trace
 from attnopt.frontend.skeletons import Slot
 from attnopt.frontend.stateful import Stateful, state_name, with_states
 from attnopt.nouns import No
@@ -83,18 +83,12 @@ def _axes(tensor: Tensor) -> tuple[int, ...]:
 def _first_call(source: nn.Module, example: Example) -> tuple[Tensor, list[Any]] | No:
     from attnopt.frontend.caches import read_both_halves
 
-    training = source.training
-    # The boundary to arbitrary model code, as in `trace`.
-    try:
-        with quiet(), torch.no_grad():
-            source.eval()
-            skeleton = {**example.skeleton, "use_cache": True}
-            result = replace(example, skeleton=skeleton).call(source, example.tensors)
-        return result.encoder_last_hidden_state, read_both_halves(result.past_key_values)
-    except Exception as error:
-        return No(f"{type(error).__name__}: {error}")
-    finally:
-        source.train(training)
+    cached = replace(example, skeleton={**example.skeleton, "use_cache": True})
+    result = dry_run(source, cached.call, example.tensors)
+    if isinstance(result, No):
+        return result
+    hidden = result.encoder_last_hidden_state
+    return torch.zeros(tuple(map(int, hidden.shape)), dtype=hidden.dtype), read_both_halves(result.past_key_values)
 
 
 def _decode_tensors(example: Example, encoded: Tensor) -> dict[str, Tensor]:
@@ -119,10 +113,10 @@ def _decode_states(
     axes: dict[str, tuple[int, ...]] = {}
     for layer, form in enumerate(forms):
         for name, stored in form.tensors.items():
-            shape = list(stored.shape)
+            shape = [int(s) for s in stored.shape]
             if not name.startswith("cross"):
                 shape[2] = _PAST
-            tensors[state_name(layer, name)] = stored.new_zeros(shape)
+            tensors[state_name(layer, name)] = torch.zeros(shape, dtype=stored.dtype)
             axes[state_name(layer, name)] = (0, 2)
     return tensors, axes
 

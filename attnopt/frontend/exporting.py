@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from attnopt.frontend import cleanup
@@ -124,6 +124,12 @@ def _try(
     except Exception as error:
         return No(_first_line(error), user_line(error))
     return _finish(exported, skeletons[0], axes, bounds=bounds, conditions=conditions)
+
+
+def finish_exported(exported: ExportedProgram) -> Trace:
+    """Normalize a program that torch.export made elsewhere."""
+    bounds = _bounds(exported)
+    return _finish(cleanup.functional(exported), None, {}, bounds=bounds, conditions=())
 
 
 def _conditions(exported: ExportedProgram) -> tuple[sympy.Basic, ...]:
@@ -289,6 +295,23 @@ def _level(axes: Mapping[str, Any], fixed: tuple[str, ...]) -> str:
     if not any(axes.values()):
         return "static"
     return f"dynamic except {', '.join(fixed)}" if fixed else "dynamic"
+
+
+def dry_run(source: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any | No:
+    """Call a source on shapes only; where it asks for values and has some, call it for real."""
+    with quiet(), _evaluating(source), torch.no_grad():
+        # The boundary to arbitrary model code, as in `trace`.
+        try:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            with mode:
+                fakes = {n: mode.from_tensor(t) for n, t in tensors.items()}
+                return call(source, fakes)
+        except Exception:
+            pass
+        try:
+            return call(source, tensors)
+        except Exception as error:
+            return No(_first_line(error), user_line(error))
 
 
 @contextlib.contextmanager

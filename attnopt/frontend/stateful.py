@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from attnopt.frontend import cleanup
 from attnopt.frontend.calls import Example, Inputs, Outputs
-from attnopt.frontend.exporting import Trace, quiet, trace
+from attnopt.frontend.exporting import Trace, dry_run, trace
 from attnopt.frontend.skeletons import CacheLayers, Made, Slot, put_together
 from attnopt.nouns import No
 from attnopt.program import Binding, CallForm, Carry, Role, State
@@ -86,21 +86,17 @@ def _cache_forms(source: nn.Module, example: Example, argument: str) -> list[Any
     """Run the source once from an empty cache and see what its layers store."""
     from attnopt.frontend.caches import read_layers
 
-    skeleton = {**example.skeleton, "use_cache": True}
-    training = source.training
-    # The boundary to arbitrary model code, as in `trace`.
+    cached = replace(example, skeleton={**example.skeleton, "use_cache": True})
+    result = dry_run(source, cached.call, example.tensors)
+    if isinstance(result, No):
+        return result
+    cache = getattr(result, argument, None)
+    if cache is None:
+        return No("the forward returns no cache")
     try:
-        with quiet(), torch.no_grad():
-            source.eval()
-            result = replace(example, skeleton=skeleton).call(source, example.tensors)
-        cache = getattr(result, argument, None)
-        if cache is None:
-            return No("the forward returns no cache")
         forms = read_layers(cache)
-    except Exception as error:
-        return No(f"{type(error).__name__}: {error}")
-    finally:
-        source.train(training)
+    except (TypeError, AttributeError) as error:
+        return No(f"a cache of an unknown kind: {error}")
     if not any(form.tensors for form in forms):
         return No("the model keeps its state outside of the cache")
     return forms
@@ -135,9 +131,7 @@ def _example_states(
             grows = name in ("key", "value")
             if grows:
                 shape[2] = _PAST
-            tensors[state_name(layer, name)] = torch.zeros(
-                shape, dtype=stored.dtype, device=stored.device
-            )
+            tensors[state_name(layer, name)] = torch.zeros(shape, dtype=stored.dtype)
             axes[state_name(layer, name)] = (0, 2) if grows else (0,)
     return tensors, axes
 

@@ -1,0 +1,355 @@
+"""Transformers checkpoints: an architecture without its weights in memory, and weights read on demand.
+
+The model is built with allocated but untouched parameters, which take address space and no memory;
+torch.export reads their shapes only. Buffers are real.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model whose parameters are placeholders, and its weights by dotted name."""
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    note: str
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """Weights by dotted name, read from safetensors files each time they are asked for."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]], real: Mapping[str, Tensor]):
+        self._places = dict(places)
+        self._real = dict(real)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._places:
+            return self._real[name]
+        from safetensors import safe_open
+
+        path, stored = self._places[name]
+        with safe_open(str(path), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._places
+        yield from (n for n in self._real if n not in self._places)
+
+    def __len__(self) -> int:
+        return len(set(self._places) | set(self._real))
+
+
+class NoWeights(Mapping[str, Tensor]):
+    """The weights of a directory that holds a configuration only: buffers, and nothing else."""
+
+    def __init__(self, directory: Path, names: list[str], real: Mapping[str, Tensor]):
+        self._directory = directory
+        self._names = names
+        self._real = dict(real)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._real:
+            return self._real[name]
+        if name not in self._names:
+            raise KeyError(name)
+        raise ValueError(
+            f"{self._directory} has no weights (config.json only), so {name} cannot be read; "
+            f"add {_SINGLE} to run the program"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys([*self._names, *self._real])
+
+    def __len__(self) -> int:
+        return len({*self._names, *self._real})
+
+
+def open_checkpoint(
+    place: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Build the architecture of a checkpoint and find its weights; nothing is loaded yet."""
+    directory, from_hub = _directory(place)
+    described = _described(directory)
+    _refuse_quantized(directory, described)
+    if described.get("auto_map") and not trust_remote_code:
+        raise ValueError(
+            f"{directory} brings its own code (auto_map in config.json); "
+            "read it, then pass trust_remote_code=True"
+        )
+    stored = _stored_tensors(directory, inside=not from_hub)
+    model = _hollow_model(directory, described, trust_remote_code)
+    if stored is None:
+        names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+        weights: Mapping[str, Tensor] = NoWeights(directory, names, _buffers(model))
+        return Checkpoint(model, weights, "config only: no weights")
+    match = _match_names(model, stored)
+    if match.converted:
+        loaded = type(model).from_pretrained(directory)  # type: ignore[attr-defined]
+        return Checkpoint(
+            loaded.eval(), _all_tensors(loaded), f"loaded: {match.converted} needs conversion"
+        )
+    _refuse_mismatch(directory, match)
+    return Checkpoint(
+        model, LazyWeights(match.places, _buffers(model)), "weights are read when needed"
+    )
+
+
+@dataclass
+class _Match:
+    places: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    converted: str = ""
+
+
+def _directory(place: str | os.PathLike[str]) -> tuple[Path, bool]:
+    path = Path(place)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is no Transformers checkpoint: it has no config.json")
+        return path, False
+    if path.exists() or path.is_absolute() or str(place).startswith((".", "~")):
+        raise ValueError(f"{place} is no checkpoint directory")
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(str(place), "config.json")
+        for name in (_SINGLE, _INDEX):
+            cached_file(str(place), name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise ValueError(
+            f"cannot find {str(place)!r}: no such directory, and the Hugging Face hub did not "
+            f"give it ({str(error).splitlines()[0]})"
+        ) from error
+    assert found is not None
+    return Path(found).parent, True
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    try:
+        described = json.loads((directory / "config.json").read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{directory / 'config.json'} is not a JSON object")
+    return described
+
+
+def _refuse_quantized(directory: Path, described: Mapping[str, Any]) -> None:
+    if described.get("quantization_config"):
+        method = described["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"{directory} is quantised ({method}); rewrite the unquantised source and quantise after"
+        )
+
+
+def _stored_tensors(directory: Path, *, inside: bool) -> dict[str, Path] | None:
+    """Return the file of each stored tensor; None where the directory has no weights at all."""
+    index = directory / _INDEX
+    if index.is_file():
+        return _indexed(directory, index, inside=inside)
+    if (directory / _SINGLE).is_file():
+        path = _checked(directory, _SINGLE, inside=inside)
+        return dict.fromkeys(_header(path), path)
+    pickles = [p.name for p in sorted(directory.iterdir()) if p.suffix in _PICKLES]
+    if pickles:
+        raise ValueError(
+            f"{directory} holds pickles only ({pickles[0]}), which can run code when read; convert "
+            "them: AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors"
+        )
+    return None
+
+
+def _indexed(directory: Path, index: Path, *, inside: bool) -> dict[str, Path]:
+    content = json.loads(index.read_text())
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError(f"{index} has no weight_map")
+    files = {n: _checked(directory, str(n), inside=inside) for n in sorted(set(names.values()))}
+    headers = {n: set(_header(path)) for n, path in files.items()}
+    for tensor, file in names.items():
+        if tensor not in headers[file]:
+            raise ValueError(f"{index} places {tensor} in {file}, which does not have it")
+    return {tensor: files[file] for tensor, file in names.items()}
+
+
+def _checked(directory: Path, name: str, *, inside: bool) -> Path:
+    """Return the path of a weight file; refuse one that leaves the directory or is no safetensors."""
+    path = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or len(Path(name).parts) != 1:
+        raise ValueError(f"{directory / _INDEX} names {name!r}, which leaves the directory")
+    if not name.endswith(".safetensors"):
+        raise ValueError(f"{directory / _INDEX} names {name!r}, which is no safetensors file")
+    if inside and path.is_symlink() and path.resolve().parent != directory.resolve():
+        raise ValueError(f"{path} is a link that leaves the directory")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {directory / _INDEX} names it")
+    return path
+
+
+def _header(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _hollow_model(
+    directory: Path, described: Mapping[str, Any], trust_remote_code: bool
+) -> nn.Module:
+    from transformers import AutoConfig, initialization
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    cls = _model_class(directory, config, described, trust_remote_code)
+    with initialization.no_init_weights():
+        model: Any = cls._from_config(config)
+    model.tie_weights()
+    assert isinstance(model, nn.Module)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def _model_class(
+    directory: Path, config: Any, described: Mapping[str, Any], trust_remote_code: bool
+) -> Any:
+    import transformers
+
+    names = described.get("architectures") or []
+    if trust_remote_code and described.get("auto_map"):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        reference = next(v for k, v in described["auto_map"].items() if k != "AutoConfig")
+        return get_class_from_dynamic_module(reference, str(directory))
+    if names and hasattr(transformers, str(names[0])):
+        return getattr(transformers, str(names[0]))
+    mapping = transformers.AutoModel._model_mapping
+    if names or type(config) not in mapping:
+        raise ValueError(
+            f"{directory / 'config.json'} names the architecture {names}, which transformers "
+            f"{transformers.__version__} does not have"
+        )
+    return mapping[type(config)]
+
+
+def _match_names(model: nn.Module, stored: Mapping[str, Path]) -> _Match:
+    """Map stored names to the model's, with the renamings that from_pretrained would apply."""
+    wanted = model.state_dict(keep_vars=True)
+    match = _Match()
+    renamed = _renamed(model, list(stored), wanted)
+    if isinstance(renamed, str):
+        match.converted = renamed
+        return match
+    for source, name in renamed.items():
+        if name in wanted:
+            match.places[name] = (stored[source], source)
+        else:
+            match.unexpected.append(source)
+    _tie(model, wanted, match)
+    match.missing = [n for n in wanted if n not in match.places and _needed(model, n)]
+    ignored = _pattern(model, "_keys_to_ignore_on_load_unexpected", _OBSOLETE)
+    match.unexpected = [n for n in match.unexpected if not re.search(ignored, n)]
+    match.shapes = _wrong_shapes(wanted, match)
+    return match
+
+
+# Buffers that older versions of Transformers stored.
+_OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
+
+
+def _renamed(
+    model: Any, stored: list[str], wanted: Mapping[str, Tensor]
+) -> dict[str, str] | str:
+    """Return the model's name of each stored tensor, or a stored name that needs more than that."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    names: dict[str, str] = {}
+    for name in sorted(stored):
+        new, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, dict(wanted)
+        )
+        if pattern is not None:
+            return name
+        names[name] = new
+    return names
+
+
+def _tie(model: Any, wanted: Mapping[str, Tensor], match: _Match) -> None:
+    """Let tied parameters that are stored once be found by all their names."""
+    first: dict[int, str] = {}
+    for name, tensor in wanted.items():
+        if name in match.places:
+            first.setdefault(id(tensor), name)
+    for name, tensor in wanted.items():
+        if name not in match.places and id(tensor) in first:
+            match.places[name] = match.places[first[id(tensor)]]
+
+
+def _needed(model: nn.Module, name: str) -> bool:
+    ignored = _pattern(model, "_keys_to_ignore_on_load_missing", ())
+    return not re.search(ignored, name) and name in dict(model.named_parameters(remove_duplicate=False))
+
+
+def _pattern(model: Any, attribute: str, more: tuple[str, ...]) -> str:
+    patterns = [*(getattr(model, attribute, None) or ()), *more]
+    return "|".join(f"({p})" for p in patterns) or r"(?!)"
+
+
+def _wrong_shapes(wanted: Mapping[str, Tensor], match: _Match) -> list[str]:
+    from safetensors import safe_open
+
+    found: list[str] = []
+    by_file: dict[Path, list[tuple[str, str]]] = {}
+    for name, (path, stored) in match.places.items():
+        by_file.setdefault(path, []).append((name, stored))
+    for path, pairs in by_file.items():
+        with safe_open(str(path), framework="pt") as file:
+            for name, stored in pairs:
+                shape = list(file.get_slice(stored).get_shape())
+                if shape != list(wanted[name].shape):
+                    found.append(f"{name} is {shape}, not {list(wanted[name].shape)}")
+    return found
+
+
+def _refuse_mismatch(directory: Path, match: _Match) -> None:
+    problems = [
+        f"{label}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for label, names in (
+            ("missing tensors", match.missing),
+            ("unexpected tensors", match.unexpected),
+            ("wrong shapes", match.shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{directory} does not fit its config.json; {'; '.join(problems)}")
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_buffers(remove_duplicate=False))
+
+
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **_buffers(model)}
