@@ -21,15 +21,19 @@ _LONGEST_DEFAULT = 1024
 
 @dataclass(frozen=True)
 class Workload:
-    """How much a program is given: `sequence` new tokens per row after `past` cached ones."""
+    """How much a program is given: `sequence` new tokens per row after `past` cached ones.
+
+    A sequence of 0 is that of a program whose inputs have no free length, such as an image model.
+    """
 
     batch: int = 1
     sequence: int = _LONGEST_DEFAULT
     past: int = 0
 
     def __str__(self) -> str:
-        past = f", past {self.past}" if self.past else ""
-        return f"batch {self.batch}, sequence {self.sequence:,}{past}"
+        sequence = f", sequence {self.sequence:,}" if self.sequence else ""
+        past = f", past {self.past:,}" if self.past else ""
+        return f"batch {self.batch}{sequence}{past}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Costs:
 
 def default_workload(program: Program) -> Workload:
     """Return batch 1 and 1,024 tokens, or as many as the model has positions for."""
+    if not any(_has_sequence(leaf) for leaf in _leaves(program)):
+        return Workload(sequence=0)
     limit = getattr(program.config, "max_position_embeddings", None)
     longest = limit if isinstance(limit, int) and limit > 0 else _LONGEST_DEFAULT
     return Workload(sequence=min(longest, _LONGEST_DEFAULT))
@@ -111,11 +117,18 @@ def _is_within(module: str, parent: str) -> bool:
 
 
 def _element_size(program: Program) -> int:
-    """Return the bytes per element of the weights, which the cache follows."""
-    sizes = [w.element_size() for w in program.weights.values() if w.is_floating_point()]
-    if not sizes:
-        return max((_element_size(part) for part in program.parts.values()), default=4)
-    return max(set(sizes), key=sizes.count)
+    """Return the bytes per element of most weights, which the cache follows."""
+    stored = [weight.element_size() for leaf in _leaves(program) for weight in parameters(leaf)]
+    return max(set(stored), key=stored.count) if stored else 4
+
+
+def parameters(program: Program) -> list[torch.Tensor]:
+    """Return the parameters of one graph as it knows them: without their values, tied ones once."""
+    return [
+        node.meta["val"]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and program.bindings[node.name].kind == "parameter"
+    ]
 
 
 def _contractions(program: Program, workload: Workload) -> Iterator[tuple[str, int]]:
@@ -157,12 +170,9 @@ class _Sizes:
             return size
         expression = size.node.expr
         if expression not in self._known:
-            self._known[expression] = self._evaluated(expression)
+            numbers = {s: self._numbers.get(s, self._sequence) for s in _symbols(size)}
+            self._known[expression] = int(expression.subs(numbers))
         return self._known[expression]
-
-    def _evaluated(self, expression: Any) -> int:
-        numbers = {s: self._numbers.get(s, self._sequence) for s in expression.free_symbols}
-        return int(expression.subs(numbers))
 
 
 def _symbol_values(program: Program, workload: Workload) -> dict[Any, int]:
@@ -177,7 +187,27 @@ def _symbol_values(program: Program, workload: Workload) -> dict[Any, int]:
         shape = _shape(shapes.get(name))
         if binding.kind in {"input", "state"} and shape:
             _note(found, shape[0], workload.batch)
+        if binding.kind == "past_length":
+            _note(found, shapes.get(name), workload.past)
     return found
+
+
+def _has_sequence(program: Program) -> bool:
+    """Whether an input has a free size besides the batch and the past."""
+    known = _symbol_values(program, Workload())
+    inputs = {name for name, binding in program.bindings.items() if binding.kind == "input"}
+    return any(
+        symbol not in known
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in inputs
+        for size in _shape(node.meta.get("val"))
+        for symbol in _symbols(size)
+    )
+
+
+def _symbols(size: Any) -> set[Any]:
+    """Return the symbols of a size."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def _shape(value: Any) -> tuple[Any, ...]:
@@ -186,9 +216,8 @@ def _shape(value: Any) -> tuple[Any, ...]:
 
 def _note(found: dict[Any, int], size: Any, number: int) -> None:
     """Remember the number of a size that is one symbol by itself."""
-    expression = size.node.expr if isinstance(size, torch.SymInt) else None
-    if expression is not None and len(expression.free_symbols) == 1:
-        found.setdefault(next(iter(expression.free_symbols)), number)
+    if len(_symbols(size)) == 1:
+        found.setdefault(_symbols(size).pop(), number)
 
 
 Count = Callable[[fx.Node, _Sizes], int]

@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _failed(CommandError("AO601", f"out of memory: {error}", Exit.RESOURCES), output)
     except Exception as error:
-        return _failed(_internal(error), output)
+        internal = _internal(error)
+        internal.__cause__ = error
+        return _failed(internal, output)
 
 
 def commands() -> dict[str, str]:

@@ -85,7 +85,7 @@ def capture(source: Source) -> "Program":
                 trust_pickle=source.trust_pickle,
                 trust_remote_code=source.trust_remote_code,
             )
-        except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, ImportError, OSError) as error:
             raise _explained(error, source) from error
 
 
@@ -131,29 +131,31 @@ def _missing(path: Path) -> CommandError:
     return CommandError("AO102", f"no file or directory {path}{hint}")
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How the capture's own words become a code and a status; the first that fits counts."""
+
+    words: str
+    code: str
+    status: Exit
+
+
+_READINGS = (
+    _Reading(words="trust_remote_code", code="AO505", status=Exit.SAFETY),
+    _Reading(words="pickle", code="AO503", status=Exit.SAFETY),
+    _Reading(words="leaves the directory", code="AO502", status=Exit.SAFETY),
+    _Reading(words="safetensors file", code="AO504", status=Exit.SAFETY),
+    _Reading(words="hub did not give", code="AO602", status=Exit.RESOURCES),
+    _Reading(words="quantised", code="AO106", status=Exit.USAGE),
+    _Reading(words="cannot capture", code="AO202", status=Exit.NOTHING),
+)
+_OTHERWISE = _Reading(words="", code="AO104", status=Exit.USAGE)
+
+
 def _explained(error: Exception, source: Source) -> CommandError:
     """Tell the user's mistakes from refusals and from what the network does."""
     message = " ".join(str(error).split())
-    if "trust_remote_code" in message:
-        return CommandError(
-            "AO505",
-            f"refused: {source.text} brings its own code; add --trust-remote-code to run it",
-            Exit.SAFETY,
-        )
-    if source.kind == "hub" and isinstance(error, OSError):
-        return _not_fetched(source)
-    if source.kind == "factory" and isinstance(error, ImportError | AttributeError):
-        return CommandError("AO104", f"cannot call {source.text}: {message}")
-    if isinstance(error, ValueError | TypeError):
-        return CommandError("AO202", f"{source.text}: {message}", Exit.NOTHING)
-    raise error
-
-
-def _not_fetched(source: Source) -> CommandError:
-    near = suggestion(source.text, (child.name for child in Path().iterdir()))
-    return CommandError(
-        "AO602",
-        f"{source.text} is neither a directory here nor a model that the hub gave{near}; "
-        "check the name and the network, or give a checkpoint directory",
-        Exit.RESOURCES,
-    )
+    reading = next((r for r in _READINGS if r.words in message), _OTHERWISE)
+    if source.text not in message:
+        message = f"{source.text}: {message}"
+    return CommandError(reading.code, message, reading.status)

@@ -136,24 +136,23 @@ def _site_as_json(site: "Site", found: Findings) -> dict[str, Any]:
 
 
 def parameters(program: "Program") -> int:
-    """Count the parameters, tied ones once."""
-    if program.parts:
-        every = {k: v for part in program.parts.values() for k, v in _own_parameters(part).items()}
-    else:
-        every = _own_parameters(program)
-    return sum({id(weight): weight.numel() for weight in every.values()}.values())
-
-
-def _own_parameters(program: "Program") -> dict[str, Any]:
-    names = {b.name for b in program.bindings.values() if b.kind == "parameter"}
-    return {name: program.weights[name] for name in names if name in program.weights}
+    """Count the parameters, those that parts share once."""
+    leaves = list(program.parts.values()) or [program]
+    shapes: dict[str, int] = {}
+    for leaf in leaves:
+        for node in leaf.graph.nodes:
+            binding = leaf.bindings.get(node.name) if node.op == "placeholder" else None
+            if binding is not None and binding.kind == "parameter":
+                shapes[binding.name] = node.meta["val"].numel()
+    return sum(shapes.values())
 
 
 def _report(found: Findings, output: Output, *, verbose: bool) -> None:
     program = found.program
     how = f"in {len(program.parts)} parts" if program.parts else "whole"
     output.line(
-        f"{found.model}: {program.name}, {_amount(parameters(program))} parameters, captured {how}"
+        f"{found.model}: {program.name}, {_amount(parameters(program)).strip()} parameters, "
+        f"captured {how}"
     )
     output.note(f"{_counted(len(program.sites), 'attention')} found")
     if program.sites:
@@ -203,9 +202,10 @@ def _row(group: _facts.Group, costs: "Costs") -> list[str]:
 def _total(found: Findings) -> str:
     costs = found.costs
     share = sum(site.share for site in costs.sites.values())
+    kept = f", and keeps {costs.cache_bytes:,} bytes per token" if costs.cache_bytes else ""
     return (
         f"\nAttention with its projections is {share:.1%} of {_amount(costs.flops)}FLOP "
-        f"({costs.workload}) and keeps {costs.cache_bytes:,} bytes per token."
+        f"({costs.workload}){kept}."
     )
 
 

@@ -38,14 +38,14 @@ class Blocks(nn.Module):
         return x
 
 
-def blocks() -> tuple[nn.Module, tuple[Tensor, ...]]:
+def blocks() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
     """Return a model with two sites, and an example call."""
-    return Blocks().eval(), (torch.rand(2, TOKENS, WIDTH),)
+    return Blocks().eval(), (torch.rand(2, TOKENS, WIDTH),), {}
 
 
-def perceptron() -> tuple[nn.Module, tuple[Tensor, ...]]:
+def perceptron() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
     """Return a model without attention."""
-    return nn.Sequential(nn.Linear(WIDTH, 5), nn.ReLU()).eval(), (torch.rand(2, WIDTH),)
+    return nn.Sequential(nn.Linear(WIDTH, 5), nn.ReLU()).eval(), (torch.rand(2, WIDTH),), {}
 
 
 def number() -> int:

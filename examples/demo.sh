@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# What attnopt does, on the two bundled checkpoints: inspect, explain, rewrite exactly, compare.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+show() {
+    printf '$ %s\n' "$*"
+    "$@"
+    echo
+}
+
+show attnopt inspect examples/models/code-llama
+show attnopt inspect examples/models/vit-digits
+show attnopt explain examples/models/code-llama model.layers.0.self_attn
+show python examples/exact_parity.py examples/models/code-llama examples/models/vit-digits
