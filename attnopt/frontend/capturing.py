@@ -19,6 +19,7 @@ from attnopt.frontend.encoderdecoder import (
 )
 from attnopt.frontend.exporting import Trace, trace
 from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
+from attnopt.frontend.modules import capture_parts, with_parts
 from attnopt.frontend.skeletons import Slot
 from attnopt.frontend.stateful import (
     Stateful,
@@ -52,8 +53,11 @@ def capture(
     from attnopt.frontend.checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(place, trust_remote_code=trust_remote_code)
-    program = capture_module(checkpoint.model, args, kwargs or {}, dynamic=dynamic)
-    return with_weights(program, checkpoint.weights, checkpoint.note)
+    example, axes = example_call(checkpoint.model, args, kwargs or {}, dynamic=dynamic)
+    program = whole(checkpoint.model, example, axes)
+    if not isinstance(program, No):
+        return with_weights(program, checkpoint.weights, checkpoint.note)
+    return by_parts(checkpoint.loaded(program), example, axes, program)
 
 
 def with_weights(program: Program, weights: Mapping[str, Tensor], note: str) -> Program:
@@ -103,14 +107,60 @@ def capture_module(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool
 ) -> Program:
     """Capture a module with an example call: whole if that works, else module by module."""
+    example, axes = example_call(model, args, kwargs, dynamic=dynamic)
+    program = whole(model, example, axes)
+    return by_parts(model, example, axes, program) if isinstance(program, No) else program
+
+
+def example_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool
+) -> tuple[Example, dict[str, tuple[int, ...]]]:
+    """Take an example call apart, or make one up, and say which of its sizes may vary."""
     if not args and not kwargs:
         kwargs = example_inputs(model)
     example = take_call_apart(model, args, kwargs)
-    axes = dynamic_axes(example.tensors) if dynamic else {}
-    program = whole(model, example, axes)
-    if isinstance(program, No):
-        raise ValueError(f"cannot capture {type(model).__name__}: {program}")
-    return program
+    return example, dynamic_axes(example.tensors) if dynamic else {}
+
+
+def by_parts(
+    model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]], why: No
+) -> Program:
+    """Capture the modules of a model that cannot be captured whole."""
+    example = without_cache(example) if cache_argument(model, example) else example
+    enlarged = replace(example, tensors=grown(example.tensors, axes))
+    rows = {n: a[:1] for n, a in axes.items()}
+    wider = replace(example, tensors=grown(example.tensors, rows))
+    found = capture_parts(model, [enlarged, example] if axes else [example], plain_program, why)
+    if axes and (isinstance(found, No) or not found.programs):
+        found = capture_parts(model, [example, wider], plain_program, why)
+    if isinstance(found, No) or not found.programs:
+        reason = found if isinstance(found, No) else why
+        raise ValueError(f"cannot capture {type(model).__name__}: {reason}")
+    parts = found.programs
+
+    def run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rewritten = any(program.parts[n] is not parts[n] for n in parts)
+        return with_parts(model, program.parts, strict=rewritten)(*args, **kwargs)
+
+    return Program(
+        name=type(model).__name__,
+        graph_module=empty_graph(),
+        bindings={},
+        weights=source_weights(model),
+        form=CallForm(_no_inputs, _no_outputs, route=run),
+        history=(f"capture: {len(parts)} modules, because {why}",),
+        config=example.config,
+        parts=parts,
+        uncaptured=found.uncaptured,
+    )
+
+
+def _no_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    raise TypeError("a program of modules has no inputs of its own; flatten the call of a part")
+
+
+def _no_outputs(outputs: tuple[Any, ...], values: Mapping[str, Any]) -> Any:
+    raise TypeError("a program of modules has no outputs of its own; unflatten those of a part")
 
 
 def whole(

@@ -26,6 +26,16 @@ class Checkpoint:
     model: nn.Module
     weights: Mapping[str, Tensor]
     note: str
+    directory: Path = Path()
+
+    def loaded(self, why: object) -> nn.Module:
+        """Return the model with its weights in memory, for a capture that has to run it."""
+        if isinstance(self.weights, NoWeights):
+            raise ValueError(
+                f"{self.directory} cannot be captured without running it, and it has no weights: {why}"
+            )
+        model: nn.Module = type(self.model).from_pretrained(self.directory)  # type: ignore[attr-defined]
+        return model.eval()
 
 
 class LazyWeights(Mapping[str, Tensor]):
@@ -95,16 +105,19 @@ def open_checkpoint(
     if stored is None:
         names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
         weights: Mapping[str, Tensor] = NoWeights(directory, names, _buffers(model))
-        return Checkpoint(model, weights, "config only: no weights")
+        return Checkpoint(model, weights, "config only: no weights", directory)
     match = _match_names(model, stored)
     if match.converted:
         loaded = type(model).from_pretrained(directory)  # type: ignore[attr-defined]
         return Checkpoint(
-            loaded.eval(), _all_tensors(loaded), f"loaded: {match.converted} needs conversion"
+            loaded.eval(),
+            _all_tensors(loaded),
+            f"loaded: {match.converted} needs conversion",
+            directory,
         )
     _refuse_mismatch(directory, match)
     return Checkpoint(
-        model, LazyWeights(match.places, _buffers(model)), "weights are read when needed"
+        model, LazyWeights(match.places, _buffers(model)), "read when needed", directory
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -87,6 +88,10 @@ def trace(
     return best if best is not None else reasons[0]
 
 
+# The last one formats a record for each symbolic guard as soon as anything listens.
+_LOGGERS = ("torch.fx", "torch.export", "torch._export", "torch.__trace")
+
+
 @dataclass(frozen=True)
 class _Attempt:
     patches: bool = False
@@ -109,7 +114,7 @@ def _try(
     shapes = {n: {a: Dim.AUTO for a in axes.get(n, ())} for n in tensors}
     # The boundary to arbitrary model code: whatever it raises is the reason of the refusal.
     try:
-        with quiet(), _evaluating(source), _patched(attempt.patches), torch.no_grad():
+        with _silent(), _evaluating(source), _patched(attempt.patches), torch.no_grad():
             exported = torch.export.export(
                 flat,
                 (),
@@ -122,7 +127,7 @@ def _try(
             bounds = _bounds(exported)
             exported = cleanup.functional(exported)
     except Exception as error:
-        return No(_first_line(error), user_line(error))
+        return No(first_line(error), user_line(error))
     return _finish(exported, skeletons[0], axes, bounds=bounds, conditions=conditions)
 
 
@@ -297,27 +302,34 @@ def _level(axes: Mapping[str, Any], fixed: tuple[str, ...]) -> str:
     return f"dynamic except {', '.join(fixed)}" if fixed else "dynamic"
 
 
-def dry_run(source: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any | No:
-    """Call a source on shapes only; where it asks for values and has some, call it for real."""
+def dry_run(
+    source: nn.Module, call: Call, tensors: Mapping[str, Tensor], *, with_values: bool = True
+) -> Any | No:
+    """Call a source on shapes only; where it asks for values, call it for real if it has them."""
     with quiet(), _evaluating(source), torch.no_grad():
         # The boundary to arbitrary model code, as in `trace`.
         try:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            with mode:
-                fakes = {n: mode.from_tensor(t) for n, t in tensors.items()}
-                return call(source, fakes)
-        except Exception:
-            pass
+            return _called_on_shapes(source, call, tensors)
+        except Exception as error:
+            reason = No(first_line(error), user_line(error))
+        if not with_values:
+            return reason
         try:
             return call(source, tensors)
         except Exception as error:
-            return No(_first_line(error), user_line(error))
+            return No(first_line(error), user_line(error))
+
+
+def _called_on_shapes(source: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return call(source, {n: mode.from_tensor(t) for n, t in tensors.items()})
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the warnings of torch.export and of model code; errors still come through."""
-    loggers = [logging.getLogger(n) for n in ("torch.fx", "torch.export", "torch._export")]
+    loggers = [logging.getLogger(n) for n in _LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -328,6 +340,13 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Be quiet, and keep torch.export from printing the graph of a failed attempt."""
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager
@@ -356,7 +375,8 @@ def _patched(wanted: bool) -> Iterator[None]:
         yield
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

@@ -361,7 +361,8 @@ class StatefulCalls:
             positions = given.get("position_ids")
             if positions is None:
                 positions = self._positions(given, ids, past)
-            given["position_ids"] = positions.expand(batch, -1).contiguous()
+            rows = positions.expand(batch, -1) if positions.dim() == 2 else positions
+            given["position_ids"] = rows.contiguous()
 
     def _positions(self, given: Mapping[str, Any], ids: Tensor, past: int) -> Tensor:
         length = ids.shape[1]
