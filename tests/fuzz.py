@@ -38,6 +38,8 @@ DRAWS: Final = 2
 ATTEMPTS: Final = 5
 SLACK_PER_SIZE: Final = 10.0
 """One size alone has few numbers; all sizes together are judged without slack."""
+REFUSED_SIZE: Final = "the captured graph takes"
+"""How a program says that a size differs from what its capture allows."""
 FAILURES: Final = ("missed", "false positive", "wrong rewrite", "wrong capture", "crash")
 
 
@@ -173,12 +175,13 @@ def _compared(case: Case, compiled: Compiled) -> tuple[list[Problem], int]:
             if 1 in (size.batch, size.length):
                 narrowed += 1
                 continue
-            problems.append(Problem("crash", f"at {size}: {shown(error)}"))
+            category = "narrow" if REFUSED_SIZE in str(error) else "crash"
+            problems.append(Problem(category, f"at {size}: {shown(error)}"))
             continue
         problem, at_one = _judged(case, one, size)
         narrowed += at_one
         problems += [problem] if problem else []
-    if not problems:
+    if not {problem.category for problem in problems} - {"narrow"}:
         problem, _ = _judged(case, pooled, None)
         problems += [problem] if problem else []
     return problems, narrowed
@@ -193,8 +196,8 @@ def _measure(
 ) -> None:
     with torch.no_grad():
         stock = tensors_of(case.module(**inputs))
-        captured = tensors_of(compiled.captured(**inputs))
-        exact = tensors_of(compiled.exact(**inputs))
+        captured = tensors_of(_named("captured", compiled.captured)(**inputs))
+        exact = tensors_of(_named("exact", compiled.exact)(**inputs))
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     want, valid = tensors_of(reference(**wide)), case.valid(inputs)
     compared = 1 if valid is not None and not valid.all() else len(want)
@@ -204,6 +207,19 @@ def _measure(
             gap.stock.add(stock[at], want[at], where)
             gap.captured.add(captured[at], want[at], where)
             gap.exact.add(exact[at], want[at], where)
+
+
+def _named(stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Say in an error which of the two programs raised it."""
+
+    def run(**inputs: Any) -> Any:
+        try:
+            return call(**inputs)
+        except Exception as error:
+            error.args = (f"{stage}: {error}",)
+            raise
+
+    return run
 
 
 def _judged(case: Case, gaps: Gaps, size: Size | None) -> tuple[Problem | None, int]:
@@ -328,7 +344,7 @@ class Summary:
         return any(result.failed for result in self.results)
 
     def as_dict(self) -> dict[str, Any]:
-        names = (*FAILURES, "facts", "refused")
+        names = (*FAILURES, "facts", "refused", "narrow")
         return {
             "seed": self.seed,
             "cases": len(self.results),

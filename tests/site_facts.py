@@ -68,7 +68,7 @@ def _agree(found: Any, expected: Any) -> bool:
 
 
 def _mask_facts(mask: Mask) -> Iterable[Any]:
-    return (mask.kind, mask.window, mask.right or None, mask.size, mask.prefix)
+    return (mask.kind, mask.window, mask.right or None, mask.prefix)
 
 
 def _shown(expected: Any) -> str:

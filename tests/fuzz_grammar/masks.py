@@ -14,9 +14,9 @@ def expected_mask(spec: Spec) -> Mask:
         "causal": Mask("causal"),
         "sliding": Mask("sliding", window=size),
         "two_sided": Mask("sliding", window=size, right=size),
-        "chunked": Mask("chunked", size=size),
+        "chunked": Mask("chunked", window=size),
         "prefix": Mask("prefix", prefix=size),
-        "block": Mask("block", size=size),
+        "block": Mask("block", window=size),
     }[spec.mask]
 
 
