@@ -148,7 +148,7 @@ class Program:
     def step(
         self, inputs: Mapping[str, Any], state: Carry | None = None
     ) -> tuple[tuple[Any, ...], Carry]:
-        """Run one step from a state (None: the initial one); return the flat outputs and the next."""
+        """Run one step from a state (None: initial); return the flat outputs and the next state."""
         with torch.no_grad():
             given = dict(inputs) if state is None else {**inputs, "past_key_values": state}
             values = self.form.flatten((), given)

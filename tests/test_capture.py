@@ -102,7 +102,7 @@ def test_the_source_is_left_alone() -> None:
     assert program.weights[name] is model.get_parameter(name)
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
 def test_an_encoder_decoder_is_two_programs(name: str) -> None:
     model, kwargs = build(name, "eager", task="lm")
     program = attnopt.capture(model, kwargs=kwargs)
@@ -112,6 +112,7 @@ def test_an_encoder_decoder_is_two_programs(name: str) -> None:
         assert error_of(decode_pieces(program, kwargs, cuts), want) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_hybrid_carries_its_recurrent_states() -> None:
     model, kwargs = build("bamba", "eager", task="lm")
     program = attnopt.capture(model, kwargs=kwargs)

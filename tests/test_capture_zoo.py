@@ -14,7 +14,9 @@ NEEDS_POSITIONS = ("bamba",)
 
 def build(name: str, attention: str, *, task: str = "base") -> tuple[Any, dict[str, torch.Tensor]]:
     """Return a zoo model and its call; cached decoding is tested with padding at the left."""
-    model, kwargs, _ = zoo.build(name, attention, task=task, pad="left" if task == "lm" else "right")
+    model, kwargs, _ = zoo.build(
+        name, attention, task=task, pad="left" if task == "lm" else "right"
+    )
     return model, kwargs
 
 

@@ -17,8 +17,11 @@ Kind = Literal["full", "linear", "both", "empty"]
 class FullLayer(DynamicLayer):
     """Keys and values of all tokens seen; its length never depends on what is stored."""
 
+    keys: Any
+    values: Any
+
     def __init__(self, keys: Tensor, values: Tensor, seen: Any = None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values = keys, values
         self.seen = seen
@@ -41,6 +44,11 @@ class FullLayer(DynamicLayer):
 
 class LinearLayer(LinearAttentionLayer):
     """Convolution and recurrent states that are always present; zeros mean nothing was seen."""
+
+    device: Any
+    dtype: Any
+    conv_states: dict[int, Any]
+    conv_kernel_size: dict[int, Any]
 
     def __init__(self, states: Mapping[str, Tensor], count: int):
         super().__init__(number_of_states=count)

@@ -34,9 +34,7 @@ class Example:
         return source(*bound.args, **bound.kwargs)
 
 
-def take_call_apart(
-    source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Example:
+def take_call_apart(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
     """Bind arguments to the source's forward and name the tensors among them."""
     signature = inspect.signature(source.forward)
     tensors: dict[str, Tensor] = {}

@@ -96,7 +96,8 @@ def capture_saved(place: str, *, trust_pickle: bool) -> Program:
     """Read an ExportedProgram that torch.export.save wrote."""
     if not trust_pickle:
         raise ValueError(
-            f"{place} can run code when read; if you trust it, pass trust_pickle=True (--trust-pickle)"
+            f"{place} can run code when read; if you trust it, pass trust_pickle=True "
+            "(--trust-pickle)"
         )
     from attnopt.frontend.saved import read_saved
 
@@ -163,9 +164,7 @@ def _no_outputs(outputs: tuple[Any, ...], values: Mapping[str, Any]) -> Any:
     raise TypeError("a program of modules has no outputs of its own; unflatten those of a part")
 
 
-def whole(
-    model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
-) -> Program | No:
+def whole(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]) -> Program | No:
     """Capture the whole model in one graph, with states where the call uses a cache."""
     refused: tuple[No, ...] = ()
     if has_two_steps(model, example):
@@ -263,7 +262,9 @@ def stateful_program(model: nn.Module, example: Example, made: Stateful) -> Prog
     """Make the Program of a causal language model with explicit states."""
     result = made.trace
     calls = StatefulCalls(
-        inputs=Inputs(_called(example, result), result.shapes, result.dtypes, result.bounds, result.conditions),
+        inputs=Inputs(
+            _called(example, result), result.shapes, result.dtypes, result.bounds, result.conditions
+        ),
         outputs=Outputs(result.skeleton),
         states=made.states,
         argument=made.cache_argument,

@@ -1,4 +1,4 @@
-"""Transformers checkpoints: an architecture without its weights in memory, and weights read on demand.
+"""Transformers checkpoints: the architecture without its weights, and weights read on demand.
 
 The model is built with allocated but untouched parameters, which take address space and no memory;
 torch.export reads their shapes only. Buffers are real.
@@ -32,7 +32,7 @@ class Checkpoint:
         """Return the model with its weights in memory, for a capture that has to run it."""
         if isinstance(self.weights, NoWeights):
             raise ValueError(
-                f"{self.directory} cannot be captured without running it, and it has no weights: {why}"
+                f"{self.directory} has no weights, and to capture it it must run: {why}"
             )
         model: nn.Module = type(self.model).from_pretrained(self.directory)  # type: ignore[attr-defined]
         return model.eval()
@@ -138,7 +138,7 @@ def _directory(place: str | os.PathLike[str]) -> tuple[Path, bool]:
         return path, False
     if path.exists() or path.is_absolute() or str(place).startswith((".", "~")):
         raise ValueError(f"{place} is no checkpoint directory")
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(str(place), "config.json")
@@ -167,7 +167,7 @@ def _refuse_quantized(directory: Path, described: Mapping[str, Any]) -> None:
     if described.get("quantization_config"):
         method = described["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
-            f"{directory} is quantised ({method}); rewrite the unquantised source and quantise after"
+            f"{directory} is quantised ({method}); rewrite its unquantised source, quantise after"
         )
 
 
@@ -202,7 +202,7 @@ def _indexed(directory: Path, index: Path, *, inside: bool) -> dict[str, Path]:
 
 
 def _checked(directory: Path, name: str, *, inside: bool) -> Path:
-    """Return the path of a weight file; refuse one that leaves the directory or is no safetensors."""
+    """Return the path of a weight file; refuse one that leaves the directory."""
     path = directory / name
     if Path(name).is_absolute() or ".." in Path(name).parts or len(Path(name).parts) != 1:
         raise ValueError(f"{directory / _INDEX} names {name!r}, which leaves the directory")
@@ -288,16 +288,14 @@ def _match_names(model: nn.Module, stored: Mapping[str, Path]) -> _Match:
 _OBSOLETE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
 
 
-def _renamed(
-    model: Any, stored: list[str], wanted: Mapping[str, Tensor]
-) -> dict[str, str] | str:
+def _renamed(model: Any, stored: list[str], wanted: Mapping[str, Tensor]) -> dict[str, str] | str:
     """Return the model's name of each stored tensor, or a stored name that needs more than that."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
     names: dict[str, str] = {}
     for name in sorted(stored):
         new, pattern = rename_source_key(
@@ -322,7 +320,9 @@ def _tie(model: Any, wanted: Mapping[str, Tensor], match: _Match) -> None:
 
 def _needed(model: nn.Module, name: str) -> bool:
     ignored = _pattern(model, "_keys_to_ignore_on_load_missing", ())
-    return not re.search(ignored, name) and name in dict(model.named_parameters(remove_duplicate=False))
+    return not re.search(ignored, name) and name in dict(
+        model.named_parameters(remove_duplicate=False)
+    )
 
 
 def _pattern(model: Any, attribute: str, more: tuple[str, ...]) -> str:

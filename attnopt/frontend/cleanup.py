@@ -213,16 +213,20 @@ def _is_region(node: fx.Node) -> bool:
 
 
 def _inline(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    first = next(i for i, a in enumerate(node.args) if _is_attribute(a))
-    body = graph_module.get_submodule(node.args[first].target)
-    values = dict(zip(_inputs(body), node.args[first + 1 :], strict=True))
-    _adopt(graph_module, body, str(node.args[first].target))
+    arguments: tuple[Any, ...] = node.args
+    first = next(i for i, a in enumerate(arguments) if _is_attribute(a))
+    name = str(arguments[first].target)
+    body = graph_module.get_submodule(name)
+    assert isinstance(body, fx.GraphModule)
+    values = dict(zip(_inputs(body), arguments[first + 1 :], strict=True))
+    _adopt(graph_module, body, name)
     with graph_module.graph.inserting_before(node):
-        result = graph_module.graph.graph_copy(body.graph, values)
+        result: Any = graph_module.graph.graph_copy(body.graph, values)
     results = result if isinstance(result, list | tuple) else [result]
     for user in list(node.users):
         if user.target is operator.getitem:
-            user.replace_all_uses_with(results[user.args[1]])
+            position: Any = user.args[1]
+            user.replace_all_uses_with(results[position])
             graph_module.graph.erase_node(user)
     if node.users:
         node.replace_all_uses_with(results[0])

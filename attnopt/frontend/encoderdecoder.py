@@ -1,8 +1,8 @@
 """Encoder-decoders with a language-model head: two programs that share weights and states.
 
-"encode" runs the encoder and the decoder's first tokens from an empty cache; "decode" runs further
-tokens from the cache. Whether the cross-attention cache is filled is a branch of the source's Python,
-so no single graph does both.
+"encode" runs the encoder and the decoder's first tokens from an empty cache; "decode" runs
+further tokens from the cache. Whether the cross-attention cache is filled is a branch of the
+source's Python, so no single graph does both.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,9 @@ def _first_call(source: nn.Module, example: Example) -> tuple[Tensor, list[Any]]
     if isinstance(result, No):
         return result
     hidden = result.encoder_last_hidden_state
-    return torch.zeros(tuple(map(int, hidden.shape)), dtype=hidden.dtype), read_both_halves(result.past_key_values)
+    return torch.zeros(tuple(map(int, hidden.shape)), dtype=hidden.dtype), read_both_halves(
+        result.past_key_values
+    )
 
 
 def _decode_tensors(example: Example, encoded: Tensor) -> dict[str, Tensor]:
@@ -133,7 +135,9 @@ def route(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if cache is None or not cache.get_seq_length():
         call = {k: v for k, v in kwargs.items() if k not in ("past_key_values", _ENCODED)}
         if kwargs.get(_ENCODED) is not None:
-            raise ValueError("argument encoder_outputs without past_key_values: give encoder inputs")
+            raise ValueError(
+                "argument encoder_outputs without past_key_values: give encoder inputs"
+            )
         return program.parts["encode"](*args, **call)
     if args:
         raise TypeError("give the arguments of a decoding step by name")

@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy import Function
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
@@ -45,9 +46,7 @@ class Trace:
 class Flat(nn.Module):
     """A source seen as a function from named tensors to a flat tuple of tensors."""
 
-    def __init__(
-        self, source: nn.Module, call: Call, names: tuple[str, ...], results: list[Any]
-    ):
+    def __init__(self, source: nn.Module, call: Call, names: tuple[str, ...], results: list[Any]):
         super().__init__()
         self.source = source
 
@@ -111,7 +110,7 @@ def _try(
 ) -> Trace | No:
     skeletons: list[Any] = []
     flat = Flat(source, call, tuple(tensors), skeletons)
-    shapes = {n: {a: Dim.AUTO for a in axes.get(n, ())} for n in tensors}
+    shapes = {n: dict.fromkeys(axes.get(n, ()), Dim.AUTO) for n in tensors}
     # The boundary to arbitrary model code: whatever it raises is the reason of the refusal.
     try:
         with _silent(), _evaluating(source), _patched(attempt.patches), torch.no_grad():
@@ -141,6 +140,11 @@ def _conditions(exported: ExportedProgram) -> tuple[sympy.Basic, ...]:
     """Return what sizes must satisfy because the trace took a branch or unrolled a loop."""
     found = (g for g in _guards(exported) if isinstance(g, sympy.Eq) and not g.is_number)
     return tuple(dict.fromkeys(g for g in found if g.free_symbols))
+
+
+def _restricts(condition: Any) -> bool:
+    """Say whether a condition fixes sizes, and not only relates the inputs to each other."""
+    return len(condition.free_symbols) == 1 or bool(condition.atoms(Function, sympy.Min, sympy.Max))
 
 
 def _about_layout(guard: Any) -> bool:
@@ -181,7 +185,10 @@ def _finish(
         n for n in graph_module.graph.nodes if n.op == "placeholder" and _is_input(n, bindings)
     ]
     shapes = {bindings[n.name].name: _shape(n) for n in inputs}
-    fixed = (*_fixed(shapes, axes, bounds), *(f"only where {c}" for c in conditions))
+    fixed = (
+        *_fixed(shapes, axes, bounds),
+        *(f"only where {c}" for c in conditions if _restricts(c)),
+    )
     return Trace(
         graph_module=graph_module,
         bindings=bindings,
@@ -240,7 +247,7 @@ def _renamed(graph_module: fx.GraphModule, bindings: dict[str, Binding]) -> dict
         if node.op != "placeholder":
             continue
         old = node.name
-        if old.startswith(f"p_{SOURCE}_") or old.startswith(f"b_{SOURCE}_"):
+        if old.startswith((f"p_{SOURCE}_", f"b_{SOURCE}_")):
             node._rename(old.replace(f"_{SOURCE}_", "_", 1))
             node.target = node.name
         renamed[node.name] = bindings[old]

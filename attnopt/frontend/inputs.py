@@ -12,13 +12,11 @@ _IMAGES = ("pixel_values", "noise", "bool_masked_pos", "input_features", "past_v
 
 
 def dynamic_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the axes of each tensor that should stay dynamic: batch, and sequence where it is one."""
+    """Return the axes of each tensor that should stay dynamic: batch, and sequence if any."""
     return {name: _axes(name, tensor) for name, tensor in tensors.items()}
 
 
-def grown(
-    tensors: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
+def grown(tensors: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Repeat the examples up to odd prime sizes, which are no multiple of anything in a model."""
     return {name: _grown(tensor, axes.get(name, ())) for name, tensor in tensors.items()}
 
@@ -93,10 +91,12 @@ def _main_input(main: str, config: Any, names: Mapping[str, Any]) -> dict[str, T
 def _tokens(config: Any, count: int) -> Tensor:
     text = config.get_text_config(decoder=False)
     vocabulary = int(getattr(text, "vocab_size", 0) or 32)
-    used = torch.randint(
-        min(4, vocabulary - 1), vocabulary, (_ROWS, count), generator=torch.Generator().manual_seed(0)
+    return torch.randint(
+        min(4, vocabulary - 1),
+        vocabulary,
+        (_ROWS, count),
+        generator=torch.Generator().manual_seed(0),
     )
-    return used
 
 
 def _two_towers(config: Any) -> bool:

@@ -1,7 +1,7 @@
 """Capture module by module, for a model that no single graph can hold.
 
-The source runs twice on recorded inputs, at two sizes, so that every size that varies is known. Then the
-largest modules that can be captured become Programs, and only those that cannot are opened.
+The source runs at two sizes, and its modules' inputs are recorded, so that every size that varies
+is known. Then the largest modules that can be captured become Programs; the others are opened.
 """
 
 import copy
@@ -38,7 +38,7 @@ class _Recorded:
 def capture_parts(
     source: nn.Module, examples: list[Example], make: MakeProgram, why: No
 ) -> Parts | No:
-    """Capture the largest capturable modules; `examples` are calls of the source at several sizes."""
+    """Capture the largest capturable modules; `examples` call the source at several sizes."""
     runs = [r for e in examples if not isinstance(r := _record(source, e), No)]
     if not runs:
         return No("the source does not run on the example", why.where)
@@ -58,13 +58,19 @@ class _Search:
 
     def open(self, path: str, module: nn.Module) -> bool:
         """Visit the children of a module; say whether any of them could not be captured."""
-        return any([self.visit(f"{path}.{n}" if path else n, c) for n, c in module.named_children()])
+        visited = [
+            self.visit(f"{path}.{name}" if path else name, child)
+            for name, child in module.named_children()
+        ]
+        return any(visited)
 
     def visit(self, path: str, module: nn.Module) -> bool:
         """Capture a module, or open it; say whether something in it could not be captured."""
         if path not in self.runs[0]:
             return self.open(path, module)
-        if not any(True for _ in module.children()) and type(module).__module__.startswith("torch."):
+        if not any(True for _ in module.children()) and type(module).__module__.startswith(
+            "torch."
+        ):
             return False
         program = self._capture(path, module)
         if not isinstance(program, No):

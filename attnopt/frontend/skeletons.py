@@ -1,7 +1,7 @@
 """Nested values taken apart: a skeleton keeps the structure, and its tensors go in a flat list.
 
-Tuples, lists, dicts, Transformers outputs, other dataclasses and key-value caches are structure; every
-other value that is not a tensor is kept in the skeleton as it is.
+Tuples, lists, dicts, Transformers outputs, other dataclasses and key-value caches are structure;
+every other value that is not a tensor is kept in the skeleton as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ class CacheLayers:
 
 
 def take_apart(value: Any, put: Put, path: str = "") -> Any:
-    """Return the skeleton of a value; `put(path, tensor)` stores each tensor and returns its slot."""
+    """Return the skeleton of a value; `put(path, tensor)` stores a tensor and returns its slot."""
 
     def inner(item: Any, key: object) -> Any:
         return take_apart(item, put, f"{path}_{key}" if path else str(key))
@@ -54,7 +54,8 @@ def take_apart(value: Any, put: Put, path: str = "") -> Any:
         made = {k: inner(v, k) for k, v in value.items()}
         return made if type(value) is dict else Made(type(value), made)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return Made(type(value), {k: inner(getattr(value, k), k) for k in value._fields})
+        named = {k: getattr(value, k) for k in value._fields}
+        return Made(type(value), {k: inner(v, k) for k, v in named.items()})
     if isinstance(value, list | tuple):
         return type(value)(inner(v, i) for i, v in enumerate(value))
     return value

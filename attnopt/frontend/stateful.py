@@ -137,6 +137,7 @@ def _example_states(
 
 
 def with_states(result: Trace, forms: list[Any], argument: str) -> Stateful | No:
+    """Turn the cache\'s inputs and outputs of a trace into a State table, and its past explicit."""
     outputs = _state_outputs(result.skeleton, argument)
     names = {node.name: node for node in result.graph_module.graph.nodes}
     states: list[State] = []
@@ -144,7 +145,9 @@ def with_states(result: Trace, forms: list[Any], argument: str) -> Stateful | No
         for name, stored in form.tensors.items():
             placeholder = state_name(layer, name)
             if not names[placeholder].users:
-                return No(f"the graph of several tokens does not read the {name} state", placeholder)
+                return No(
+                    f"the graph of several tokens does not read the {name} state", placeholder
+                )
             states.append(_state(layer, name, stored, outputs[layer][name]))
     bindings = dict(result.bindings)
     for state in states:
@@ -259,9 +262,10 @@ def _cross_sources(
     for state in states:
         size = placeholders[state.placeholder].meta["val"].shape
         length = size[2] if state.role.startswith("cross") else None
-        if encoded is not None and isinstance(length, torch.SymInt):
-            if length.node.expr not in sources:
-                found[length.node.expr] = (encoded, 1)
+        if encoded is None or not isinstance(length, torch.SymInt):
+            continue
+        if length.node.expr not in sources:
+            found[length.node.expr] = (encoded, 1)
     return found
 
 
@@ -368,12 +372,13 @@ class StatefulCalls:
         length = ids.shape[1]
         if self.positions_from_mask:
             mask = given["attention_mask"]
-            return ((mask.cumsum(1) * mask) - 1)[:, past:].long()
+            positions: Tensor = ((mask.cumsum(1) * mask) - 1)[:, past:].long()
+            return positions
         return torch.arange(past, past + length, device=ids.device).expand(ids.shape[0], -1)
 
 
 def positions_follow_mask(source: nn.Module) -> bool:
-    """Say whether the source numbers its tokens by the attention mask when positions are omitted."""
+    """Say whether the source numbers tokens by the attention mask if positions are omitted."""
     for module in source.modules():
         parameters = inspect.signature(module.forward).parameters
         if "position_ids" not in parameters or "inputs_embeds" not in parameters:
