@@ -88,7 +88,7 @@ def emit(writer: Writer, match: Match) -> fx.Node:
         options["causal"] = True
     for name, operand in (("k_map", match.k), ("v_map", match.v)):
         heads = operand.heads
-        even = tuple(h * operand.count // len(heads) for h in range(len(heads)))
+        even = tuple(h * operand.held // len(heads) for h in range(len(heads)))
         if heads != even:
             options[name] = list(heads)
     result = writer.call(torch.ops.attnopt.attention.default, q, k, v, **options)

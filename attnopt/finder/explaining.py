@@ -10,6 +10,7 @@ from attnopt.finder.finding import Explanation, Findings, find_sites
 from attnopt.finder.match import Match
 from attnopt.finder.ops import kind, value
 from attnopt.finder.prove import region_inputs
+from attnopt.finder.provenance import View
 from attnopt.nouns import Site
 from attnopt.program import Program
 
@@ -19,7 +20,7 @@ def explain_site(program: Program, name: str) -> Explanation:
     program, findings, site = _locate(program, name)
     index = findings.sites.index(site)
     matches = [m for m, o in zip(findings.matches, findings.owner, strict=True) if o == index]
-    before = "\n\n".join(region(program.graph, m) for m in matches)
+    before = "\n\n".join(region(findings.view, m) for m in matches)
     after, refusals = _after(program, matches)
     return Explanation(site, before, after, (*_reasons(site, matches), *refusals))
 
@@ -37,9 +38,9 @@ def _locate(program: Program, name: str) -> tuple[Program, Findings, Site]:
     raise ValueError(f"no site {name!r}{hint} (the model has {len(set(known))})")
 
 
-def region(graph: fx.Graph, match: Match) -> str:
+def region(view: View, match: Match) -> str:
     """Print the nodes between a site's operands and its result, one assignment a line."""
-    inputs = region_inputs(match)
+    inputs = region_inputs(view, match)
     lines = [f"# {n.name}: {_like(n)}" for n in inputs]
     for node in ancestors([match.result], inputs):
         if node not in inputs and node.op == "call_function" and not is_size(node):

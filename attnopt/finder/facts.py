@@ -409,21 +409,55 @@ def cache_inputs(view: View, node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def piece_key(match: Match, matches: list[Match]) -> object | None:
-    """Return what the pieces of one logical attention share: the place where results are joined."""
+def piece_key(view: View, match: Match, matches: list[Match]) -> object | None:
+    """Return what the pieces of one logical attention share: projections, and where they are joined.
+
+    Pieces hold different queries of the same projections and are concatenated along the queries.
+    """
     if sum(m.module == match.module for m in matches) < 2:
         return None
-    node, seen = match.result, 0
-    todo = [node]
+    sizes = shape(match.result)
+    todo = [(match.result, place(match.result_layout, "T", sizes))]
+    others = place(match.result_layout, "H", sizes) + place(match.result_layout, "E", sizes)
+    channels = {match.result: others}
+    seen = 0
     while todo and seen < 40:
-        node = todo.pop(0)
+        node, queries = todo.pop(0)
         seen += 1
-        for user in node.users:
+        for user in sorted(node.users, key=lambda n: n._sort_key):
             if kind(user) in JOINING:
-                return (match.module, user)
-            if kind(user) in TRANSPARENT | LAYOUT:
-                todo.append(user)
+                axis = (user.args[1] if len(user.args) > 1 else 0) % rank(user)  # type: ignore[operator]
+                if not _varies(channels[node], axis):
+                    return (match.module, user, _projecting(view, match.q.product))
+                continue
+            moved = _pushed(view, user, node, queries)
+            if moved is not None and kind(user) in TRANSPARENT | LAYOUT:
+                other = _pushed(view, user, node, channels[node])
+                assert other is not None
+                channels[user] = other
+                todo.append((user, moved))
     return None
+
+
+def _varies(numbers: Tensor, axis: int) -> bool:
+    return bool((numbers != numbers.narrow(axis, 0, 1)).any())
+
+
+def _projecting(view: View, node: fx.Node) -> frozenset[fx.Node]:
+    """List the learned contractions that an operand comes from, the nearest ones only."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n in seen or is_size(n):
+            continue
+        seen.add(n)
+        if _ends_path(view, n):
+            found.add(n)
+        else:
+            todo.extend(n.all_input_nodes)
+    return frozenset(found)
 
 
 def site_kind(view: View, match: Match, mask_kind: str) -> Literal["self", "cross"]:

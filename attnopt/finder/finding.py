@@ -64,7 +64,7 @@ def _find(program: Program) -> Findings:
             misses.append(NearMiss(module_path(node), node.name, str(found)))
             debug.log(4, f"near miss in {module_path(node)}: {found}")
     matches.sort(key=lambda m: m.anchor._sort_key)
-    owner = _group(matches)
+    owner = _group(view, matches)
     names = _names([matches[owner.index(i)] for i in dict.fromkeys(owner)])
     sites = tuple(
         read_site(view, [m for m, o in zip(matches, owner, strict=True) if o == i], name)
@@ -132,12 +132,12 @@ def _is_cached(view: View, match: Match) -> bool:
     )
 
 
-def _group(matches: list[Match]) -> list[int]:
+def _group(view: View, matches: list[Match]) -> list[int]:
     """Number the logical attentions: pieces of one share queries, keys and values of one module."""
     owner: list[int] = []
     keys: dict[object, int] = {}
     for i, match in enumerate(matches):
-        key = facts.piece_key(match, matches)
+        key = facts.piece_key(view, match, matches)
         number = keys.setdefault(key if key is not None else ("alone", i), len(keys))
         owner.append(number)
     return owner

@@ -10,6 +10,7 @@ from attnopt.finder.contraction import Contraction, Labels
 from attnopt.finder.evaluate import at_sizes, is_size
 from attnopt.finder.layout import Factor, Layout, place, read_layout
 from attnopt.finder.ops import (
+    JOINING,
     LAYOUT,
     TRANSPARENT,
     argument,
@@ -28,16 +29,20 @@ Factors = tuple[Factor, ...]
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor with its layout; `heads[h]` is its own head that query head h reads."""
+    """A tensor with its layout; `heads[h]` is its own head that query head h reads.
+
+    `count` heads are distinct; the tensor may hold more where a repetition could not be undone.
+    """
 
     node: fx.Node
     layout: Layout
     heads: tuple[int, ...]
     product: fx.Node
+    count: int
 
     @property
-    def count(self) -> int:
-        """Return the number of distinct heads."""
+    def held(self) -> int:
+        """Return the number of heads that the tensor holds, repeated ones included."""
         return max(self.heads) + 1
 
 
@@ -128,7 +133,7 @@ def match_anchor(view: View, walker: Walker, anchor: Anchor) -> Match | No:
         scores=anchor.scores,
         axis=anchor.axis,
         query_key=trail.contraction,
-        steps=trail.steps,
+        steps=trail.steps if anchor.sink is None else (*trail.steps, anchor.sink),
         values=way.contraction,
         weights=way.weights,
         after=way.steps,
@@ -268,7 +273,7 @@ class _Assembly:
     def _softmax_labels(self) -> tuple[str, ...]:
         """Name the axes of the product that the softmax runs over."""
         parts = self.parts
-        moves = [s for s in parts.steps if s.op in ("layout", "sink", "drop")]
+        moves = [s for s in parts.steps if s.op in ("layout", "sink", "drop") and not _beside(s)]
         if not moves:
             return (self.qk.out_labels[parts.axis],)
         full = tuple(self.out_sizes[x] for x in self.qk.out_labels)
@@ -421,7 +426,7 @@ class _Assembly:
                 softcap = None if softcap is None else softcap * step.number
                 sides = [replace(s, factor=s.factor * step.number) for s in sides]
             elif step.op == "tanh":
-                if sides or softcap is not None:
+                if softcap is not None or not all(_scales_queries(s) for s in sides):
                     raise _refuse("tanh of scores that are already biased or masked", step.node)
                 softcap = 1.0
             elif step.op in ("add", "multiply", "hide"):
@@ -432,7 +437,7 @@ class _Assembly:
                 if sinks is not None:
                     raise _refuse("two sink columns", step.node)
                 sinks = Side(step, layout)
-            if step.op in ("layout", "sink", "drop"):
+            if step.op in ("layout", "sink", "drop") and not _beside(step):
                 coordinates = self._start(out) if coordinates is None else coordinates
                 coordinates = {r: self._push(step, c) for r, c in coordinates.items()}
                 if step.op == "layout":
@@ -456,7 +461,7 @@ class _Assembly:
         layout = out if coordinates is None else None
         scale = 1.0
         after: list[Side] = []
-        open_sink = any(s.op == "sink" for s in self.parts.steps) and not any(
+        open_sink = any(s.op == "sink" and not _beside(s) for s in self.parts.steps) and not any(
             s.op == "drop" for s in self.parts.steps
         )
         if coordinates is not None and not open_sink:
@@ -524,10 +529,10 @@ class _Assembly:
         own = canonical.shape[1]
         if own not in (1, heads):
             # Grouped heads of a fused op: query head h reads head h // (heads / own).
-            return Operand(node, layout, tuple(h // (heads // own) for h in range(heads)), node)
+            return Operand(node, layout, tuple(h // (heads // own) for h in range(heads)), node, own)
         if own == 1:
             plain = self._plainest(node, canonical, order)
-            return Operand(*(plain or (node, layout)), (0,) * heads, node)
+            return Operand(*(plain or (node, layout)), (0,) * heads, node, 1)
         groups, first = _head_groups(canonical)
         distinct = canonical[:, first]
         plain = None
@@ -535,8 +540,8 @@ class _Assembly:
             plain = self._plainest(node, distinct, order)
         if plain is None:
             # The repeated spelling stays, but which heads are equal is known.
-            return Operand(node, layout, tuple(range(heads)), node)
-        return Operand(*plain, tuple(groups), node)
+            return Operand(node, layout, tuple(range(heads)), node, len(first))
+        return Operand(*plain, tuple(groups), node, len(first))
 
     def _plainest(self, node: fx.Node, numbers: Tensor, order: str) -> tuple[fx.Node, Layout] | None:
         """Find the nearest source that holds just these elements, once each, best in plain order."""
@@ -555,7 +560,8 @@ class _Assembly:
             movable = kind(current) in LAYOUT - {"gather", "index", "getitem"} or (
                 kind(current) in TRANSPARENT and _same_dtype(current)
             )
-            current = current.args[0] if movable else None
+            joined = kind(current) in JOINING and isinstance(current.args[0], list | tuple)
+            current = current.args[0][0] if joined else current.args[0] if movable else None  # type: ignore[index]
         return best
 
     def _layout_by_numbers(
@@ -574,6 +580,16 @@ class _Assembly:
             stride //= size
             coordinates[role] = ((index // stride) % size).view(found.shape)
         return read_layout(coordinates)
+
+
+def _scales_queries(side: Side) -> bool:
+    """Tell whether a side operand multiplies all keys of a query alike, as a scale of its own does."""
+    return side.step.op == "multiply" and "S" not in side.own_layout().roles
+
+
+def _beside(step: Step) -> bool:
+    """Tell a sink that is added to the sum of a softmax from one that is a column of the scores."""
+    return step.op == "sink" and kind(step.node) == "add"
 
 
 def _same_dtype(node: fx.Node) -> bool:

@@ -40,6 +40,9 @@ SDPA = frozenset(
 NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm batch_norm".split())
 
 
+UNKNOWN = 3
+
+
 def kind(node: fx.Node) -> str:
     """Name the op of a node without overload, namespace or in-place underscore; '' for non-calls."""
     if node.op != "call_function":
@@ -90,7 +93,10 @@ def rank(node: fx.Node) -> int:
 
 def hint(size: Any) -> int:
     """Return the size that was seen at capture."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    # A size that data decide has no value at capture; nothing is read from it but that it varies.
+    return UNKNOWN if size.node.hint is None else int(size.node.hint)
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

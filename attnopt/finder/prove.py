@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from attnopt.finder.evaluate import Sizes, ancestors, at_sizes, evaluate, is_size, leaves
 from attnopt.finder.match import Match
-from attnopt.finder.ops import value
+from attnopt.finder.ops import LAYOUT, TRANSPARENT, kind, value
 from attnopt.finder.provenance import View
 from attnopt.nouns import No
 
@@ -17,11 +17,26 @@ from attnopt.nouns import No
 TOLERANCE = 1e-9
 
 
-def region_inputs(match: Match) -> list[fx.Node]:
-    """List the nodes that a match reads: queries, keys, values and side operands."""
-    sides = [s.node for s in (*match.sides, *match.after)]
-    sinks = [match.sinks.step.side] if match.sinks and match.sinks.step.side else []
+def region_inputs(view: View, match: Match) -> list[fx.Node]:
+    """List the nodes that a match reads: queries, keys, values and side operands.
+
+    A learned factor of the scores is left inside: what its true value does to a mask is part of
+    the proof.
+    """
+    sides = [
+        s.node
+        for s in (*match.sides, *match.after)
+        if s.step.op != "multiply" or not view.origins.is_learned(s.node)
+    ]
+    sinks = [_before_layout(match.sinks.node)] if match.sinks else []
     return list(dict.fromkeys([match.q.node, match.k.node, match.v.node, *sides, *sinks]))
+
+
+def _before_layout(node: fx.Node) -> fx.Node:
+    """Step back over broadcasts: a sink is one number a head, however it was expanded."""
+    while kind(node) in LAYOUT | TRANSPARENT and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def prove(view: View, match: Match, rewritten: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> No | None:
@@ -29,7 +44,7 @@ def prove(view: View, match: Match, rewritten: fx.Node, mapping: Mapping[fx.Node
 
     `rewritten` is the result in a copy of the graph, `mapping` leads from the graph to the copy.
     """
-    inputs = region_inputs(match)
+    inputs = region_inputs(view, match)
     sizes = view.shapes.captured
     for seed in (0, 1):
         values = _random_inputs(view, match, inputs, sizes, seed)
@@ -117,7 +132,7 @@ def _random(node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Tensor:
 
 def signature(view: View, match: Match) -> str:
     """Return a digest that structurally equal regions share: they are proved once."""
-    inputs = region_inputs(match)
+    inputs = region_inputs(view, match)
     order = [n for n in ancestors([match.result], inputs) if not is_size(n)]
     number = {n: i for i, n in enumerate(order)}
 
@@ -133,7 +148,8 @@ def signature(view: View, match: Match) -> str:
         example = value(node)
         like = f"{example.dtype}{tuple(example.shape)}" if isinstance(example, Tensor) else ""
         if node in inputs or node.op == "placeholder":
-            lines.append(f"{inputs.index(node) if node in inputs else 'leaf'} {like}")
+            name = inputs.index(node) if node in inputs else view.program.bindings[node.name].name
+            lines.append(f"{name} {like}")
         else:
             keywords = sorted((k, show(v)) for k, v in node.kwargs.items())
             lines.append(f"{node.target} {show(node.args)} {keywords} {like}")

@@ -63,6 +63,7 @@ class Anchor:
     axis: int
     result: fx.Node | None = None
     pieces: frozenset[fx.Node] = frozenset()
+    sink: Step | None = None
 
 
 def find_anchors(graph: fx.Graph) -> Iterator[Anchor]:
@@ -123,6 +124,7 @@ def _by_division(node: fx.Node) -> Anchor | None:
         if kind(bottom) != "reciprocal":
             return None
         bottom = through(bottom.args[0])
+    bottom, sink = _without_sink(bottom)
     total = _the_sum(bottom)
     if total is None:
         return None
@@ -136,8 +138,38 @@ def _by_division(node: fx.Node) -> Anchor | None:
     axis = (axes[0] if isinstance(axes, list | tuple) else axes) % rank(exponential)
     scores = source.args[0]
     if top is exponential:
-        return Anchor(scores, node, axis)
-    return Anchor(scores, exponential, axis, result=node, pieces=frozenset({total}))
+        return Anchor(scores, node, axis, sink=sink)
+    return Anchor(scores, exponential, axis, result=node, pieces=_towards(total, node), sink=sink)
+
+
+def _towards(total: fx.Node, division: fx.Node) -> frozenset[fx.Node]:
+    """List the sum, and the casts of the exponentials that only it reads."""
+    found = {total}
+    node: Any = total.args[0]
+    while isinstance(node, fx.Node) and kind(node) in TRANSPARENT and len(node.users) == 1:
+        found.add(node)
+        node = node.args[0]
+    return frozenset(found)
+
+
+def _without_sink(node: fx.Node) -> tuple[fx.Node, Step | None]:
+    """Split sum(exp(x - top)) + exp(sink - top) into the sum and the sink."""
+    if kind(node) != "add" or len(node.all_input_nodes) != 2:
+        return node, None
+    for total, other in (node.args[:2], node.args[1::-1]):
+        exponential = through(other)
+        if _the_sum(through(total)) is None or kind(exponential) != "exp":
+            continue
+        logit = through(exponential.args[0])
+        if kind(logit) == "sub" and isinstance(logit.args[0], fx.Node):
+            logit = logit.args[0]
+        return through(total), Step("sink", node, side=logit, when=True)
+    return node, None
+
+
+_OVER_SUMS = frozenset(
+    "unsqueeze clamp clamp_min maximum add masked_fill reshape view transpose permute expand".split()
+)
 
 
 def _the_sum(node: fx.Node) -> fx.Node | None:
@@ -148,7 +180,7 @@ def _the_sum(node: fx.Node) -> fx.Node | None:
             return None
         if kind(node) == "sum":
             return node
-        if kind(node) in ("unsqueeze", "clamp", "clamp_min", "maximum", "add", "masked_fill"):
+        if kind(node) in _OVER_SUMS:
             if kind(node) == "add" and not (is_number(node.args[1]) and node.args[1] < 1e-3):
                 return None
             node = node.args[0]
@@ -396,6 +428,7 @@ class Walker:
                 [x],
                 lambda n: program.weights[program.bindings[n.name].name],
                 sizes=self.view.shapes.captured,
+                double=True,
             )
         except (RuntimeError, KeyError, ValueError):
             return None
@@ -428,8 +461,10 @@ def _is_shift(scores: Any, other: Any) -> bool:
         node = todo.pop()
         if not isinstance(node, fx.Node):
             continue
-        if kind(node) in ("amax", "max"):
-            return through(node.args[0]) is through(scores)
+        if kind(node) in ("amax", "max") and through(node.args[0]) is through(scores):
+            return True
+        if kind(node) in ("maximum", "max"):
+            todo.extend(node.all_input_nodes)
         if kind(node) in wrappers:
             todo.extend(node.all_input_nodes)
     return False
