@@ -166,16 +166,25 @@ def drop_unread(graph_module: fx.GraphModule, keep: Callable[[str], bool]) -> li
 def at_device(graph_module: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:
     """Return a copy of the graph whose constants and casts live on `device`."""
     target = torch.device(device)
+    return _with_arguments(graph_module, lambda a: target if isinstance(a, torch.device) else a)
+
+
+def at_dtype(
+    graph_module: fx.GraphModule, source: torch.dtype, target: torch.dtype
+) -> fx.GraphModule:
+    """Return a copy of the graph that makes and casts to `target` where it said `source`."""
+    return _with_arguments(graph_module, lambda a: target if a is source else a)
+
+
+def _with_arguments(graph_module: fx.GraphModule, change: Callable[[Any], Any]) -> fx.GraphModule:
     graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(graph_module.graph, copied)
-    graph.output(output)
+    graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, lambda a: _moved(a, target))
-        node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: _moved(a, target))
-    moved = fx.GraphModule(graph_module, graph)
-    moved.meta = dict(graph_module.meta)
-    return moved
+        node.args = fx.node.map_aggregate(node.args, change)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, change)
+    changed = fx.GraphModule(graph_module, graph)
+    changed.meta = dict(graph_module.meta)
+    return changed
 
 
 def size_expression(node: fx.Node) -> sympy.Expr | int | None:
@@ -184,10 +193,6 @@ def size_expression(node: fx.Node) -> sympy.Expr | int | None:
     if isinstance(value, torch.SymInt):
         return value.node.expr
     return value if isinstance(value, int) else None
-
-
-def _moved(argument: Any, device: torch.device) -> Any:
-    return device if isinstance(argument, torch.device) else argument
 
 
 def _mutates(graph_module: fx.GraphModule) -> bool:
