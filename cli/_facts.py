@@ -1,5 +1,6 @@
 """A site as text and as JSON: every fact of it, in full or in the few words of a table."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -93,11 +94,27 @@ def layers(numbers: tuple[int, ...]) -> str:
     return ",".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
 
 
+def folded(name: str, width: int) -> str:
+    """Break a dotted name into lines after its dots."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.?", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 def sharing(site: Site) -> str:
     """Name how query heads share key heads."""
     ratios = {site.heads: "MHA", 1: "MQA"} if site.heads > 1 else {1: "MHA"}
     named = ratios.get(site.kv_heads, "GQA")
     return named if site.kind == "self" else f"{site.kind} {named}"
+
+
+def heads(site: Site) -> str:
+    """Write the query heads, and the key heads where they are fewer."""
+    same = site.heads == site.kv_heads
+    return str(site.heads) if same else f"{site.heads}/{site.kv_heads}"
 
 
 def dims(site: Site) -> str:
@@ -107,17 +124,17 @@ def dims(site: Site) -> str:
 
 
 def mask(site: Site) -> str:
-    """Write the mask, and whether padding joins it."""
-    return f"{site.mask}{'+pad' if site.padded else ''}"
+    """Write the mask with its sizes, and whether padding joins it."""
+    m = site.mask
+    sizes = [f"{n:,}" for n in (m.window, m.right, m.prefix) if n is not None]
+    return " ".join([m.kind, "/".join(sizes)]).strip() + ("+pad" if site.padded else "")
 
 
 def rope(value: Rope | None, head_dim: int) -> str:
-    """Write the rotary embedding; its channels where it leaves some alone."""
+    """Write the rotary embedding, and its channels where it leaves some alone."""
     if value is None:
         return "-"
-    part = "" if value.channels == head_dim else f" {value.channels}/{head_dim}"
-    late = ", after cache" if value.placement == "after_cache" else ""
-    return f"{value.style}{part}{late}"
+    return value.style if value.channels == head_dim else f"{value.style} {value.channels}"
 
 
 def grid(value: Grid) -> str:
@@ -137,6 +154,7 @@ def extras(site: Site) -> str:
         "sinks" if site.sinks else "",
         f"{site.qk_norm} qk-norm" if site.qk_norm else "",
         f"grid {grid(site.grid)}" if site.grid else "",
+        "rotary after cache" if site.rope and site.rope.placement == "after_cache" else "",
     )
     return ", ".join(item for item in listed if item)
 

@@ -158,11 +158,11 @@ def _summary(name: str) -> str:
 
 
 def _internal(error: Exception) -> CommandError:
-    """Wrap what nobody foresaw: a bug of attnopt or of a library, never the user's fault."""
+    """Wrap what nobody foresaw: a bug of attnopt, of a library, or of a factory."""
     first = re.sub(r"\s+", " ", str(error))[:300]
     return CommandError(
         "AO900",
-        f"{type(error).__name__}: {first}. This is a bug; ATTNOPT_DEBUG=1 shows where.",
+        f"{type(error).__name__}: {first} (unforeseen; ATTNOPT_DEBUG=1 shows where)",
         Exit.INTERNAL,
     )
 

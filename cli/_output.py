@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,15 +51,22 @@ class Output:
         if not self.quiet:
             self.line(text)
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table; columns whose cells are all numbers are aligned to the right."""
+    def table(
+        self, headings: Sequence[str], rows: Sequence[Sequence[str]], *, foldable: Container[str]
+    ) -> None:
+        """Print a table; what does not fit is folded in the columns that may be."""
         from rich.table import Table
         from rich.text import Text
 
         made = Table(box=None, pad_edge=True, header_style="bold", collapse_padding=True)
         for heading, cells in zip(headings, zip(*rows, strict=True), strict=True):
-            right = all(cell[:1].isdecimal() or not cell for cell in cells)
-            made.add_column(heading, justify="right" if right else "left", overflow="fold")
+            right = all(cell[:1].isdecimal() or cell in {"", "-"} for cell in cells)
+            made.add_column(
+                heading,
+                justify="right" if right and any(cells) else "left",
+                overflow="fold",
+                no_wrap=heading not in foldable,
+            )
         for row in rows:
             made.add_row(*(Text(cell) for cell in row))
         self.rendered(made)

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             f"{platform.system()} {platform.machine()}"
         )
         rows = [[item.state, item.what, item.detail, item.remedy] for item in found]
-        output.table(["", "what", "found", "remedy"], rows)
+        output.table(["", "what", "found", "remedy"], rows, foldable={"found", "remedy"})
     return Exit.RESOURCES if broken else Exit.ACCEPTED
 
 

@@ -30,6 +30,10 @@ _LOADS_IN = {
 }
 
 
+_NAME_WIDTH = 30
+_HEADINGS = ("layers", "site", "kind", "heads", "dim", "mask", "rotary", "FLOPs", "KV B/token")
+
+
 @dataclass(frozen=True)
 class Applicable:
     """A pass and the sites where it applies; elsewhere, why it does not."""
@@ -172,12 +176,9 @@ def _report(found: Findings, output: Output, *, verbose: bool) -> None:
 def _site_table(found: Findings, output: Output) -> None:
     groups = _facts.groups(found.program.sites)
     wide = any(_facts.extras(group.sites[0]) for group in groups)
-    headings = ["layers", "site", "kind", "heads", "kv", "dim", "mask", "rotary", "cache", "FLOPs"]
-    rows = [_row(group, found.costs) for group in groups]
-    output.table(
-        [*headings, "KV B/token", *(["also"] if wide else [])],
-        [row if wide else row[:-1] for row in rows],
-    )
+    headings = [*_HEADINGS, *(["also"] if wide else [])]
+    rows = [_row(group, found.costs)[: len(headings)] for group in groups]
+    output.table(headings, rows, foldable={"site", "also"})
 
 
 def _row(group: _facts.Group, costs: "Costs") -> list[str]:
@@ -185,16 +186,14 @@ def _row(group: _facts.Group, costs: "Costs") -> list[str]:
     own = [costs.sites[member.name] for member in group.sites]
     return [
         _facts.layers(group.layers),
-        group.pattern,
+        _facts.folded(group.pattern, _NAME_WIDTH),
         _facts.sharing(site),
-        str(site.heads),
-        str(site.kv_heads),
+        _facts.heads(site),
         _facts.dims(site),
         _facts.mask(site),
         _facts.rope(site.rope, site.head_dim),
-        "yes" if site.cached else "-",
         f"{sum(cost.share for cost in own):.1%}",
-        f"{sum(cost.cache_bytes for cost in own):,}",
+        f"{sum(cost.cache_bytes for cost in own):,}" if site.cached else "-",
         _facts.extras(site),
     ]
 
@@ -234,6 +233,7 @@ def _pass_table(found: Findings, output: Output) -> None:
             ]
             for item in found.passes
         ],
+        foldable={"why not elsewhere"},
     )
 
 

@@ -26,7 +26,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         return Exit.ACCEPTED
     rows = [[p.name, _result(p.exact), _tier(p.tier), p.summary, p.origin] for p in found]
     if rows:
-        output.table(["pass", "result", "tier", "what it does", "from"], rows)
+        output.table(
+            ["pass", "result", "tier", "what it does", "from"], rows, foldable={"what it does"}
+        )
     output.note(f"{len(rows)} installed")
     return Exit.ACCEPTED if rows else Exit.NOTHING
 

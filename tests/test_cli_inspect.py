@@ -65,7 +65,7 @@ def test_equal_layers_are_one_row_that_fits_the_page(
     status, out, err = run(capsys, "inspect", checkpoint)
     rows = [line.split() for line in out.splitlines() if "self_attn " in line]
     assert status == 0
-    assert [row[:6] for row in rows] == [["0-1", "model.layers.*.self_attn", "MQA", "3", "1", "8"]]
+    assert [row[:5] for row in rows] == [["0-1", "model.layers.*.self_attn", "MQA", "3/1", "8"]]
     assert max(map(len, out.splitlines()[2:])) <= 100
     assert "\x1b" not in out
     assert "Traceback" not in err
