@@ -4,8 +4,9 @@ A rewrite passes where its RMS error is at most 1.25 times and its largest error
 stock model's own, both against the same model in float64, over all draws of the inputs together.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -135,7 +136,18 @@ def exactly(model: torch.nn.Module) -> Callable[..., Any]:
     """Return a call of a float64 model whose float32 islands are float64, too."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), Float64Everywhere():
+        with torch.no_grad(), _float64_by_default(), Float64Everywhere():
             return model(*args, **kwargs)
 
     return call
+
+
+@contextlib.contextmanager
+def _float64_by_default() -> Iterator[None]:
+    """Make tensors that name no dtype float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

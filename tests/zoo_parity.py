@@ -13,6 +13,7 @@ import torch
 import zoo
 from parity import Gap, Verdict, exactly, judge
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput, MoeModelOutputWithPast
 from zoo_table import V
 
 DRAWS: Final = 8
@@ -26,6 +27,11 @@ OUTPUTS: Final = (
 )  # fmt: skip
 NEEDS_POSITIONS: Final = ("bamba",)
 """A stock decode step of these numbers its tokens from 0 where no positions are given."""
+
+STEPS: Final = {"minimax": (13, 1, 1, 1), "prophetnet": (9, 1, 1, 1)}
+"""The stock models of these step by one token only."""
+ENCODED: Final = {"switch_transformers": MoeModelOutputWithPast}
+"""What the stock model takes as encoder_outputs."""
 
 Call = dict[str, Any]
 Named = dict[str, Tensor]
@@ -85,7 +91,7 @@ def run(subject: Subject, model: Callable[..., Any], call: Call) -> Named:
     if subject.task == "base":
         return compared(model(**call))
     if subject.family == "encdec":
-        return _decoder_pieces(model, call)
+        return _decoder_pieces(subject, model, call)
     return _pieces(subject, model, call)
 
 
@@ -105,32 +111,33 @@ def _pieces(subject: Subject, model: Callable[..., Any], call: Call) -> Named:
     positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
     past: dict[str, Any] = {}
     at, logits = 0, []
-    for count in PREFILL_AND_STEPS:
+    for count in STEPS.get(subject.name, PREFILL_AND_STEPS):
         piece = {"input_ids": ids[:, at : at + count], "attention_mask": mask[:, : at + count]}
         if subject.name in NEEDS_POSITIONS:
             piece["position_ids"] = positions[:, at : at + count]
         result = model(**piece, **past)
         logits.append(result.logits)
         at += count
-        past = {key: result[key] for key in ("past_key_values", "cache_params") if key in result}
-        if not past:
+        if "past_key_values" not in result:
             return compared(model(**call))
+        past = {"past_key_values": result.past_key_values}
     return {"logits": torch.cat(logits, 1)}
 
 
-def _decoder_pieces(model: Callable[..., Any], call: Call) -> Named:
+def _decoder_pieces(subject: Subject, model: Callable[..., Any], call: Call) -> Named:
     """Run the encoder with the decoder's first tokens, then the decoder in steps."""
     ids, at, past, logits = call["decoder_input_ids"], 0, {}, []
     encoder = {"input_ids", "input_features"}
     encoded: dict[str, Tensor] = {}
-    for count in DECODER_STEPS:
+    for count in STEPS.get(subject.name, DECODER_STEPS):
         rest = {k: v for k, v in call.items() if not past or k not in encoder}
         result = model(**{**rest, "decoder_input_ids": ids[:, at : at + count]}, **past)
         if not encoded:
             encoded = {"encoder_last_hidden_state": result.encoder_last_hidden_state}
         logits.append(result.logits)
         at += count
-        hidden = (encoded["encoder_last_hidden_state"],)
+        kind = ENCODED.get(subject.name, BaseModelOutput)
+        hidden = kind(last_hidden_state=encoded["encoder_last_hidden_state"])
         past = {"past_key_values": result.past_key_values, "encoder_outputs": hidden}
     return {"logits": torch.cat(logits, 1), **encoded}
 
@@ -159,12 +166,22 @@ class Distances:
 
 def in_float64(subject: Subject) -> Callable[..., Any]:
     """Return the model in float64, called with the inputs of the float32 one."""
-    call = exactly(copy.deepcopy(subject.model).double())
+    call = exactly(_able_in_float64(copy.deepcopy(subject.model).double()))
 
     def run_wide(**kwargs: Any) -> Any:
         return call(**{key: _wide(value) for key, value in kwargs.items()})
 
     return run_wide
+
+
+def _able_in_float64(model: Any) -> Any:
+    """Choose the spellings of the same function that the stock code allows in float64."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "reorder_and_upcast_attn"):
+            module.reorder_and_upcast_attn = False
+    return model
 
 
 def _wide(value: Any) -> Any:
