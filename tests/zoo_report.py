@@ -80,8 +80,8 @@ def measure(entry: str, attention: str, task: str, *, mutants: bool = True) -> R
     start = time.monotonic()
     row = Row(entry, attention, task, declared=zoo.ZOO[entry].sites)
     try:
-        for row in _stages(row, mutants):  # noqa: B007  (the last stage reached is the result)
-            pass
+        for reached in _stages(row, mutants):
+            row = reached
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}"
