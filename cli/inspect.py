@@ -178,7 +178,7 @@ def _site_table(found: Findings, output: Output) -> None:
     wide = any(_facts.extras(group.sites[0]) for group in groups)
     headings = [*_HEADINGS, *(["also"] if wide else [])]
     rows = [_row(group, found.costs)[: len(headings)] for group in groups]
-    output.table(headings, rows, foldable={"site", "also"})
+    output.table(headings, rows, foldable={"also"})
 
 
 def _row(group: _facts.Group, costs: "Costs") -> list[str]:
