@@ -13,6 +13,7 @@ there.
 import argparse
 import copy
 import json
+import os
 import secrets
 import signal
 import sys
@@ -458,7 +459,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attempt", type=int, default=0)
     parser.add_argument("--spec", help="JSON: the features of the case, instead of drawn ones")
     parser.add_argument("--shrink", action="store_true", help="reduce the cases that fail")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one case")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)

@@ -312,8 +312,7 @@ class Raw(nn.Module):
         self.core = Core(spec)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **given: Tensor) -> Any:
-        axis = 0 if self.spec.layout == "seq_first" else 1
-        sizes = {"queries": q.shape[axis], "keys": k.shape[axis]}
+        sizes = {"queries": q.shape[1], "keys": k.shape[1]}
         heads, weights = self.core(q, k, v, **sizes, **given)
         return returned(heads.flatten(2), weights, self.spec)
 

@@ -177,12 +177,10 @@ def _scale(spec: Spec) -> Any:
 
 def _tokens(spec: Spec, size: Size, generator: torch.Generator) -> dict[str, Tensor]:
     if spec.source == "raw":
-        lead = (size.batch, size.length)
-        lead = lead[::-1] if spec.layout == "seq_first" else lead
         heads = (spec.heads, spec.kv_heads, spec.kv_heads)
         channels = (spec.head_dim, spec.head_dim, spec.v_head_dim)
         return {
-            name: _normal(generator, *lead, h, c)
+            name: _normal(generator, size.batch, size.length, h, c)
             for name, h, c in zip("qkv", heads, channels, strict=True)
         }
     if spec.partition != "none":

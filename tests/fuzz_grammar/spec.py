@@ -177,6 +177,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ("raw inputs have no projections", lambda s: s.source == "raw", {
         "projection": "separate", "stack": "bare", "layers": 1, "twice": False, "output": "none",
         "partition": "none"}),
+    ("raw inputs are batch first", lambda s: s.source == "raw" and s.layout == "seq_first", {
+        "layout": "bmm"}),
     ("one layer is never shared", lambda s: s.layers == 1 or s.stack == "decoder", {
         "shared_bias": False}),
     ("a bare stack has one layer", lambda s: s.stack == "bare", {
