@@ -19,6 +19,7 @@ from attnopt.frontend.encoderdecoder import (
 )
 from attnopt.frontend.exporting import Trace, trace
 from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
+from attnopt.frontend.lengths import with_lengths
 from attnopt.frontend.modules import capture_parts, with_parts
 from attnopt.frontend.skeletons import Slot
 from attnopt.frontend.stateful import (
@@ -120,7 +121,9 @@ def example_call(
     if not args and not kwargs:
         kwargs = example_inputs(model)
     example = take_call_apart(model, args, kwargs)
-    return example, dynamic_axes(example.tensors) if dynamic else {}
+    if not dynamic:
+        return example, {}
+    return example, with_lengths(model, example, dynamic_axes(example.tensors))
 
 
 def by_parts(

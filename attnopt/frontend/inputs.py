@@ -36,10 +36,15 @@ def _prime_above(size: int) -> int:
     return max(candidate, 3)
 
 
+def is_fixed_by_name(name: str) -> bool:
+    """Say whether an input's sizes beyond the batch are the model's own."""
+    return name.startswith(_IMAGES)
+
+
 def _axes(name: str, tensor: Tensor) -> tuple[int, ...]:
     if tensor.dim() == 0:
         return ()
-    image = name.startswith(_IMAGES) or tensor.dim() > 3
+    image = is_fixed_by_name(name) or tensor.dim() > 3
     tokens = not tensor.is_floating_point()
     if tensor.dim() == 1 or image:
         return (0,)
