@@ -145,7 +145,17 @@ def _sum(node: fx.Node) -> Contraction | None:
     )
     if not both or not all(s in left and s in right for s in summed):
         return None
+    left, right = _own_axes(lhs, left, rhs, right), _own_axes(rhs, right, lhs, left)
     return Contraction(node, lhs, rhs, left, right, tuple(x for x in full if x not in summed))
+
+
+def _own_axes(node: fx.Node, labels: Labels, other: fx.Node, others: Labels) -> Labels:
+    """Rename the axes that a tensor only broadcasts along: they are the other's alone."""
+    wide = {x for x, size in zip(others, shape(other), strict=True) if size > 1}
+    return tuple(
+        f"_{x}" if size == 1 and x in wide else x
+        for x, size in zip(labels, shape(node), strict=True)
+    )
 
 
 def _convolution(node: fx.Node) -> Contraction:

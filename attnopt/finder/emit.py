@@ -66,6 +66,8 @@ class Writer:
             node, axis = self.shapes.sources[e]
             source = self.mapping[node]
             return source if axis < 0 else self.call(aten.sym_size.int, source, axis)
+        if isinstance(e, sympy.Pow) and e.exp.is_Integer and e.exp > 0:
+            return self._fold(operator.mul, [self._expression(e.base)] * int(e.exp))
         parts = [self._expression(a) for a in e.args]
         if isinstance(e, sympy.Add):
             return self._fold(operator.add, parts)

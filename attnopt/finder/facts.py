@@ -14,6 +14,7 @@ from attnopt.finder.ops import (
     JOINING,
     LAYOUT,
     NORMS,
+    SDPA,
     TRANSPARENT,
     is_number,
     kind,
@@ -493,7 +494,7 @@ def _upstream(view: View, node: fx.Node) -> list[fx.Node] | None:
     name = kind(node)
     origins = view.origins
     data = [n for n in node.all_input_nodes if origins.is_data(n)]
-    if node.op == "placeholder" or name in ("embedding", "") or not data:
+    if node.op == "placeholder" or name in ("embedding", "attention", "", *SDPA) or not data:
         return None
     if name in JOINING:
         fresh = [n for n in data if "state" not in origins.of(n) or "parameter" in origins.of(n)]

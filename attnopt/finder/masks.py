@@ -92,6 +92,7 @@ class _Reader:
         self.view = view
         self.match = match
         self.program = view.program
+        self.polarity: dict[fx.Node, bool] = {}
         terms = [t for side in match.sides if side.step.op != "multiply" for t in split_terms(side)]
         self.hard: list[Term] = []
         self.soft: list[Term] = []
@@ -119,7 +120,12 @@ class _Reader:
     def _decidable(self, node: fx.Node) -> bool:
         """Tell whether positions, constants and mask inputs decide a term."""
         flags = self.view.origins.of(node)
-        return not flags & {"parameter", "data", "state"} and not self._reads_tokens(node)
+        if flags & {"parameter", "state"} or self._reads_tokens(node):
+            return False
+        return "data" not in flags or all(_is_key_mask(n) for n in self._data_inputs(node))
+
+    def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in leaves([node]) if "data" in self.view.origins.of(n)]
 
     def _reads_tokens(self, node: fx.Node) -> bool:
         """Tell whether integer inputs matter: one of another role than ids is a mask input."""
@@ -228,24 +234,23 @@ class _Reader:
 
     def _all_visible(self, sizes: Sizes) -> dict[fx.Node, Tensor]:
         """Give each mask input the value that hides nothing: ones, or zeros where they hide less."""
-        values: dict[fx.Node, Tensor] = {}
-        for node in self.inputs:
-            values[node] = self._default(node, sizes)
-            if not value(node).is_floating_point() and not self._ones_show(node):
-                values[node] = torch.zeros_like(values[node])
-        return values
+        return {
+            n: torch.full_like(self._default(n, sizes), 1 if self._ones_show(n) else 0)
+            for n in self.inputs
+        }
 
     def _ones_show(self, node: fx.Node) -> bool:
-        key = ("ones", node)
-        if key not in _POLARITY:
+        """Tell a mask whose ones are visible from one whose zeros are (an additive one, too)."""
+        if node not in self.polarity:
             sizes = self.view.shapes.captured
-            counts = []
-            for fill in (1, 0):
-                given = {n: self._default(n, sizes) for n in self.inputs}
+            shown = {}
+            for fill in (0, 1):
+                given = {n: torch.ones_like(self._default(n, sizes)) for n in self.inputs}
                 given[node] = torch.full_like(given[node], fill)
-                counts.append(int(self._visible(sizes, given).sum()))
-            _POLARITY[key] = counts[0] >= counts[1]
-        return _POLARITY[key]
+                shown[fill] = int(self._visible(sizes, given).sum())
+            additive = value(node).is_floating_point() and shown[1] == shown[0]
+            self.polarity[node] = shown[1] >= shown[0] and not additive
+        return self.polarity[node]
 
     def _trials(self) -> Iterator[Sizes]:
         """Yield sizes: those of the capture, small ones, and ones around every constant.
@@ -321,11 +326,12 @@ class _Reader:
         example = value(node)
         size = self.view.shapes.shape(node, sizes)
         shown = torch.rand(size, generator=generator) < 0.7
+        if self._ones_show(node):
+            return shown.to(example.dtype)
         if example.is_floating_point():
-            return torch.zeros(size, dtype=example.dtype).masked_fill(~shown, torch.finfo(example.dtype).min)
-        if not self._ones_show(node):
-            shown = ~shown
-        return shown.to(example.dtype)
+            least = torch.finfo(example.dtype).min
+            return torch.zeros(size, dtype=example.dtype).masked_fill(~shown, least)
+        return (~shown).to(example.dtype)
 
     # --------------------------------------------------------------------------------- bias
 
@@ -367,20 +373,23 @@ class _Reader:
         soft = found[(found * term.factor > HARD)]
         if soft.numel() == 0 or not (soft != 0).any():
             return None
-        # Linear in the key's position, with a slope of its own for each head.
+        # Linear in the distance of the key, with a slope of its own for each head.
         line = found.double()
         line = line.reshape(-1, line.shape[-1]) if line.dim() else line.reshape(1, 1)
         seen = line > HARD
-        step = line[:, 1:] - line[:, :-1]
+        step = (line[:, 1:] - line[:, :-1]).abs()
         both = seen[:, 1:] & seen[:, :-1]
         for row, ok in zip(step, both, strict=True):
             kept = row[ok]
-            if kept.numel() > 1 and (kept - kept[0]).abs().max() > 1e-4 * max(1.0, float(kept.abs().max())):
+            if kept.numel() > 1 and (kept - kept[0]).abs().max() > 1e-4 * max(1.0, float(kept.max())):
                 return "dense"
         return "alibi"
 
 
-_POLARITY: dict[tuple[str, fx.Node], bool] = {}
+def _is_key_mask(node: fx.Node) -> bool:
+    """Tell a given float mask over keys from a bias over queries and keys."""
+    sizes = shape(node)
+    return len(sizes) <= 2 or sizes[-2] == 1
 
 
 def broadcast_layout(layout: Layout, sizes: tuple[int, ...]) -> Layout:

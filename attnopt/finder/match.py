@@ -21,7 +21,7 @@ from attnopt.finder.ops import (
     value,
 )
 from attnopt.finder.provenance import View, run_layout
-from attnopt.finder.scores import Anchor, Step, Walker, forth
+from attnopt.finder.scores import Anchor, Step, Walker, forth, through
 from attnopt.nouns import No
 
 Factors = tuple[Factor, ...]
@@ -110,6 +110,7 @@ class Parts:
     after: tuple[Step, ...]
     reused: tuple[fx.Node, ...]
     causal: bool = False
+    moved: tuple[Step, ...] = ()
 
 
 def match_anchor(view: View, walker: Walker, anchor: Anchor) -> Match | No:
@@ -122,11 +123,13 @@ def match_anchor(view: View, walker: Walker, anchor: Anchor) -> Match | No:
         return way
     result = way.contraction.node
     others = way.others
+    moved: tuple[Step, ...] = ()
     if anchor.result is not None:
         found = _divided(anchor.result, result)
         if isinstance(found, No):
             return found
-        result = found
+        result = anchor.result
+        moved = found
     parts = Parts(
         anchor=anchor.weights,
         result=result,
@@ -138,17 +141,24 @@ def match_anchor(view: View, walker: Walker, anchor: Anchor) -> Match | No:
         weights=way.weights,
         after=way.steps,
         reused=others,
+        moved=moved,
     )
     return _assemble(view, parts)
 
 
-def _divided(division: fx.Node, product: fx.Node) -> fx.Node | No:
-    node: Any = division.args[0]
-    while isinstance(node, fx.Node) and kind(node) in TRANSPARENT and node is not product:
+def _divided(division: fx.Node, product: fx.Node) -> tuple[Step, ...] | No:
+    """List the layout steps between the product with the values and its division by the sum."""
+    node: Any = next((through(a) for a in division.args[:2] if kind(through(a)) != "reciprocal"), None)
+    moved: list[Step] = []
+    while isinstance(node, fx.Node) and node is not product:
+        if kind(node) in LAYOUT - {"getitem", "gather", "index"}:
+            moved.insert(0, Step("layout", node))
+        elif kind(node) not in TRANSPARENT:
+            break
         node = node.args[0]
     if node is not product:
         return No("the division by the sum does not follow the product with the values", division.name)
-    return division
+    return tuple(moved)
 
 
 def match_fused(view: View, walker: Walker, node: fx.Node) -> Match | No:
@@ -233,6 +243,12 @@ class _Assembly:
         scale, softcap, sides, sinks, coordinates = self._score_steps(out)
         weights_layout, after, after_scale = self._after(out, coordinates)
         v_labels, result_layout = self._value_layouts(weights_layout)
+        if parts.moved:
+            sizes = shape(parts.values.node)
+            held = {role: place(result_layout, role, sizes) for role in "BHTE"}
+            for step in parts.moved:
+                held = {role: self._push(step, x) for role, x in held.items()}
+            result_layout = self._read(held, parts.result)
         heads = max(out.size("H"), 1)
         q = self._operand(self.q_node, self._layout_of(self.q_node, factors), "BHTD", heads)
         k = self._operand(self.k_node, self._layout_of(self.k_node, factors), "BHSD", heads)
@@ -404,6 +420,20 @@ class _Assembly:
             both = x in self.qk.lhs_labels and x in self.qk.rhs_labels
             if not both:
                 rows |= moved
+        summed = [_line(numbers, labels.index(x)) for x in self.qk.summed]
+        channels = {a for line in summed if line is not None for a in _moved_axes(root, line)}
+        inside = {
+            a
+            for i, x in enumerate(labels)
+            if x not in self.qk.summed and (line := _line(numbers, i)) is not None
+            for a in _moved_axes(root, line)
+        }
+        other = self.k_node if labels == self.qk.labels(self.q_node) else self.q_node
+        first = int(self.view.provenance.numbers(other).max())
+        tokens = self.view.provenance.root_of(first).node is root.node
+        if channels & inside or tokens or root.node.op != "placeholder":
+            # Heads lie within the axis of the channels.
+            return replace(root, channels=tuple(sorted(channels)))
         free = [i for i in sorted(taken - rows) if i != 0]
         return replace(root, channels=tuple(free)) if free else root
 
@@ -430,7 +460,8 @@ class _Assembly:
                     raise _refuse("tanh of scores that are already biased or masked", step.node)
                 softcap = 1.0
             elif step.op in ("add", "multiply", "hide"):
-                if step.op == "multiply" and softcap is not None:
+                side = Side(step, layout)
+                if softcap is not None and _scales_queries(side):
                     raise _refuse("scores are multiplied after the soft cap", step.node)
                 sides.append(Side(step, layout, step.number if step.op == "add" else 1.0))
             elif step.op == "sink":

@@ -15,6 +15,8 @@ from attnopt.nouns import No
 
 # Both sides compute in float64; what differs is the order of the same few operations.
 TOLERANCE = 1e-9
+_LEAST_SEEN = 0.3
+_SHOWN = (0.97, 0.6)
 
 
 def region_inputs(view: View, match: Match) -> list[fx.Node]:
@@ -24,12 +26,21 @@ def region_inputs(view: View, match: Match) -> list[fx.Node]:
     the proof.
     """
     sides = [
-        s.node
+        _before_cast(s.node)
         for s in (*match.sides, *match.after)
         if s.step.op != "multiply" or not view.origins.is_learned(s.node)
     ]
     sinks = [_before_layout(match.sinks.node)] if match.sinks else []
     return list(dict.fromkeys([match.q.node, match.k.node, match.v.node, *sides, *sinks]))
+
+
+def _before_cast(node: fx.Node) -> fx.Node:
+    """Step back over a cast of booleans or integers, which random numbers must respect."""
+    source = node
+    while kind(source) in TRANSPARENT and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+    example = value(source)
+    return source if isinstance(example, Tensor) and not example.is_floating_point() else node
 
 
 def _before_layout(node: fx.Node) -> fx.Node:
@@ -54,7 +65,10 @@ def prove(view: View, match: Match, rewritten: fx.Node, mapping: Mapping[fx.Node
             got = _run(view, rewritten, list(copies), copies, sizes)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             return No(f"the replacement does not run: {error}", match.anchor.name)
-        refusal = _compare(want, got, match)
+        # A query that sees no key has no answer to compare; the canonical op gives zeros there.
+        ones = {n: torch.ones_like(x) if n is match.v.node else x for n, x in values.items()}
+        blind = _run(view, rewritten, list(copies), {mapping[n]: x for n, x in ones.items()}, sizes)
+        refusal = _compare(want, got, blind == 0, match)
         if refusal is not None:
             return refusal
     return None
@@ -73,11 +87,13 @@ def _run(
     return found
 
 
-def _compare(want: Tensor, got: Tensor, match: Match) -> No | None:
+def _compare(want: Tensor, got: Tensor, blind: Tensor, match: Match) -> No | None:
     where = match.anchor.name
     if want.shape != got.shape:
         return No(f"shape {tuple(got.shape)} instead of {tuple(want.shape)}", where)
-    seen = torch.isfinite(want)
+    seen = torch.isfinite(want) & ~blind
+    if seen.double().mean() < _LEAST_SEEN:
+        return No("too few queries see a key to compare the two", where)
     if not torch.isfinite(got[seen]).all():
         return No("the replacement is not finite where the source is", where)
     error = (want - got)[seen].abs().max().item() if seen.any() else 0.0
@@ -93,9 +109,12 @@ def _random_inputs(
     generator = torch.Generator().manual_seed(seed)
     values: dict[fx.Node, Tensor] = {}
     operands = (match.q.node, match.k.node, match.v.node)
+    hiding = {_before_cast(s.node) for s in match.sides if s.step.op == "hide" and s.step.when}
     for node in inputs:
         known = None if node in operands else _position_value(view, node, sizes)
-        values[node] = known if known is not None else _random(node, sizes, generator)
+        values[node] = known if known is not None else _random(node, sizes, generator, _SHOWN[seed])
+        if known is None and node in hiding and values[node].dtype == torch.bool:
+            values[node] = ~values[node]
     return values
 
 
@@ -114,12 +133,12 @@ def _position_value(view: View, node: fx.Node, sizes: Sizes) -> Tensor | None:
     return tensor if isinstance(tensor, Tensor) else None
 
 
-def _random(node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Tensor:
+def _random(node: fx.Node, sizes: Sizes, generator: torch.Generator, shown: float) -> Tensor:
     """Draw a tensor like a node's; a mask shows the first key to every query."""
     example = value(node)
     shape = tuple(at_sizes(s, sizes) for s in example.shape)
     if example.dtype == torch.bool:
-        drawn = torch.rand(shape, generator=generator) < 0.6
+        drawn = torch.rand(shape, generator=generator) < shown
         if drawn.dim() and drawn.numel():
             drawn[..., 0] = True
         return drawn

@@ -69,6 +69,19 @@ class Origins:
         flags = self.of(node)
         return bool(flags & {"data", "state"}) or ("parameter" in flags and "tokens" in flags)
 
+    def is_projected(self, node: fx.Node) -> bool:
+        """Tell whether a learned tensor went through a learned contraction, as queries do."""
+        while kind(node) in TRANSPARENT | LAYOUT | ELEMENTWISE | NORMS:
+            node = self._main(node)
+        contraction = read_contraction(node)
+        return contraction is not None and all(
+            self.is_learned(x) for x in (contraction.lhs, contraction.rhs)
+        )
+
+    def _main(self, node: fx.Node) -> fx.Node:
+        tensors = [n for n in node.all_input_nodes if is_tensor(n)]
+        return next((n for n in tensors if n.op != "placeholder"), tensors[0])
+
 
 @dataclass(frozen=True)
 class Root:

@@ -267,6 +267,8 @@ class Walker:
         origins = self.view.origins
         learned = [x for x in (c.lhs, c.rhs) if origins.is_learned(x)]
         data = [x for x in (c.lhs, c.rhs) if origins.is_data(x)]
+        if len(learned) == 2 and all(origins.is_projected(x) for x in learned):
+            return None
         if len(learned) == 2 or not data:
             return No("the scores do not depend on the input", c.node.name)
         if len(c.summed) == 0:
@@ -512,7 +514,11 @@ def _value_product(view: View, weights: fx.Node, user: fx.Node) -> Contraction |
     if contraction is None or weights not in (contraction.lhs, contraction.rhs):
         return None
     other = contraction.rhs if weights is contraction.lhs else contraction.lhs
-    return contraction if view.origins.is_data(other) and other is not weights else None
+    origins = view.origins
+    carries = origins.is_data(other) or (
+        origins.is_learned(weights) and origins.is_learned(other) and origins.is_projected(other)
+    )
+    return contraction if carries and other is not weights else None
 
 
 def _weight_step(node: fx.Node, user: fx.Node) -> Step | None:
