@@ -95,8 +95,9 @@ class Case:
 
     def valid(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Mark the positions to compare: padding rows see arbitrary things."""
-        own = self.spec is not None and self.spec.source == "self"
-        if own and self.spec is not None and self.spec.padding != "none":
+        if self.spec is None or self.spec.padding == "none":
+            return None
+        if self.spec.source in ("self", "raw"):
             return inputs["padding"].to(torch.bool)
         return None
 
