@@ -48,7 +48,9 @@ def _apply_exact(program: Program) -> Program:
     refused: list[No] = []
     rewritten = _copy(program)
     for match in findings.matches:
-        refusal = exact.refuse(match) or _replace(view, rewritten, match, proved)
+        refusal = exact.refuse(match)
+        if refusal is None:
+            refusal = _replace(view, rewritten, match, proved)
         if refusal is not None:
             refused.append(No(refusal.why, f"{match.module} ({refusal.where})"))
             debug.log(4, f"exact refuses {match.module}: {refusal}")

@@ -314,7 +314,7 @@ def rope(view: View, match: Match, cached: bool) -> Rope | None:
     placement: Literal["before_cache", "after_cache", "no_cache"] = "no_cache"
     if cached:
         k_nodes = path(view, match.k)
-        late = [n for n in k_nodes if kind(n) == "mul" and "state" in view.origins.of(n)]
+        late = [n for n in k_nodes if kind(n) == "mul" and cache_inputs(view, n)]
         placement = "after_cache" if any(_turns(view, n) for n in late) else "before_cache"
     width = shape(turned[0])[-1]
     if kind(turned[0]) == "mul" and value(turned[0]).is_complex():
@@ -494,6 +494,8 @@ def _upstream(view: View, node: fx.Node) -> list[fx.Node] | None:
     name = kind(node)
     origins = view.origins
     data = [n for n in node.all_input_nodes if origins.is_data(n)]
+    if not data and origins.is_projected(node):
+        data = [n for n in node.all_input_nodes if "parameter" in origins.of(n)][:1]
     if node.op == "placeholder" or name in ("embedding", "attention", "", *SDPA) or not data:
         return None
     if name in JOINING:
@@ -534,6 +536,6 @@ def grid(view: View, match: Match) -> Grid | None:
         if kind(n) == "conv2d" and rank(n) == 4:
             height, width = shape(n)[-2:]
             leading = tokens - height * width
-            if 0 <= leading <= 16 and height * width > 1:
+            if 0 <= leading < min(16, height * width) and height * width > 1:
                 return Grid(height, width, leading)
     return None

@@ -9,11 +9,11 @@ from torch import fx
 from attnopt import debug
 from attnopt.finder import facts
 from attnopt.finder.masks import name_masks
-from attnopt.finder.match import Match, match_anchor, match_fused
+from attnopt.finder.match import Match, match_anchor, match_canonical, match_fused
 from attnopt.finder.mixers import find_mixers
 from attnopt.finder.ops import module_path
 from attnopt.finder.provenance import View
-from attnopt.finder.scores import Walker, find_anchors, is_fused
+from attnopt.finder.scores import Walker, find_anchors, is_canonical, is_fused
 from attnopt.nouns import NearMiss, No, Site
 from attnopt.program import Program
 
@@ -84,7 +84,9 @@ def _candidates(view: View, walker: Walker) -> Iterator[tuple[fx.Node, Match | N
         yield anchor.weights, match_anchor(view, walker, anchor)
     for node in view.program.graph.nodes:
         if is_fused(node) and node.users:
-            yield node, match_fused(view, walker, node)
+            yield node, match_fused(view, node)
+        elif is_canonical(node):
+            yield node, match_canonical(view, node)
 
 
 def read_site(view: View, pieces: list[Match], name: str) -> Site:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from attnopt.finder.evaluate import Sizes, ancestors, evaluate, is_size, leaves
 from attnopt.finder.layout import Layout
-from attnopt.finder.match import Match, Side, canonical_numbers
+from attnopt.finder.match import Match, Operand, Side, canonical_numbers
 from attnopt.finder.ops import LAYOUT, TRANSPARENT, argument, is_number, kind, shape, value
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import HARD
@@ -188,21 +188,19 @@ class _Reader:
     def _length(self, role: str, sizes: Sizes) -> int:
         """Return the number of queries or keys at the given sizes."""
         operand = self.match.q if role == "T" else self.match.k
-        node = operand.product
-        found = self.view.shapes.shape(node, sizes)
-        held = self._layout_of(node)
+        found = self.view.shapes.shape(operand.product, sizes)
+        held = self._layout_of(operand)
         axes = [i for i, a in enumerate(held.axes) if any(f.role == role for f in a)]
         total = 1
         for i in axes:
             total *= found[i]
         return total
 
-    def _layout_of(self, node: fx.Node) -> Layout:
-        labels = self.match.contraction.labels(node)
+    def _layout_of(self, operand: Operand) -> Layout:
         by_label = dict(
             zip(self.match.contraction.out_labels, self.match.scores_layout.axes, strict=True)
         )
-        return Layout(tuple(by_label.get(x, ()) for x in labels))
+        return Layout(tuple(by_label.get(x, ()) for x in operand.labels))
 
     # ----------------------------------------------------------------------------- structure
 
@@ -213,9 +211,9 @@ class _Reader:
         for sizes in self._trials():
             try:
                 visible = self._visible(sizes, self._all_visible(sizes))
+                full = self._full(visible, sizes)
             except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
                 continue
-            full = self._full(visible, sizes)
             if full is None:
                 return Mask("dense")
             shown.append((full, full.shape[-1] - full.shape[-2]))
@@ -257,27 +255,45 @@ class _Reader:
 
         With a state, a few rows after a long past show what a square mask would.
         """
-        captured = dict(self.view.shapes.captured)
-        yield captured
-        lengths = self._length_symbols()
-        if not lengths:
+        yield dict(self.view.shapes.captured)
+        found = self._length_symbols()
+        if not found:
             return
-        queries, past = lengths
+        queries, past = found
         for n in sorted({3, 7, 13, *self._constants()}):
             if past is not None:
                 rows = min(3, n)
-                yield {**captured, **dict.fromkeys(queries, rows), past: max(n - rows, 0)}
+                yield self._sized(queries[0], rows, past, n - rows)
                 if n <= 64:
-                    yield {**captured, **dict.fromkeys(queries, n), past: 0}
+                    yield self._sized(queries[0], n, past, 0)
             elif n <= _LARGEST_SQUARE:
-                yield {**captured, **dict.fromkeys(queries, n)}
+                yield self._sized(queries[0], n, None, 0)
+
+    def _sized(
+        self, query: sympy.Symbol, length: int, past: sympy.Symbol | None, before: int
+    ) -> Sizes:
+        """Set a number of queries after a past; sizes that were equal at capture stay equal.
+
+        Each input has symbols of its own, so a mask as long as the keys must follow them.
+        """
+        captured = self.view.shapes.captured
+        old, old_past = captured[query], captured[past] if past is not None else 0
+        follow = {old: length, old + old_past: length + before}
+        if past is not None:
+            follow[old_past] = before
+        sources = self.view.shapes.sources
+        return {
+            s: size if sources[s][1] == 0 else follow.get(size, size)
+            for s, size in captured.items()
+        }
 
     def _length_symbols(self) -> tuple[list[sympy.Symbol], sympy.Symbol | None] | None:
         """Find the symbols that lengths of queries and keys are made of."""
         past = self._past
         used: set[sympy.Symbol] = set()
-        for role, node in (("T", self.match.q.product), ("S", self.match.k.product)):
-            for size, axis in zip(value(node).shape, self._layout_of(node).axes, strict=True):
+        for role, operand in (("T", self.match.q), ("S", self.match.k)):
+            pairs = zip(value(operand.product).shape, self._layout_of(operand).axes, strict=True)
+            for size, axis in pairs:
                 if any(f.role == role for f in axis) and isinstance(size, torch.SymInt):
                     used |= size.node.expr.free_symbols
         queries = [s for s in used if s != past and s in self.view.shapes.captured]

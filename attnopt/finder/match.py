@@ -20,7 +20,7 @@ from attnopt.finder.ops import (
     shape,
     value,
 )
-from attnopt.finder.provenance import View, run_layout
+from attnopt.finder.provenance import Root, View, run_layout
 from attnopt.finder.scores import Anchor, Step, Walker, forth, through
 from attnopt.nouns import No
 
@@ -39,6 +39,7 @@ class Operand:
     heads: tuple[int, ...]
     product: fx.Node
     count: int
+    labels: Labels = ()
 
     @property
     def held(self) -> int:
@@ -161,7 +162,7 @@ def _divided(division: fx.Node, product: fx.Node) -> tuple[Step, ...] | No:
     return tuple(moved)
 
 
-def match_fused(view: View, walker: Walker, node: fx.Node) -> Match | No:
+def match_fused(view: View, node: fx.Node) -> Match | No:
     """Read a scaled_dot_product_attention node."""
     q, k, v = node.args[:3]
     assert isinstance(q, fx.Node)
@@ -201,6 +202,46 @@ def match_fused(view: View, walker: Walker, node: fx.Node) -> Match | No:
     )
 
 
+def match_canonical(view: View, node: fx.Node) -> Match | No:
+    """Read a canonical attention op, which says everything itself."""
+    q, k, v = (n for n in node.args[:3] if isinstance(n, fx.Node))
+    out = ("b", "h", "t", "s")
+    given = node.kwargs
+    steps = [Step("scale", node, number=float(given.get("scale") or shape(q)[-1] ** -0.5))]  # type: ignore[arg-type]
+    cap = given.get("softcap")
+    if cap is not None:
+        steps += [Step("scale", node, number=1 / cap), Step("tanh", node), Step("scale", node, number=cap)]  # type: ignore[arg-type, operator]
+    bias, mask, sinks = (given.get(name) for name in ("bias", "mask", "sinks"))
+    if isinstance(bias, fx.Node):
+        steps.append(Step("add", node, side=bias))
+    if isinstance(mask, fx.Node):
+        steps.append(Step("hide", node, side=mask, number=-torch.inf, when=False))
+    parts = Parts(
+        anchor=node,
+        result=node,
+        scores=node,
+        axis=3,
+        query_key=Contraction(node, q, k, ("b", "h", "t", "d"), ("b", "h", "s", "d"), out),
+        steps=tuple(steps),
+        values=Contraction(node, node, v, out, ("b", "h", "s", "e"), ("b", "h", "t", "e")),
+        weights=None,
+        after=(),
+        reused=(),
+        causal=bool(given.get("causal")),
+    )
+    match = _assemble(view, parts)
+    if isinstance(match, No):
+        return match
+    if isinstance(sinks, fx.Node):
+        heads = Layout(((Factor("H", match.heads, 1),),))
+        match = replace(match, sinks=Side(Step("sink", node, side=sinks), heads))
+    for name, head_map in (("k", given.get("k_map")), ("v", given.get("v_map"))):
+        if head_map is not None:
+            operand = replace(getattr(match, name), heads=tuple(head_map))  # type: ignore[arg-type]
+            match = replace(match, **{name: operand})
+    return match
+
+
 # ---------------------------------------------------------------------------------------- roles
 
 
@@ -223,6 +264,14 @@ def _assemble(view: View, parts: Parts) -> Match | No:
         return refused.no
 
 
+@dataclass(frozen=True)
+class _Held:
+    """An operand of the product of queries and keys, with the labels of its axes."""
+
+    node: fx.Node
+    labels: Labels
+
+
 class _Assembly:
     """Names the axes of one attention and collects its operands."""
 
@@ -237,7 +286,7 @@ class _Assembly:
         """Read everything, raising `_Refused` where something does not fit."""
         parts = self.parts
         key_labels = self._softmax_labels()
-        self.q_node, self.k_node = self._orient(key_labels)
+        self.q_side, self.k_side = self._orient(key_labels)
         factors = self._factors(key_labels)
         out = Layout(tuple(factors[x] for x in self.qk.out_labels))
         scale, softcap, sides, sinks, coordinates = self._score_steps(out)
@@ -250,8 +299,13 @@ class _Assembly:
                 held = {role: self._push(step, x) for role, x in held.items()}
             result_layout = self._read(held, parts.result)
         heads = max(out.size("H"), 1)
-        q = self._operand(self.q_node, self._layout_of(self.q_node, factors), "BHTD", heads)
-        k = self._operand(self.k_node, self._layout_of(self.k_node, factors), "BHSD", heads)
+        q, k = (
+            replace(
+                self._operand(side.node, self._layout_of(side, factors), order, heads),
+                labels=side.labels,
+            )
+            for side, order in ((self.q_side, "BHTD"), (self.k_side, "BHSD"))
+        )
         values = parts.values
         v_node = values.rhs if self._weights_are_lhs() else values.lhs
         v = self._operand(v_node, v_labels, "BHSE", heads)
@@ -282,9 +336,8 @@ class _Assembly:
                 sizes[label] = max(sizes.get(label, 1), size)
         return sizes
 
-    def _size_in(self, node: fx.Node, label: str) -> int:
-        labels = self.qk.labels(node)
-        return shape(node)[labels.index(label)] if label in labels else 0
+    def _size_in(self, side: "_Held", label: str) -> int:
+        return shape(side.node)[side.labels.index(label)] if label in side.labels else 0
 
     def _softmax_labels(self) -> tuple[str, ...]:
         """Name the axes of the product that the softmax runs over."""
@@ -333,12 +386,13 @@ class _Assembly:
         except RuntimeError as error:
             raise _refuse(f"a layout op cannot be followed: {error}", node) from error
 
-    def _orient(self, key_labels: Labels) -> tuple[fx.Node, fx.Node]:
+    def _orient(self, key_labels: Labels) -> tuple["_Held", "_Held"]:
         """Tell which operand holds the keys: the softmax axis is theirs alone."""
-        for q, k in ((self.qk.lhs, self.qk.rhs), (self.qk.rhs, self.qk.lhs)):
-            if all(self._size_in(k, x) >= 1 and self._size_in(q, x) <= 1 for x in key_labels):
-                if any(x in self.qk.labels(k) and x not in self.qk.labels(q) for x in key_labels):
-                    return q, k
+        lhs = _Held(self.qk.lhs, self.qk.lhs_labels)
+        rhs = _Held(self.qk.rhs, self.qk.rhs_labels)
+        for q, k in ((lhs, rhs), (rhs, lhs)):
+            if all(x in k.labels and x not in q.labels for x in key_labels):
+                return q, k
         raise _refuse("the softmax axis belongs to both queries and keys", self.qk.node)
 
     def _factors(self, key_labels: Labels) -> dict[str, Factors]:
@@ -360,37 +414,34 @@ class _Assembly:
             return []
         if label in key_labels:
             return [("S", size, 0)]
-        in_q, in_k = self._size_in(self.q_node, label), self._size_in(self.k_node, label)
-        if in_q <= 1 and label not in self.qk.labels(self.q_node):
+        in_q, in_k = self._size_in(self.q_side, label), self._size_in(self.k_side, label)
+        if in_q <= 1 and label not in self.q_side.labels:
             raise _refuse("an axis of the keys is neither batch, head nor softmax axis", self.qk.node)
         rows = "B" if label in batches else "T"
-        found = self._split_line(self.q_node if in_q > 1 else self.k_node, label, rows)
+        found = self._split_line(self.q_side if in_q > 1 else self.k_side, label, rows)
         if found is None and in_q > 1 and in_k > 1:
-            found = self._split_line(self.k_node, label, rows)
+            found = self._split_line(self.k_side, label, rows)
         if found is not None:
             return found
         # Nothing is known of where the operand comes from: the first shared axis is the batch.
         is_head = label in batches and len(batches) > 1 and label == batches[-1]
         return [("H" if is_head else rows, size, 0)]
 
-    def _split_line(self, node: fx.Node, label: str, rows: str) -> list[tuple[str, int, int]] | None:
+    def _split_line(self, side: "_Held", label: str, rows: str) -> list[tuple[str, int, int]] | None:
         """Tell batch or query steps from head steps along an axis of an operand."""
         provenance = self.view.provenance
-        numbers = provenance.numbers(node)
-        labels = self.qk.labels(node)
-        line = _line(numbers, labels.index(label))
+        numbers = provenance.numbers(side.node)
+        line = _line(numbers, side.labels.index(label))
         if line is None:
             return None
         root = provenance.root_of(int(line[0]))
         if int(line.max()) >= root.base + _count(root.shape) or int(line.min()) < root.base:
             return None
         if not root.channels:
-            root = self._guess_channels(root, numbers, labels)
+            root = self._guess_channels(root, numbers, side)
             if not root.channels:
                 return None
         row, channel = root.place(line)
-        if root.contraction is None and (row != row[0]).any() and (channel == channel[0]).all():
-            pass
         lines = {
             role: torch.unique(x, return_inverse=True)[1]
             for role, x in ((rows, row), ("H", channel))
@@ -407,8 +458,9 @@ class _Assembly:
             step["H"] = int(changes[0])
         return [(f.role, f.size, abs(step[f.role])) for f in layout.axes[0]]
 
-    def _guess_channels(self, root: Any, numbers: Tensor, labels: Labels) -> Any:
+    def _guess_channels(self, root: Root, numbers: Tensor, side: "_Held") -> Root:
         """For a raw input: axes that are not batch (the first) nor query or key hold the heads."""
+        labels = side.labels
         rows: set[int] = set()
         taken: set[int] = set()
         for i, x in enumerate(labels):
@@ -428,8 +480,8 @@ class _Assembly:
             if x not in self.qk.summed and (line := _line(numbers, i)) is not None
             for a in _moved_axes(root, line)
         }
-        other = self.k_node if labels == self.qk.labels(self.q_node) else self.q_node
-        first = int(self.view.provenance.numbers(other).max())
+        other = self.k_side if side is self.q_side else self.q_side
+        first = int(self.view.provenance.numbers(other.node).max())
         tokens = self.view.provenance.root_of(first).node is root.node
         if channels & inside or tokens or root.node.op != "placeholder":
             # Heads lie within the axis of the channels.
@@ -538,8 +590,8 @@ class _Assembly:
         own = [x for x in v_labels if x not in w_labels and sizes[x] > 1]
         strides = _with_strides({x: [("E", sizes[x], 0)] for x in own}, tuple(own))
         v_layout = Layout(
-            tuple((of_label[x] if x in of_label else strides.get(x, ())) if sizes[x] > 1 else ()
-                  for x in v_labels)
+            tuple((_fitted(of_label[x], sizes[x]) if x in of_label else strides.get(x, ()))
+                  if sizes[x] > 1 else () for x in v_labels)
         )  # fmt: skip
         result = Layout(tuple(of_label[x] if x in of_label else strides.get(x, ()) for x in values.out_labels))
         if "S" in result.roles:
@@ -548,10 +600,9 @@ class _Assembly:
 
     # ----------------------------------------------------------------------------- operands
 
-    def _layout_of(self, node: fx.Node, factors: dict[str, Factors]) -> Layout:
-        labels = self.qk.labels(node)
-        pairs = zip(labels, shape(node), strict=True)
-        return Layout(tuple(factors[x] if size > 1 else () for x, size in pairs))
+    def _layout_of(self, side: "_Held", factors: dict[str, Factors]) -> Layout:
+        pairs = zip(side.labels, shape(side.node), strict=True)
+        return Layout(tuple(_fitted(factors[x], size) if size > 1 else () for x, size in pairs))
 
     def _operand(self, node: fx.Node, layout: Layout, order: str, heads: int) -> Operand:
         """Step back over repeated heads and mere rearrangements to the plainest spelling."""
@@ -611,6 +662,13 @@ class _Assembly:
             stride //= size
             coordinates[role] = ((index // stride) % size).view(found.shape)
         return read_layout(coordinates)
+
+
+def _fitted(factors: Factors, size: int) -> Factors:
+    """Return the factors of an axis; one of fewer heads than queries have holds groups of heads."""
+    if len(factors) == 1 and factors[0].role == "H" and factors[0].size != size:
+        return (Factor("H", size, 1),)
+    return factors
 
 
 def _scales_queries(side: Side) -> bool:
@@ -692,7 +750,7 @@ def _line(numbers: Tensor, axis: int) -> Tensor | None:
     return None
 
 
-def _moved_axes(root: Any, line: Tensor) -> set[int]:
+def _moved_axes(root: Root, line: Tensor) -> set[int]:
     """List the axes of a root that a line of its elements moves along."""
     rest = line - root.base
     moved: set[int] = set()

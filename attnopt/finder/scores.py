@@ -88,6 +88,11 @@ def is_fused(node: fx.Node) -> bool:
     return kind(node) in SDPA
 
 
+def is_canonical(node: fx.Node) -> bool:
+    """Tell whether a node is the canonical attention op."""
+    return kind(node) == "attention" and getattr(node.target, "namespace", "") == "attnopt"
+
+
 def through(node: Any) -> Any:
     """Step back over casts, clones and dropout."""
     while isinstance(node, fx.Node) and kind(node) in TRANSPARENT:
