@@ -400,7 +400,9 @@ def one(seed: int, index: int, only: str | None, timeout: float) -> Result:
     case = draw(seed, index, only=only)
     try:
         with limited(timeout):
-            return check(case)
+            result = check(case)
+        # A fresh case: the built module stays in this process.
+        return replace(result, case=replace(result.case))
     except TimeoutError as error:
         return Result(case, len(case.expected), 0, 0, (Problem("crash", str(error)),), timeout)
 

@@ -1,6 +1,7 @@
 """Random spellings are found and rewritten right, and the fuzzer can tell when they are not."""
 
 import os
+import pickle
 from dataclasses import replace
 from random import Random
 
@@ -162,3 +163,10 @@ def test_drawn_modules_run_at_every_size_and_give_finite_numbers():
             with torch.no_grad():
                 (first, *_) = fuzz.tensors_of(case.module(**inputs))
             assert torch.isfinite(first).all(), f"{size} {case.command()}"
+
+
+def test_results_travel_between_processes_without_their_modules():
+    index = next(i for i in range(50) if draw(0, i).lookalike == "ChannelGate")
+    result = fuzz.one(0, index, None, 120.0)
+    assert pickle.loads(pickle.dumps(result)) == result
+    assert "module" not in vars(result.case)
