@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 # One thread per test worker: two workers with all threads each are slower than with one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test slow fuzz zoo lint types demo readme build bench clean

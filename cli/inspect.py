@@ -201,11 +201,8 @@ def _row(group: _facts.Group, costs: "Costs") -> list[str]:
 def _total(found: Findings) -> str:
     costs = found.costs
     share = sum(site.share for site in costs.sites.values())
-    kept = f", and keeps {costs.cache_bytes:,} bytes per token" if costs.cache_bytes else ""
-    return (
-        f"\nAttention with its projections is {share:.1%} of {_amount(costs.flops)}FLOP "
-        f"({costs.workload}){kept}."
-    )
+    kept = f", {costs.cache_bytes:,} bytes of cache per token" if costs.cache_bytes else ""
+    return f"\nTogether {share:.1%} of {_amount(costs.flops)}FLOP ({costs.workload}){kept}."
 
 
 def _every_fact(found: Findings, output: Output) -> None:
@@ -244,14 +241,14 @@ def _leftovers(program: "Program", output: Output) -> None:
         ("Not captured", [f"{u.module}: {u.why} ({u.where})" for u in program.uncaptured]),
         ("Refused", [str(refusal) for refusal in program.refused]),
     )
-    output.note("")
     for heading, items in lists:
         if items:
-            output.line(f"{heading}:")
-            for item in items:
-                output.line(f"  {item}")
-        else:
-            output.note(f"{heading}: none")
+            output.line(f"\n{heading}:")
+        for item in items:
+            output.line(f"  {item}")
+    none = [heading.lower() for heading, items in lists if not items]
+    if none:
+        output.note(f"\nNothing {', '.join(none[:-1])}{' or ' if none[1:] else ''}{none[-1]}.")
 
 
 def _nothing(program: "Program") -> CommandError:
