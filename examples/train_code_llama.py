@@ -210,6 +210,8 @@ def write(
     tokenizer.save_pretrained(fresh)
     (fresh / HISTORY).write_text(json.dumps(run.history(), indent=2) + "\n", "utf-8")
     (fresh / "README.md").write_text(card(run, losses), "utf-8")
+    for path in fresh.iterdir():
+        path.chmod(0o644)
     if out.exists():
         os.rename(out, old)
     os.rename(fresh, out)
