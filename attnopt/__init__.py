@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attnopt.rewriting import apply as apply
     from attnopt.frontend import capture as capture
     from attnopt.nouns import Choice as Choice
     from attnopt.nouns import Mask as Mask
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from attnopt.nouns import Plan as Plan
     from attnopt.nouns import Site as Site
     from attnopt.program import Program as Program
+    from attnopt.rewriting import apply as apply
 
 # Resolved on first use: `import attnopt` itself imports neither torch nor transformers.
 _HOMES = {
@@ -27,7 +27,7 @@ _HOMES = {
     "Site": "attnopt.nouns",
 }
 
-__all__ = [  # noqa: F822
+__all__ = [
     "Choice",
     "Mask",
     "No",

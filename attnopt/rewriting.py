@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-import attnopt.ops  # noqa: F401  (registers the ops that are put into graphs)
 from attnopt import debug
 from attnopt.finder import find_sites
 from attnopt.finder.emit import Writer
-from attnopt.finder.match import Match
+from attnopt.finder.match import Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
 from attnopt.nouns import No, Plan
@@ -72,9 +71,7 @@ def _copy(program: Program) -> _Copy:
     return _Copy(graph, mapping)
 
 
-def _replace(
-    view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]
-) -> No | None:
+def _replace(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:
     """Put the canonical op at a site, proving it first; a refusal leaves the site as it was."""
     moved = _moved(match, rewritten.mapping)
     before = rewritten.mapping[match.result]
@@ -96,11 +93,11 @@ def _replace(
 def _moved(match: Match, mapping: dict[fx.Node, fx.Node]) -> Match:
     """Return a match whose nodes are those of the copy."""
 
-    def side(s):  # type: ignore[no-untyped-def]
-        step = replace(s.step, node=mapping[s.step.node], side=mapping[s.step.side])
+    def side(s: Side) -> Side:
+        step = replace(s.step, node=mapping[s.step.node], side=mapping[s.node])
         return replace(s, step=step)
 
-    def operand(o):  # type: ignore[no-untyped-def]
+    def operand(o: Operand) -> Operand:
         return replace(o, node=mapping[o.node], product=mapping[o.product])
 
     return replace(
@@ -114,5 +111,3 @@ def _moved(match: Match, mapping: dict[fx.Node, fx.Node]) -> Match:
         after=tuple(side(s) for s in match.after),
         sinks=None if match.sinks is None else side(match.sinks),
     )
-
-

@@ -16,6 +16,7 @@ from attnopt.finder.layout import Layout
 from attnopt.finder.match import Match, Operand, Side
 from attnopt.finder.ops import shape, value
 from attnopt.nouns import No, Site
+from attnopt.ops import attention
 
 aten = torch.ops.aten
 
@@ -49,7 +50,9 @@ def refuse(match: Match) -> No | None:
         why = "the attention weights are read elsewhere, and the canonical op never forms them"
         return No(f"{why} ({', '.join(n.name for n in match.reused[:3])})", match.anchor.name)
     if match.causal and match.q.layout.size("T") != match.k.layout.size("S"):
-        return No("is_causal with fewer queries than keys aligns at the top left", match.anchor.name)
+        return No(
+            "is_causal with fewer queries than keys aligns at the top left", match.anchor.name
+        )
     for side in match.sides:
         if side.step.op == "multiply" and not _per_query(side) and side.step.when is False:
             return No("the scores are divided by a tensor over the keys", side.step.node.name)
@@ -57,7 +60,7 @@ def refuse(match: Match) -> No | None:
 
 
 def emit(writer: Writer, match: Match) -> fx.Node:
-    """Insert the canonical op and what brings its operands and result to form; return the result."""
+    """Insert the canonical op and what brings operands and result to form; return the result."""
     q = _operand(writer, match.q, "BHTD")
     k = _operand(writer, match.k, "BHSD")
     v = _operand(writer, match.v, "BHSE")
@@ -91,7 +94,7 @@ def emit(writer: Writer, match: Match) -> fx.Node:
         even = tuple(h * operand.held // len(heads) for h in range(len(heads)))
         if heads != even:
             options[name] = list(heads)
-    result = writer.call(torch.ops.attnopt.attention.default, q, k, v, **options)
+    result = writer.call(attention, q, k, v, **options)
     return _finish(writer, match, result)
 
 
@@ -105,43 +108,29 @@ def _per_query(side: Side) -> bool:
 
 
 def _canonical_side(writer: Writer, side: Side, node: fx.Node) -> fx.Node:
-    """Bring a side operand to (B, H, T, S), axes that it broadcasts along having size 1.
-
-    Where it covers only some of the axes that hold a role, it is expanded along the others first.
-    """
-    own = side.own_layout()
-    full = side.layout.axes[len(side.layout.axes) - len(own.axes) :]
+    """Bring a side operand to (B, H, T, S), axes that it broadcasts along having size 1."""
     if value(node).dim() == 0:
         return node
+    own = side.own_layout()
     partial = {
-        f.role
-        for axis in own.axes
-        for f in axis
-        if own.size(f.role) != side.layout.size(f.role)
+        f.role for axis in own.axes for f in axis if own.size(f.role) != side.layout.size(f.role)
     }
     if partial:
-        axes = [i for i, a in enumerate(full) if not own.axes[i] and any(f.role in partial for f in a)]
-        missing = [a for a in side.layout.axes[: len(side.layout.axes) - len(own.axes)]]
-        reference = value(side.step.node).shape
-        if any(f.role in partial for a in missing for f in a):
-            for _ in missing:
-                node = writer.call(aten.unsqueeze.default, node, 0)
-            full, axes = side.layout.axes, [
-                i
-                for i, a in enumerate(side.layout.axes)
-                if any(f.role in partial for f in a)
-                and (i < len(missing) or not own.axes[i - len(missing)])
-            ]
-        reference = reference[len(reference) - len(full) :]
-        sizes = [writer.size(reference[i]) if i in axes else -1 for i in range(len(full))]
-        node = writer.call(aten.expand.default, node, sizes)
-        own = Layout(
-            tuple(
-                a if i in axes or (j := i - (len(full) - len(own.axes))) >= 0 and own.axes[j] else ()
-                for i, a in enumerate(full)
-            )
-        )
+        node, own = _spread(writer, side, node, partial)
     return to_canonical(writer, node, own, "BHTS")
+
+
+def _spread(writer: Writer, side: Side, node: fx.Node, partial: set[str]) -> tuple[fx.Node, Layout]:
+    """Expand a side operand along all axes of a role of which it covers some."""
+    axes = side.layout.axes
+    for _ in range(len(axes) - value(node).dim()):
+        node = writer.call(aten.unsqueeze.default, node, 0)
+    stage = value(side.step.node).shape
+    wide = [any(f.role in partial for f in a) for a in axes]
+    sizes = [writer.size(n) if w else -1 for n, w in zip(stage, wide, strict=True)]
+    node = writer.call(aten.expand.default, node, sizes)
+    held = zip(axes, shape(node), strict=True)
+    return node, Layout(tuple(a if n > 1 else () for a, n in held))
 
 
 def _truth(writer: Writer, node: fx.Node) -> fx.Node:
@@ -162,9 +151,7 @@ def _sinks(writer: Writer, side: Side | None) -> fx.Node | None:
     assert side.step.side is not None
     node = side.step.side
     sizes = shape(node)
-    roles = [
-        a if s > 1 else () for a, s in zip(side.layout.axes, sizes, strict=True)
-    ]
+    roles = [a if s > 1 else () for a, s in zip(side.layout.axes, sizes, strict=True)]
     # The column is the same for every batch row and query, or the proof fails.
     for axis, factors in enumerate(roles):
         if factors and all(f.role != "H" for f in factors):
@@ -193,5 +180,3 @@ def _finish(writer: Writer, match: Match, result: fx.Node) -> fx.Node:
     if value(final).dtype != product.dtype:
         final = writer.call(aten.to.dtype, final, product.dtype)
     return final
-
-

@@ -1,11 +1,11 @@
-"""One form for every product that sums over an axis: matmul, bmm, baddbmm, einsum, linear, mul + sum."""
+"""One form for every product that sums over an axis: matmul, baddbmm, einsum, mul + sum ..."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from attnopt.finder.ops import argument, is_number, is_tensor, kind, rank, shape
+from attnopt.finder.ops import args, argument, is_number, is_tensor, kind, rank, shape
 
 Labels = tuple[str, ...]
 
@@ -30,7 +30,9 @@ class Contraction:
     @property
     def summed(self) -> Labels:
         """Name the axes that are summed over."""
-        return tuple(x for x in self.lhs_labels if x in self.rhs_labels and x not in self.out_labels)
+        return tuple(
+            x for x in self.lhs_labels if x in self.rhs_labels and x not in self.out_labels
+        )
 
     def labels(self, operand: fx.Node) -> Labels:
         """Return the labels of one of the two operands."""
@@ -44,8 +46,8 @@ def read_contraction(node: fx.Node) -> Contraction | None:
 
 
 def _matmul(node: fx.Node, lhs: Any = None, rhs: Any = None, **rest: Any) -> Contraction:
-    lhs = node.args[0] if lhs is None else lhs
-    rhs = node.args[1] if rhs is None else rhs
+    lhs = args(node)[0] if lhs is None else lhs
+    rhs = args(node)[1] if rhs is None else rhs
     batch = max(rank(lhs), rank(rhs), 2) - 2
     axes = [f"b{i}" for i in range(batch)]
     left = (*axes[batch - max(rank(lhs) - 2, 0) :], "n", "k") if rank(lhs) > 1 else ("k",)
@@ -55,7 +57,7 @@ def _matmul(node: fx.Node, lhs: Any = None, rhs: Any = None, **rest: Any) -> Con
 
 
 def _addmm(node: fx.Node) -> Contraction:
-    addend, lhs, rhs = node.args[:3]
+    addend, lhs, rhs = args(node)[:3]
     beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
     # With beta 0 the addend is not read at all.
     return _matmul(
@@ -69,24 +71,22 @@ def _addmm(node: fx.Node) -> Contraction:
 
 
 def _linear(node: fx.Node) -> Contraction:
-    x, weight = node.args[:2]
+    x, weight = args(node)[:2]
     axes = tuple(f"b{i}" for i in range(rank(x) - 1))
     right = ("m", "k") if rank(weight) > 1 else ("k",)
     out = (*axes, "m") if rank(weight) > 1 else axes
-    return Contraction(
-        node, x, weight, (*axes, "k"), right, out, addend=argument(node, 2, "bias")
-    )
+    return Contraction(node, x, weight, (*axes, "k"), right, out, addend=argument(node, 2, "bias"))
 
 
 def _inner(node: fx.Node) -> Contraction:
-    lhs, rhs = node.args[:2]
+    lhs, rhs = args(node)[:2]
     left = tuple(f"n{i}" for i in range(rank(lhs) - 1))
     right = tuple(f"m{i}" for i in range(rank(rhs) - 1))
     return Contraction(node, lhs, rhs, (*left, "k"), (*right, "k"), (*left, *right))
 
 
 def _tensordot(node: fx.Node) -> Contraction:
-    lhs, rhs, left_axes, right_axes = node.args[:4]
+    lhs, rhs, left_axes, right_axes = args(node)[:4]
     left = [f"n{i}" for i in range(rank(lhs))]
     right = [f"m{i}" for i in range(rank(rhs))]
     for i, (a, b) in enumerate(zip(left_axes, right_axes, strict=True)):
@@ -96,7 +96,7 @@ def _tensordot(node: fx.Node) -> Contraction:
 
 
 def _einsum(node: fx.Node) -> Contraction | None:
-    equation, operands = node.args[:2]
+    equation, operands = args(node)[:2]
     if len(operands) != 2:
         return None
     equation = equation.replace(" ", "")
@@ -125,12 +125,12 @@ def _spread(term: str, ellipsis: list[str]) -> list[str]:
 
 
 def _sum(node: fx.Node) -> Contraction | None:
-    product = node.args[0]
+    product = args(node)[0]
     axes = argument(node, 1, "dim")
     keep = argument(node, 2, "keepdim", default=False)
     if not isinstance(product, fx.Node) or kind(product) != "mul" or not axes or keep:
         return None
-    lhs, rhs = product.args[:2]
+    lhs, rhs = args(product)[:2]
     if not all(isinstance(x, fx.Node) and is_tensor(x) for x in (lhs, rhs)):
         return None
     full = [f"b{i}" for i in range(rank(product))]
@@ -159,7 +159,7 @@ def _own_axes(node: fx.Node, labels: Labels, other: fx.Node, others: Labels) -> 
 
 
 def _convolution(node: fx.Node) -> Contraction:
-    x, weight = node.args[:2]
+    x, weight = args(node)[:2]
     space = rank(weight) - 2
     left = ("b0",) if rank(x) == rank(weight) else ()
     seen = tuple(f"x{i}" for i in range(space))

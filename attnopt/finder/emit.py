@@ -125,7 +125,7 @@ def split_axes(writer: Writer, node: fx.Node, layout: Layout) -> tuple[fx.Node, 
 
 
 def _symbolic_factors(size: Any, roles: list[str], hints: list[int]) -> list[Any]:
-    """Split a size among its factors: batch, query and key factors may vary, the others are fixed."""
+    """Split a size among its factors: those of batch, queries and keys may vary."""
     varying = [i for i, r in enumerate(roles) if r in "BTS"]
     if isinstance(size, int) or not varying:
         return list(hints)

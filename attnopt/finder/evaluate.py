@@ -90,7 +90,7 @@ def ancestors(targets: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[
         seen.add(node)
         if node not in ends and not is_size(node):
             todo.extend(node.all_input_nodes)
-    return sorted(seen, key=lambda n: n._sort_key)
+    return sorted(seen)
 
 
 def leaves(targets: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[fx.Node]:

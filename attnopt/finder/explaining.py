@@ -1,4 +1,4 @@
-"""Explain a site: its region of the graph as readable Python, before and after the exact rewrite."""
+"""Explain a site: its region of the graph as readable Python, before and after the rewrite."""
 
 import difflib
 from dataclasses import replace
@@ -8,7 +8,7 @@ from torch import fx
 from attnopt.finder.evaluate import ancestors, is_size
 from attnopt.finder.finding import Explanation, Findings, find_sites
 from attnopt.finder.match import Match
-from attnopt.finder.ops import kind, value
+from attnopt.finder.ops import args, kind, value
 from attnopt.finder.prove import region_inputs
 from attnopt.finder.provenance import View
 from attnopt.nouns import Site
@@ -50,9 +50,9 @@ def region(view: View, match: Match) -> str:
 
 def statement(node: fx.Node) -> str:
     """Print one node as an assignment with the shape of its value."""
-    args = [_shown(a) for a in node.args]
-    args += [f"{k}={_shown(v)}" for k, v in node.kwargs.items()]
-    return f"{node.name} = {kind(node)}({', '.join(args)})  # {_like(node)}"
+    shown = [_shown(a) for a in args(node)]
+    shown += [f"{k}={_shown(v)}" for k, v in node.kwargs.items()]
+    return f"{node.name} = {kind(node)}({', '.join(shown)})  # {_like(node)}"
 
 
 def _shown(x: object) -> str:
@@ -66,7 +66,8 @@ def _shown(x: object) -> str:
 def _like(node: fx.Node) -> str:
     example = value(node)
     if hasattr(example, "shape"):
-        return f"{str(example.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in example.shape)}]"
+        sizes = ", ".join(str(s) for s in example.shape)
+        return f"{str(example.dtype).removeprefix('torch.')}[{sizes}]"
     return type(example).__name__
 
 
@@ -81,7 +82,9 @@ def _after(program: Program, matches: list[Match]) -> tuple[str, tuple[str, ...]
         path = [p for p, _ in (node.meta.get("nn_module_stack") or {}).values()]
         if node.target is _op() and modules & set(path):
             options = [n for n in node.all_input_nodes if not is_size(n)]
-            blocks.append("\n".join([*(f"# {n.name}: {_like(n)}" for n in options), statement(node)]))
+            blocks.append(
+                "\n".join([*(f"# {n.name}: {_like(n)}" for n in options), statement(node)])
+            )
     refused = tuple(
         f"the exact rewrite refuses: {no}"
         for no in rewritten.refused

@@ -16,6 +16,7 @@ from attnopt.finder.ops import (
     NORMS,
     SDPA,
     TRANSPARENT,
+    args,
     is_number,
     kind,
     rank,
@@ -65,7 +66,9 @@ def _projection(view: View, operand: Operand, order: str) -> Projection | None:
             return None
         roots.add(root.node)
         inside = [_in_root(root, n) for n in numbers]
-        row = inside[0] if len(set(inside[0])) == len(inside[0]) else sorted({*inside[0], *inside[1]})
+        row = (
+            inside[0] if len(set(inside[0])) == len(inside[0]) else sorted({*inside[0], *inside[1]})
+        )
         channels.append(tuple(row))
     if len(roots) != 1:
         return None
@@ -122,7 +125,9 @@ def _indexed(
         rows = channels
         axis = 0
     else:
-        stride = int(torch.tensor(root.shape[axis + 1 :]).prod()) if axis + 1 < len(root.shape) else 1
+        stride = (
+            int(torch.tensor(root.shape[axis + 1 :]).prod()) if axis + 1 < len(root.shape) else 1
+        )
         index = (line - root.base) // stride % root.shape[axis]
         rows = tuple(tuple(int(index[c]) for c in row) for row in channels)
     bias = contraction.addend
@@ -136,10 +141,12 @@ def _indexed(
 
 
 def _varying_axis(root: Root, line: Tensor) -> int | None:
-    """Return the one axis of a parameter that a line of its elements moves along; None for several."""
+    """Return the one axis of a parameter that a line moves along; None for several."""
     moved = []
     for axis in range(len(root.shape)):
-        stride = int(torch.tensor(root.shape[axis + 1 :]).prod()) if axis + 1 < len(root.shape) else 1
+        stride = (
+            int(torch.tensor(root.shape[axis + 1 :]).prod()) if axis + 1 < len(root.shape) else 1
+        )
         index = (line - root.base) // stride % root.shape[axis]
         if (index != index[0]).any():
             moved.append(axis)
@@ -157,7 +164,7 @@ def _parameter_name(view: View, node: fx.Node) -> str | None:
     while node.op != "placeholder":
         if kind(node) not in TRANSPARENT | LAYOUT:
             return None
-        node = node.args[0]  # type: ignore[assignment]
+        node = args(node)[0]
     binding = view.program.bindings[node.name]
     return binding.name if binding.kind == "parameter" else None
 
@@ -166,12 +173,14 @@ def _output_projection(view: View, match: Match) -> Projection | None:
     """Follow the result to the parameter that reads it, pushing head and channel numbers along."""
     heads, width = match.heads, match.v.layout.size("E")
     sizes = shape(match.result)
-    numbers = place(match.result_layout, "H", sizes) * width + place(match.result_layout, "E", sizes)
+    numbers = place(match.result_layout, "H", sizes) * width + place(
+        match.result_layout, "E", sizes
+    )
     todo: list[tuple[fx.Node, Tensor]] = [(match.result, numbers)]
     seen: set[fx.Node] = set()
     while todo and len(seen) < 60:
         node, held = todo.pop(0)
-        for user in sorted(node.users, key=lambda n: n._sort_key):
+        for user in sorted(node.users):
             if user in seen or is_size(user):
                 continue
             seen.add(user)
@@ -191,16 +200,16 @@ def _pushed(view: View, user: fx.Node, node: fx.Node, held: Tensor) -> Tensor | 
     name = kind(user)
     if name in TRANSPARENT:
         return held
-    if name in LAYOUT and user.args[0] is node and name != "getitem":
+    if name in LAYOUT and args(user)[0] is node and name != "getitem":
 
         def read(n: fx.Node) -> Any:
             return held if n is node else at_sizes(value(n), view.shapes.captured)
 
         if any(n is not node and not is_size(n) for n in user.all_input_nodes):
             return None
-        args, kwargs = fx.map_arg(user.args, read), fx.map_arg(user.kwargs, read)
+        given, named = fx.map_arg(user.args, read), fx.map_arg(user.kwargs, read)
         try:
-            moved = run_layout(user, args, kwargs)
+            moved = run_layout(user, given, named)
         except RuntimeError:
             return None
         return moved if isinstance(moved, Tensor) else None
@@ -238,7 +247,7 @@ def _columns(
 
 
 def path(view: View, operand: Operand) -> list[fx.Node]:
-    """List the nodes between the projection of an operand and the operand, in order of execution."""
+    """List the nodes between the projection of an operand and the operand, in order."""
     roots = {r.node for r in view.provenance.roots}
     stop = {n for n in ancestors([operand.product]) if n in roots and n is not operand.product}
     stop |= {n for n in ancestors([operand.product]) if _ends_path(view, n)}
@@ -257,21 +266,21 @@ def scale_before(view: View, operand: Operand) -> float:
     node: Any = operand.product
     while isinstance(node, fx.Node) and not _ends_path(view, node) and node.op != "placeholder":
         name = kind(node)
-        if name in ("mul", "div") and len(node.args) > 1:
-            number = _constant(view, node.args[1])
+        if name in ("mul", "div") and len(args(node)) > 1:
+            number = _constant(view, args(node)[1])
             if number is not None:
                 factor *= number if name == "mul" else 1.0 / number
-                node = node.args[0]
+                node = args(node)[0]
                 continue
-            number = _constant(view, node.args[0])
+            number = _constant(view, args(node)[0])
             if number is not None and name == "mul":
                 factor *= number
-                node = node.args[1]
+                node = args(node)[1]
                 continue
         if name in TRANSPARENT | LAYOUT | NORMS:
-            node = node.args[0]
+            node = args(node)[0]
         elif name in JOINING:
-            parts = [n for n in node.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+            parts = [n for n in args(node)[0] if isinstance(n, fx.Node)]
             node = parts[-1] if parts else None
         elif name in ELEMENTWISE and name not in ("pow", "rsqrt", "where"):
             if _is_norm_step(node):
@@ -285,7 +294,8 @@ def scale_before(view: View, operand: Operand) -> float:
 def _is_norm_step(node: fx.Node) -> bool:
     """Tell x * rsqrt(mean(x^2)) and x / norm(x), past which constants are not scales."""
     return any(
-        kind(n) in ("rsqrt", "linalg_vector_norm", "norm", "clamp_min") for n in node.all_input_nodes
+        kind(n) in ("rsqrt", "linalg_vector_norm", "norm", "clamp_min")
+        for n in node.all_input_nodes
     )
 
 
@@ -294,14 +304,15 @@ def _constant(view: View, x: Any) -> float | None:
         return float(x)
     if not isinstance(x, fx.Node) or not isinstance(value(x), Tensor) or value(x).numel() != 1:
         return None
-    return view.scalars.scalar(x)
+    found: float | None = view.scalars.scalar(x)
+    return found
 
 
 # ------------------------------------------------------------------------------- rotation, norms
 
 
 def rope(view: View, match: Match, cached: bool) -> Rope | None:
-    """Find a rotary embedding: how channels pair, and whether it comes before or after the cache."""
+    """Find a rotary embedding: how channels pair, and on which side of the cache it acts."""
     nodes = path(view, match.q)
     turned = [n for n in nodes if kind(n) in ("mul", "view_as_complex") and _turns(view, n)]
     if not turned:
@@ -351,20 +362,20 @@ def _is_table(node: fx.Node) -> bool:
 def _interleaves(nodes: list[fx.Node]) -> bool:
     """Tell whether neighbours are paired: strided slices or stacked pairs."""
     for n in nodes:
-        if kind(n) == "slice" and len(n.args) > 4 and n.args[4] == 2:
+        if kind(n) == "slice" and len(args(n)) > 4 and args(n)[4] == 2:
             return True
-        if kind(n) == "stack" and n.args[1:] and n.args[1] in (-1, rank(n) - 1):
+        if kind(n) == "stack" and args(n)[1:] and args(n)[1] in (-1, rank(n) - 1):
             return True
-        if kind(n) == "unbind" and shape(n.args[0])[-1] == 2:  # type: ignore[arg-type]
+        if kind(n) == "unbind" and shape(args(n)[0])[-1] == 2:
             return True
     return False
 
 
 def _in_halves(nodes: list[fx.Node], width: int) -> bool:
     """Tell whether the halves are turned apart and joined afterwards."""
-    joins = [n for n in nodes if kind(n) in JOINING and isinstance(n.args[0], list | tuple)]
+    joins = [n for n in nodes if kind(n) in JOINING and isinstance(args(n)[0], list | tuple)]
     for n in joins:
-        parts = [p for p in n.args[0] if isinstance(p, fx.Node)]  # type: ignore[union-attr]
+        parts = [p for p in args(n)[0] if isinstance(p, fx.Node)]
         if len(parts) == 2 and all(
             kind(p) in ("add", "sub", *TRANSPARENT) and shape(p)[-1] == width for p in parts
         ):
@@ -379,14 +390,14 @@ def qk_norm(view: View, match: Match) -> Literal["head", "full", "cosine"] | Non
         name = kind(n)
         if name in ("linalg_vector_norm", "norm", "normalize"):
             return "cosine"
-        source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
+        source = args(n)[0] if args(n) and isinstance(args(n)[0], fx.Node) else None
         if source is None or not isinstance(value(source), Tensor):
             continue
         if name in ("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"):
             return "head" if shape(source)[-1] == width else "full"
         if name == "rsqrt" and any(kind(m) == "mean" for m in ancestors([n])[-6:]):
             mean = next(m for m in reversed(ancestors([n])) if kind(m) == "mean")
-            return "head" if shape(mean.args[0])[-1] == width else "full"  # type: ignore[arg-type]
+            return "head" if shape(args(mean)[0])[-1] == width else "full"
     return None
 
 
@@ -411,7 +422,7 @@ def cache_inputs(view: View, node: fx.Node) -> list[fx.Node]:
 
 
 def piece_key(view: View, match: Match, matches: list[Match]) -> object | None:
-    """Return what the pieces of one logical attention share: projections, and where they are joined.
+    """Return what the pieces of one attention share: projections, and where they are joined.
 
     Pieces hold different queries of the same projections and are concatenated along the queries.
     """
@@ -425,9 +436,9 @@ def piece_key(view: View, match: Match, matches: list[Match]) -> object | None:
     while todo and seen < 40:
         node, queries = todo.pop(0)
         seen += 1
-        for user in sorted(node.users, key=lambda n: n._sort_key):
+        for user in sorted(node.users):
             if kind(user) in JOINING:
-                axis = (user.args[1] if len(user.args) > 1 else 0) % rank(user)  # type: ignore[operator]
+                axis = (args(user)[1] if len(args(user)) > 1 else 0) % rank(user)
                 if not _varies(channels[node], axis):
                     return (match.module, user, _projecting(view, match.q.product))
                 continue
@@ -511,7 +522,7 @@ def _upstream(view: View, node: fx.Node) -> list[fx.Node] | None:
 
 
 def _same_source(parts: list[fx.Node]) -> bool:
-    """Tell two turned copies of one tensor from a residual sum: both come from it within a few steps."""
+    """Tell two turned copies of one tensor from a residual sum: they meet within a few steps."""
     near = [_near(p) for p in parts]
     return bool(frozenset.intersection(*near))
 
@@ -530,7 +541,7 @@ def _near(node: fx.Node, steps: int = 8) -> frozenset[fx.Node]:
 
 
 def grid(view: View, match: Match) -> Grid | None:
-    """Find the image that the queries come from: a convolution's height x width, and what leads it."""
+    """Find the image that the queries come from: a convolution's height x width."""
     tokens = match.q.layout.size("T")
     for n in reversed(ancestors([match.q.product])):
         if kind(n) == "conv2d" and rank(n) == 4:

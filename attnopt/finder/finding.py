@@ -20,7 +20,7 @@ from attnopt.program import Program
 
 @dataclass(frozen=True)
 class Findings:
-    """What the finder knows of a program; `matches[i]` is one of the pieces of `sites[owner[i]]`."""
+    """What the finder knows of a program; `matches[i]` is a piece of `sites[owner[i]]`."""
 
     view: View
     matches: tuple[Match, ...]
@@ -63,7 +63,7 @@ def _find(program: Program) -> Findings:
         else:
             misses.append(NearMiss(module_path(node), node.name, str(found)))
             debug.log(4, f"near miss in {module_path(node)}: {found}")
-    matches.sort(key=lambda m: m.anchor._sort_key)
+    matches.sort(key=lambda m: m.anchor)
     owner = _group(view, matches)
     names = _names([matches[owner.index(i)] for i in dict.fromkeys(owner)])
     sites = tuple(

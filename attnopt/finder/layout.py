@@ -1,4 +1,4 @@
-"""How a tensor's axes hold the roles of attention, and the graph ops that bring it to canonical form.
+"""How a tensor's axes hold the roles of attention.
 
 Roles: B batch, H head, T query, S key, D channel of q and k, E channel of v. One axis may hold
 several roles (batch x head in one), and one role may spread over several axes (windows of rows).

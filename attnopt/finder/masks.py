@@ -1,4 +1,4 @@
-"""Name masks by evaluating them: at sizes derived from their own constants, with and without padding.
+"""Name masks by evaluating them: at sizes from their own constants, with and without padding.
 
 Whatever ops spell a mask, its values say what it is. Terms that positions alone decide are
 evaluated as they are; terms that read a padding mask are evaluated with all ones, then with random
@@ -16,14 +16,16 @@ from torch import Tensor, fx
 from attnopt.finder.evaluate import Sizes, ancestors, evaluate, is_size, leaves
 from attnopt.finder.layout import Layout
 from attnopt.finder.match import Match, Operand, Side, canonical_numbers
-from attnopt.finder.ops import LAYOUT, TRANSPARENT, argument, is_number, kind, shape, value
+from attnopt.finder.ops import LAYOUT, TRANSPARENT, args, argument, is_number, kind, shape, value
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import HARD
 from attnopt.nouns import Mask
 
 Bias = Literal["none", "alibi", "relative", "table", "dense"]
 
-_BROADCASTING = frozenset("expand expand_as unsqueeze slice view reshape broadcast_to to _to_copy".split())
+_BROADCASTING = frozenset(
+    "expand expand_as unsqueeze slice view reshape broadcast_to to _to_copy".split()
+)
 _PADDING_TRIALS = 8
 _LARGEST_SQUARE = 8200
 
@@ -65,12 +67,12 @@ def split_terms(side: Side) -> list[Term]:
 def _summands(node: fx.Node) -> list[fx.Node]:
     """Follow sums, casts and broadcasts down to the terms, each a tensor that broadcasts."""
     inner = node
-    while kind(inner) in _BROADCASTING | TRANSPARENT and isinstance(inner.args[0], fx.Node):
+    while kind(inner) in _BROADCASTING | TRANSPARENT and isinstance(args(inner)[0], fx.Node):
         if kind(inner) in LAYOUT and not _keeps_axes(inner):
             break
-        inner = inner.args[0]
+        inner = args(inner)[0]
     if kind(inner) == "add" and argument(inner, 2, "alpha", 1) == 1:
-        parts = [a for a in inner.args[:2] if isinstance(a, fx.Node)]
+        parts = [a for a in args(inner)[:2] if isinstance(a, fx.Node)]
         if len(parts) == 2 and all(isinstance(value(p), Tensor) for p in parts):
             return [term for p in parts for term in _summands(p)]
     return [inner]
@@ -78,8 +80,8 @@ def _summands(node: fx.Node) -> list[fx.Node]:
 
 def _keeps_axes(node: fx.Node) -> bool:
     """Tell whether a layout op only broadcasts: its input could stand in its place."""
-    before, after = shape(node.args[0]), shape(node)  # type: ignore[arg-type]
-    if kind(node) == "unsqueeze" and node.args[1] not in (0,):
+    before, after = shape(args(node)[0]), shape(node)
+    if kind(node) == "unsqueeze" and args(node)[1] not in (0,):
         return False
     lead = len(after) - len(before)
     return lead >= 0 and all(b in (1, a) for b, a in zip(before, after[lead:], strict=True))
@@ -105,7 +107,9 @@ class _Reader:
         notes: list[str] = []
         # A data-dependent term that hides keys cannot be named; one that adds is a bias.
         if any(t.op == "hide" for t in self.soft):
-            return Named(Mask("dense"), bool(self.inputs), self._bias(notes), ("the mask depends on data",))
+            return Named(
+                Mask("dense"), bool(self.inputs), self._bias(notes), ("the mask depends on data",)
+            )
         structure = self._structure(notes)
         padded = False
         if self.inputs and not any("evaluated" in n for n in notes):
@@ -129,7 +133,9 @@ class _Reader:
 
     def _reads_tokens(self, node: fx.Node) -> bool:
         """Tell whether integer inputs matter: one of another role than ids is a mask input."""
-        names = {self.program.bindings[n.name].name for n in leaves([node]) if n.op == "placeholder"}
+        names = {
+            self.program.bindings[n.name].name for n in leaves([node]) if n.op == "placeholder"
+        }
         return bool(names & {"input_ids", "decoder_input_ids"})
 
     def _mask_inputs(self) -> list[fx.Node]:
@@ -153,15 +159,16 @@ class _Reader:
 
         for term in self.hard:
             (found,) = evaluate([term.node], leaf, sizes=sizes)
-            if term.op == "hide":
-                hidden = (found != 0) == term.when
-            else:
-                hidden = found * term.factor <= HARD
+            hidden = found != 0 if term.op == "hide" else found * term.factor <= HARD
+            hidden = hidden == term.when
             own = broadcast_layout(term.layout, tuple(hidden.shape))
             visible = visible & ~_to_bhts(hidden, own, term.layout)
         if self.match.causal:
             queries, keys = visible.shape[-2:]
-            queries, keys = max(queries, self._length("T", sizes)), max(keys, self._length("S", sizes))
+            queries, keys = (
+                max(queries, self._length("T", sizes)),
+                max(keys, self._length("S", sizes)),
+            )
             visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
         return visible
 
@@ -231,7 +238,7 @@ class _Reader:
         return first.expand(queries, keys)
 
     def _all_visible(self, sizes: Sizes) -> dict[fx.Node, Tensor]:
-        """Give each mask input the value that hides nothing: ones, or zeros where they hide less."""
+        """Give each mask input the value that hides nothing: ones, or zeros."""
         return {
             n: torch.full_like(self._default(n, sizes), 1 if self._ones_show(n) else 0)
             for n in self.inputs
@@ -309,8 +316,13 @@ class _Reader:
                 binding = self.program.bindings[node.name]
                 if binding.kind in ("buffer", "constant") and value(node).numel() == 1:
                     found |= _integers(self.program.weights[binding.name].item())
-            elif node.op == "call_function" and kind(node) not in ("slice", "view", "reshape", "expand"):
-                for arg in (*node.args, *node.kwargs.values()):
+            elif node.op == "call_function" and kind(node) not in (
+                "slice",
+                "view",
+                "reshape",
+                "expand",
+            ):
+                for arg in (*args(node), *node.kwargs.values()):
                     found |= _integers(arg)
         return {n for c in found for n in (c - 1, c, c + 1, 2 * c + 1) if n > 1}
 
@@ -381,9 +393,10 @@ class _Reader:
         given = self._all_visible(sizes)
         try:
             (found,) = evaluate(
-                [term.node], lambda n: given.get(n, None) if n in given else self._default(n, sizes),
+                [term.node],
+                lambda n: given[n] if n in given else self._default(n, sizes),
                 sizes=sizes,
-            )  # fmt: skip
+            )
         except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
             return "dense"
         soft = found[(found * term.factor > HARD)]
@@ -397,7 +410,9 @@ class _Reader:
         both = seen[:, 1:] & seen[:, :-1]
         for row, ok in zip(step, both, strict=True):
             kept = row[ok]
-            if kept.numel() > 1 and (kept - kept[0]).abs().max() > 1e-4 * max(1.0, float(kept.max())):
+            if kept.numel() > 1 and (kept - kept[0]).abs().max() > 1e-4 * max(
+                1.0, float(kept.max())
+            ):
                 return "dense"
         return "alibi"
 
@@ -437,7 +452,9 @@ def _expanded_bhts(hidden: Tensor, own: Layout, full: Layout, roles: set[str]) -
     lead = len(full.axes) - hidden.dim()
     hidden = hidden.reshape((1,) * lead + tuple(hidden.shape))
     sizes = [
-        _product(f.size for f in a) if a and hidden.shape[i] == 1 and any(f.role in roles for f in a) else -1
+        _product(f.size for f in a)
+        if a and hidden.shape[i] == 1 and any(f.role in roles for f in a)
+        else -1
         for i, a in enumerate(full.axes)
     ]
     hidden = hidden.expand(sizes)
@@ -545,7 +562,7 @@ def _chunks(seen: list[Tensor]) -> Iterator[Mask]:
     for v in seen:
         keys = v.shape[1]
         row = v[-1].nonzero().flatten()
-        if len(row) and 0 < int(row[0]) and int(row[-1]) == keys - 1:
+        if len(row) and int(row[0]) > 0 and int(row[-1]) == keys - 1:
             start = int(row[0])
             for size in _divisors(start):
                 if size >= keys - start:
@@ -560,4 +577,3 @@ def _chunks(seen: list[Tensor]) -> Iterator[Mask]:
 def _divisors(n: int) -> list[int]:
     small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
     return sorted({*small, *(n // i for i in small)})
-

@@ -13,6 +13,7 @@ from attnopt.finder.ops import (
     JOINING,
     LAYOUT,
     TRANSPARENT,
+    args,
     argument,
     kind,
     module_path,
@@ -62,7 +63,7 @@ class Side:
         return self.step.side
 
     def own_layout(self) -> Layout:
-        """Return the layout of the side operand itself: axes that it broadcasts along hold no role."""
+        """Return the layout of the side operand itself; what it broadcasts along has no role."""
         sizes = shape(self.node)
         axes = self.layout.axes[len(self.layout.axes) - len(sizes) :]
         return Layout(tuple(a if s > 1 else () for a, s in zip(axes, sizes, strict=True)))
@@ -70,7 +71,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Match:
-    """One attention, read: result = softmax(cap(q k * scale) + sides) v, at `result` in the graph."""
+    """One attention, read: result = softmax(cap(q k * scale) + sides) v."""
 
     module: str
     anchor: fx.Node
@@ -149,30 +150,35 @@ def match_anchor(view: View, walker: Walker, anchor: Anchor) -> Match | No:
 
 def _divided(division: fx.Node, product: fx.Node) -> tuple[Step, ...] | No:
     """List the layout steps between the product with the values and its division by the sum."""
-    node: Any = next((through(a) for a in division.args[:2] if kind(through(a)) != "reciprocal"), None)
+    node: Any = next(
+        (through(a) for a in args(division)[:2] if kind(through(a)) != "reciprocal"), None
+    )
     moved: list[Step] = []
     while isinstance(node, fx.Node) and node is not product:
         if kind(node) in LAYOUT - {"getitem", "gather", "index"}:
             moved.insert(0, Step("layout", node))
         elif kind(node) not in TRANSPARENT:
             break
-        node = node.args[0]
+        node = args(node)[0]
     if node is not product:
-        return No("the division by the sum does not follow the product with the values", division.name)
+        return No(
+            "the division by the sum does not follow the product with the values", division.name
+        )
     return tuple(moved)
 
 
 def match_fused(view: View, node: fx.Node) -> Match | No:
     """Read a scaled_dot_product_attention node."""
-    q, k, v = node.args[:3]
+    q, k, v = args(node)[:3]
     assert isinstance(q, fx.Node)
     assert isinstance(k, fx.Node)
     assert isinstance(v, fx.Node)
     batch = tuple(f"b{i}" for i in range(rank(q) - 2))
-    trail = lambda x: batch[len(batch) - (rank(x) - 2) :]  # noqa: E731
     out = (*batch, "t", "s")
-    query_key = Contraction(node, q, k, (*trail(q), "t", "d"), (*trail(k), "s", "d"), out)
-    values = Contraction(node, node, v, out, (*trail(v), "s", "e"), (*batch, "t", "e"))
+    query_key = Contraction(
+        node, q, k, (*_last(batch, q), "t", "d"), (*_last(batch, k), "s", "d"), out
+    )
+    values = Contraction(node, node, v, out, (*_last(batch, v), "s", "e"), (*batch, "t", "e"))
     mask = argument(node, 3, "attn_mask")
     scale = argument(node, 6, "scale")
     number = float(scale) if scale is not None else shape(q)[-1] ** -0.5
@@ -202,15 +208,24 @@ def match_fused(view: View, node: fx.Node) -> Match | No:
     )
 
 
+def _last(batch: Labels, node: fx.Node) -> Labels:
+    """Return the labels of the leading axes of an operand, which line up at the right."""
+    return batch[len(batch) - (rank(node) - 2) :]
+
+
 def match_canonical(view: View, node: fx.Node) -> Match | No:
     """Read a canonical attention op, which says everything itself."""
-    q, k, v = (n for n in node.args[:3] if isinstance(n, fx.Node))
+    q, k, v = (n for n in args(node)[:3] if isinstance(n, fx.Node))
     out = ("b", "h", "t", "s")
-    given = node.kwargs
-    steps = [Step("scale", node, number=float(given.get("scale") or shape(q)[-1] ** -0.5))]  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(node.kwargs)
+    steps = [Step("scale", node, number=float(given.get("scale") or shape(q)[-1] ** -0.5))]
     cap = given.get("softcap")
     if cap is not None:
-        steps += [Step("scale", node, number=1 / cap), Step("tanh", node), Step("scale", node, number=cap)]  # type: ignore[arg-type, operator]
+        steps += [
+            Step("scale", node, number=1 / cap),
+            Step("tanh", node),
+            Step("scale", node, number=cap),
+        ]
     bias, mask, sinks = (given.get(name) for name in ("bias", "mask", "sinks"))
     if isinstance(bias, fx.Node):
         steps.append(Step("add", node, side=bias))
@@ -237,7 +252,7 @@ def match_canonical(view: View, node: fx.Node) -> Match | No:
         match = replace(match, sinks=Side(Step("sink", node, side=sinks), heads))
     for name, head_map in (("k", given.get("k_map")), ("v", given.get("v_map"))):
         if head_map is not None:
-            operand = replace(getattr(match, name), heads=tuple(head_map))  # type: ignore[arg-type]
+            operand = replace(getattr(match, name), heads=tuple(head_map))
             match = replace(match, **{name: operand})
     return match
 
@@ -245,7 +260,7 @@ def match_canonical(view: View, node: fx.Node) -> Match | No:
 # ---------------------------------------------------------------------------------------- roles
 
 
-class _Refused(Exception):
+class _RefusalError(Exception):
     """Carries a refusal out of nested reading code to `_assemble`."""
 
     def __init__(self, no: No) -> None:
@@ -253,14 +268,14 @@ class _Refused(Exception):
         self.no = no
 
 
-def _refuse(why: str, node: fx.Node) -> _Refused:
-    return _Refused(No(why, node.name))
+def _refuse(why: str, node: fx.Node) -> _RefusalError:
+    return _RefusalError(No(why, node.name))
 
 
 def _assemble(view: View, parts: Parts) -> Match | No:
     try:
         return _Assembly(view, parts).match()
-    except _Refused as refused:
+    except _RefusalError as refused:
         return refused.no
 
 
@@ -283,7 +298,7 @@ class _Assembly:
         self.out_sizes = self._label_sizes()
 
     def match(self) -> Match:
-        """Read everything, raising `_Refused` where something does not fit."""
+        """Read everything, raising `_RefusalError` where something does not fit."""
         parts = self.parts
         key_labels = self._softmax_labels()
         self.q_side, self.k_side = self._orient(key_labels)
@@ -347,7 +362,9 @@ class _Assembly:
             return (self.qk.out_labels[parts.axis],)
         full = tuple(self.out_sizes[x] for x in self.qk.out_labels)
         lines = {
-            x: torch.arange(full[i]).view([-1 if j == i else 1 for j in range(len(full))]).expand(full)
+            x: torch.arange(full[i])
+            .view([-1 if j == i else 1 for j in range(len(full))])
+            .expand(full)
             for i, x in enumerate(self.qk.out_labels)
         }
         for step in moves:
@@ -374,15 +391,16 @@ class _Assembly:
         def read(n: fx.Node) -> Any:
             if is_size(n):
                 return at_sizes(value(n), self.sizes)
-            if n is node.args[0]:
+            if n is args(node)[0]:
                 return numbers
             raise _refuse("a layout op reads data", node)
 
-        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        given: Any = fx.map_arg(node.args, read)
+        named: Any = fx.map_arg(node.kwargs, read)
         if "pad" in kind(node):
-            return torch.ops.aten.constant_pad_nd.default(args[0], args[1], -1)  # type: ignore[no-any-return]
+            return torch.ops.aten.constant_pad_nd.default(given[0], given[1], -1)  # type: ignore[no-any-return]
         try:
-            return run_layout(node, args, kwargs)  # type: ignore[no-any-return]
+            return run_layout(node, given, named)  # type: ignore[no-any-return]
         except RuntimeError as error:
             raise _refuse(f"a layout op cannot be followed: {error}", node) from error
 
@@ -398,7 +416,9 @@ class _Assembly:
     def _factors(self, key_labels: Labels) -> dict[str, Factors]:
         """Give every axis of the product its roles."""
         local: dict[str, list[tuple[str, int, int]]] = {}
-        batches = [x for x in self.qk.out_labels if x in self.qk.lhs_labels and x in self.qk.rhs_labels]
+        batches = [
+            x for x in self.qk.out_labels if x in self.qk.lhs_labels and x in self.qk.rhs_labels
+        ]
         for label in self.qk.out_labels:
             local[label] = self._roles_of(label, key_labels, batches)
         for label in self.qk.summed:
@@ -416,7 +436,9 @@ class _Assembly:
             return [("S", size, 0)]
         in_q, in_k = self._size_in(self.q_side, label), self._size_in(self.k_side, label)
         if in_q <= 1 and label not in self.q_side.labels:
-            raise _refuse("an axis of the keys is neither batch, head nor softmax axis", self.qk.node)
+            raise _refuse(
+                "an axis of the keys is neither batch, head nor softmax axis", self.qk.node
+            )
         rows = "B" if label in batches else "T"
         found = self._split_line(self.q_side if in_q > 1 else self.k_side, label, rows)
         if found is None and in_q > 1 and in_k > 1:
@@ -427,7 +449,9 @@ class _Assembly:
         is_head = label in batches and len(batches) > 1 and label == batches[-1]
         return [("H" if is_head else rows, size, 0)]
 
-    def _split_line(self, side: "_Held", label: str, rows: str) -> list[tuple[str, int, int]] | None:
+    def _split_line(
+        self, side: "_Held", label: str, rows: str
+    ) -> list[tuple[str, int, int]] | None:
         """Tell batch or query steps from head steps along an axis of an operand."""
         provenance = self.view.provenance
         numbers = provenance.numbers(side.node)
@@ -584,16 +608,24 @@ class _Assembly:
         sizes = dict(zip(v_labels, shape(v_node), strict=True))
         for x in values.summed:
             if any(f.role != "S" for f in of_label[x]):
-                raise _refuse("the product with the values sums over more than the keys", values.node)
-        if sum(f.role == "S" for x in values.summed for f in of_label[x]) != len(weights.factors("S")):
-            raise _refuse("the product with the values does not sum over the softmax axis", values.node)
+                raise _refuse(
+                    "the product with the values sums over more than the keys", values.node
+                )
+        if sum(f.role == "S" for x in values.summed for f in of_label[x]) != len(
+            weights.factors("S")
+        ):
+            raise _refuse(
+                "the product with the values does not sum over the softmax axis", values.node
+            )
         own = [x for x in v_labels if x not in w_labels and sizes[x] > 1]
         strides = _with_strides({x: [("E", sizes[x], 0)] for x in own}, tuple(own))
         v_layout = Layout(
             tuple((_fitted(of_label[x], sizes[x]) if x in of_label else strides.get(x, ()))
                   if sizes[x] > 1 else () for x in v_labels)
         )  # fmt: skip
-        result = Layout(tuple(of_label[x] if x in of_label else strides.get(x, ()) for x in values.out_labels))
+        result = Layout(
+            tuple(of_label[x] if x in of_label else strides.get(x, ()) for x in values.out_labels)
+        )
         if "S" in result.roles:
             raise _refuse("the result still has an axis of keys", values.node)
         return v_layout, result
@@ -611,7 +643,9 @@ class _Assembly:
         own = canonical.shape[1]
         if own not in (1, heads):
             # Grouped heads of a fused op: query head h reads head h // (heads / own).
-            return Operand(node, layout, tuple(h // (heads // own) for h in range(heads)), node, own)
+            return Operand(
+                node, layout, tuple(h // (heads // own) for h in range(heads)), node, own
+            )
         if own == 1:
             plain = self._plainest(node, canonical, order)
             return Operand(*(plain or (node, layout)), (0,) * heads, node, 1)
@@ -625,8 +659,10 @@ class _Assembly:
             return Operand(node, layout, tuple(range(heads)), node, len(first))
         return Operand(*plain, tuple(groups), node, len(first))
 
-    def _plainest(self, node: fx.Node, numbers: Tensor, order: str) -> tuple[fx.Node, Layout] | None:
-        """Find the nearest source that holds just these elements, once each, best in plain order."""
+    def _plainest(
+        self, node: fx.Node, numbers: Tensor, order: str
+    ) -> tuple[fx.Node, Layout] | None:
+        """Find the nearest source that holds just these elements, best in plain order."""
         flat = numbers.flatten()
         ranked, at = flat.sort()
         if len(ranked) == 0 or int(ranked[0]) < 0 or (ranked[1:] == ranked[:-1]).any():
@@ -642,8 +678,8 @@ class _Assembly:
             movable = kind(current) in LAYOUT - {"gather", "index", "getitem"} or (
                 kind(current) in TRANSPARENT and _same_dtype(current)
             )
-            joined = kind(current) in JOINING and isinstance(current.args[0], list | tuple)
-            current = current.args[0][0] if joined else current.args[0] if movable else None  # type: ignore[index]
+            joined = kind(current) in JOINING and isinstance(args(current)[0], list | tuple)
+            current = args(current)[0][0] if joined else args(current)[0] if movable else None
         return best
 
     def _layout_by_numbers(
@@ -672,7 +708,7 @@ def _fitted(factors: Factors, size: int) -> Factors:
 
 
 def _scales_queries(side: Side) -> bool:
-    """Tell whether a side operand multiplies all keys of a query alike, as a scale of its own does."""
+    """Tell whether a side operand multiplies all keys of a query alike, as a scale does."""
     return side.step.op == "multiply" and "S" not in side.own_layout().roles
 
 
@@ -682,7 +718,7 @@ def _beside(step: Step) -> bool:
 
 
 def _same_dtype(node: fx.Node) -> bool:
-    source = node.args[0]
+    source = args(node)[0]
     return isinstance(source, fx.Node) and value(source).dtype == value(node).dtype
 
 
@@ -697,8 +733,12 @@ def canonical_numbers(numbers: Tensor, layout: Layout, order: str) -> Tensor:
             sizes.append(size)
             factors.append(None)
     split = numbers.reshape(sizes)
+    strides = [f.stride if f else 0 for f in factors]
     places = [
-        sorted((i for i, f in enumerate(factors) if f and f.role == role), key=lambda i: -factors[i].stride)  # type: ignore[union-attr]
+        sorted(
+            (i for i, f in enumerate(factors) if f and f.role == role),
+            key=lambda i: -strides[i],
+        )
         for role in order
     ]
     used = [i for group in places for i in group]
@@ -767,5 +807,3 @@ def _count(sizes: tuple[int, ...]) -> int:
     for size in sizes:
         total *= size
     return total
-
-

@@ -1,4 +1,4 @@
-"""Recognise token mixers without softmax, so that nothing which looks like attention goes unsaid."""
+"""Recognise token mixers without softmax, so that no look-alike of attention goes unsaid."""
 
 from collections.abc import Iterator
 
@@ -34,5 +34,7 @@ def _mixing(view: View) -> Iterator[tuple[fx.Node, str]]:
             yield node, _WHY
         elif name in CONTRACTIONS and name not in ("conv1d", "conv2d", "conv3d", "convolution"):
             contraction = read_contraction(node)
-            if contraction and all(view.origins.is_data(x) for x in (contraction.lhs, contraction.rhs)):
+            if contraction and all(
+                view.origins.is_data(x) for x in (contraction.lhs, contraction.rhs)
+            ):
                 yield node, _WHY

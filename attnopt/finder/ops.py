@@ -1,6 +1,5 @@
-"""What the finder knows about ATen ops: which are index maps, which are transparent, which normalise."""
+"""What the finder knows about ATen ops: which are index maps, transparent, or norms."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,23 +7,19 @@ from torch import fx
 
 # Value and layout both unchanged (dropout is one of these outside training).
 TRANSPARENT = frozenset(
-    "to _to_copy clone contiguous alias detach lift_fresh lift_fresh_copy type_as dropout alpha_dropout "
-    "feature_dropout native_dropout _assert_async float double half bfloat16 _conj_physical "
-    "resolve_conj resolve_neg nan_to_num wrap_with_autocast positive".split()
+    "to _to_copy clone contiguous alias detach lift_fresh lift_fresh_copy type_as dropout "
+    "alpha_dropout feature_dropout native_dropout _assert_async float double half bfloat16 "
+    "_conj_physical resolve_conj resolve_neg nan_to_num wrap_with_autocast positive".split()
 )
 # Pure index maps: each output element is one input element.
 LAYOUT = frozenset(
-    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT mH adjoint unsqueeze "
-    "squeeze expand expand_as broadcast_to flatten unflatten repeat tile repeat_interleave slice narrow "
-    "select split split_with_sizes unsafe_split chunk unsafe_chunk tensor_split unbind movedim moveaxis "
-    "swapaxes swapdims roll flip unfold index_select index gather take_along_dim constant_pad_nd pad "
-    "as_strided diagonal rot90 getitem slice_copy view_copy expand_copy permute_copy transpose_copy "
-    "unsqueeze_copy select_copy im2col pixel_shuffle pixel_unshuffle atleast_2d atleast_3d".split()
-)
-# Rearrangements that keep every element exactly once.
-PERMUTING = frozenset(
-    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT unsqueeze squeeze "
-    "flatten unflatten movedim moveaxis swapaxes swapdims".split()
+    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT mH adjoint "
+    "unsqueeze squeeze expand expand_as broadcast_to flatten unflatten repeat tile "
+    "repeat_interleave slice narrow select split split_with_sizes unsafe_split chunk "
+    "unsafe_chunk tensor_split unbind movedim moveaxis swapaxes swapdims roll flip unfold "
+    "index_select index gather take_along_dim constant_pad_nd pad as_strided diagonal rot90 "
+    "getitem slice_copy view_copy expand_copy permute_copy transpose_copy unsqueeze_copy "
+    "select_copy im2col pixel_shuffle pixel_unshuffle atleast_2d atleast_3d".split()
 )
 JOINING = frozenset("cat concat concatenate stack hstack vstack".split())
 CONTRACTIONS = frozenset(
@@ -37,28 +32,29 @@ SDPA = frozenset(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention".split()
 )
-NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm batch_norm".split())
+NORMS = frozenset(
+    "layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm batch_norm".split()
+)
 
 
 UNKNOWN = 3
 
 
 def kind(node: fx.Node) -> str:
-    """Name the op of a node without overload, namespace or in-place underscore; '' for non-calls."""
+    """Name the op of a node, without overload and in-place underscore; '' for non-calls."""
     if node.op != "call_function":
         return ""
     target = node.target
-    name = getattr(getattr(target, "overloadpacket", None), "__name__", None)
-    if name is None:
-        name = getattr(target, "__name__", str(target))
+    packet = getattr(target, "overloadpacket", target)
+    name = str(getattr(packet, "__name__", target))
     if name.startswith("__"):
         return name
     return name.removesuffix("_") if not name.startswith("_") or not name.endswith("__") else name
 
 
-def overload(node: fx.Node) -> str:
-    """Name the overload of a node's op."""
-    return getattr(node.target, "_overloadname", "")
+def args(node: fx.Node) -> tuple[Any, ...]:
+    """Return the positional arguments of a node, without fx's union of all their types."""
+    return node.args
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -88,7 +84,7 @@ def is_tensor(node: fx.Node) -> bool:
 
 def rank(node: fx.Node) -> int:
     """Return the number of axes of a node's tensor."""
-    return value(node).dim()
+    return int(value(node).dim())
 
 
 def hint(size: Any) -> int:
@@ -96,7 +92,8 @@ def hint(size: Any) -> int:
     if isinstance(size, int):
         return size
     # A size that data decide has no value at capture; nothing is read from it but that it varies.
-    return UNKNOWN if size.node.hint is None else int(size.node.hint)
+    found: int | None = size.node.hint
+    return UNKNOWN if found is None else int(found)
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:
@@ -112,13 +109,6 @@ def is_number(x: Any) -> bool:
 def module_path(node: fx.Node) -> str:
     """Return the dotted path of the module that a node ran in."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return next((path for path, _ in reversed(stack) if path and "_empty_nn_module" not in path), "")
-
-
-def users(node: fx.Node) -> Iterator[fx.Node]:
-    """Iterate over the users of a node in order of execution."""
-    return iter(sorted(node.users, key=_position))
-
-
-def _position(node: fx.Node) -> Any:
-    return node._sort_key
+    return next(
+        (path for path, _ in reversed(stack) if path and "_empty_nn_module" not in path), ""
+    )

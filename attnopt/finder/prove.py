@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from attnopt.finder.evaluate import Sizes, ancestors, at_sizes, evaluate, is_size, leaves
 from attnopt.finder.match import Match
-from attnopt.finder.ops import LAYOUT, TRANSPARENT, kind, value
+from attnopt.finder.ops import LAYOUT, TRANSPARENT, args, kind, value
 from attnopt.finder.provenance import View
 from attnopt.nouns import No
 
@@ -37,20 +37,22 @@ def region_inputs(view: View, match: Match) -> list[fx.Node]:
 def _before_cast(node: fx.Node) -> fx.Node:
     """Step back over a cast of booleans or integers, which random numbers must respect."""
     source = node
-    while kind(source) in TRANSPARENT and isinstance(source.args[0], fx.Node):
-        source = source.args[0]
+    while kind(source) in TRANSPARENT and isinstance(args(source)[0], fx.Node):
+        source = args(source)[0]
     example = value(source)
     return source if isinstance(example, Tensor) and not example.is_floating_point() else node
 
 
 def _before_layout(node: fx.Node) -> fx.Node:
     """Step back over broadcasts: a sink is one number a head, however it was expanded."""
-    while kind(node) in LAYOUT | TRANSPARENT and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while kind(node) in LAYOUT | TRANSPARENT and isinstance(args(node)[0], fx.Node):
+        node = args(node)[0]
     return node
 
 
-def prove(view: View, match: Match, rewritten: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> No | None:
+def prove(
+    view: View, match: Match, rewritten: fx.Node, mapping: Mapping[fx.Node, fx.Node]
+) -> No | None:
     """Return the numbers of a mismatch as a refusal; None where the two agree.
 
     `rewritten` is the result in a copy of the graph, `mapping` leads from the graph to the copy.
@@ -75,7 +77,11 @@ def prove(view: View, match: Match, rewritten: fx.Node, mapping: Mapping[fx.Node
 
 
 def _run(
-    view: View, target: fx.Node, inputs: list[fx.Node], values: Mapping[fx.Node, Tensor], sizes: Sizes
+    view: View,
+    target: fx.Node,
+    inputs: list[fx.Node],
+    values: Mapping[fx.Node, Tensor],
+    sizes: Sizes,
 ) -> Tensor:
     program = view.program
 
@@ -171,10 +177,8 @@ def signature(view: View, match: Match) -> str:
             lines.append(f"{name} {like}")
         else:
             keywords = sorted((k, show(v)) for k, v in node.kwargs.items())
-            lines.append(f"{node.target} {show(node.args)} {keywords} {like}")
+            lines.append(f"{node.target} {show(args(node))} {keywords} {like}")
     facts = (match.q.heads, match.k.heads, match.v.heads, match.scale, match.softcap, match.causal)
     operands = (match.q.layout, match.k.layout, match.v.layout, match.result_layout)
     text = "\n".join([*lines, repr(facts), repr(operands)])
     return hashlib.sha256(text.encode()).hexdigest()
-
-

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from attnopt.finder.contraction import Contraction, read_contraction
 from attnopt.finder.evaluate import Shapes, Sizes, at_sizes, evaluate, is_size, leaves
-from attnopt.finder.ops import JOINING, LAYOUT, NORMS, TRANSPARENT, is_tensor, kind, value
+from attnopt.finder.ops import JOINING, LAYOUT, NORMS, TRANSPARENT, args, is_tensor, kind, value
 from attnopt.program import Binding, Program
 
 ELEMENTWISE = frozenset(
@@ -57,7 +57,9 @@ class Origins:
         example = value(node)
         if "mask" in binding.name:
             return frozenset({"mask"})
-        return frozenset({"data" if example.is_floating_point() or example.is_complex() else "tokens"})
+        return frozenset(
+            {"data" if example.is_floating_point() or example.is_complex() else "tokens"}
+        )
 
     def is_learned(self, node: fx.Node) -> bool:
         """Tell whether a node is made of parameters and constants alone."""
@@ -142,7 +144,9 @@ class Provenance:
             todo = [node]
             while todo:
                 top = todo[-1]
-                missing = [n for n in self._sources(top, second) if (n, second) not in self._numbers]
+                missing = [
+                    n for n in self._sources(top, second) if (n, second) not in self._numbers
+                ]
                 if missing:
                     todo.extend(missing)
                     continue
@@ -155,11 +159,11 @@ class Provenance:
         """List the inputs whose numbers a node passes on; none at a root."""
         name = kind(node)
         if name in JOINING:
-            return [n for n in node.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+            return [n for n in args(node)[0] if isinstance(n, fx.Node)]
         if name in TRANSPARENT or name in NORMS or name in ("view_as_complex", "view_as_real"):
-            return [node.args[0]]  # type: ignore[list-item]
+            return [args(node)[0]]
         if name in LAYOUT:
-            main = node.args[0]
+            main = args(node)[0]
             assert isinstance(main, fx.Node)
             return [main] if self._movable(node) else []
         if name in ELEMENTWISE:
@@ -169,7 +173,7 @@ class Provenance:
 
     def _movable(self, node: fx.Node) -> bool:
         """Tell whether a layout op's map is known: sizes and positions decide it, not data."""
-        main = node.args[0]
+        main = args(node)[0]
         assert isinstance(main, fx.Node)
         if not is_tensor(main):
             return False
@@ -186,7 +190,7 @@ class Provenance:
         """Choose the operand that an elementwise op acts on, the others being its side operands."""
         operands = [n for n in dict.fromkeys(node.all_input_nodes) if isinstance(value(n), Tensor)]
         if kind(node) == "where":
-            operands = [n for n in node.args[1:] if isinstance(n, fx.Node) and is_tensor(n)]
+            operands = [n for n in args(node)[1:] if isinstance(n, fx.Node) and is_tensor(n)]
         if kind(node) == "masked_fill":
             operands = operands[:1]
         full = self.shapes.shape(node, self.sizes)
@@ -221,21 +225,22 @@ class Provenance:
     def _move(
         self, node: fx.Node, found: dict[fx.Node, Tensor | tuple[Tensor, ...]]
     ) -> Tensor | tuple[Tensor, ...]:
-        def read(n: fx.Node) -> object:
+        def read(n: fx.Node) -> Any:
             if n in found:
                 return found[n]
             if is_size(n):
                 return at_sizes(value(n), self.sizes)
             return evaluate([n], self._constant, sizes=self.sizes)[0]
 
-        args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+        given: Any = fx.map_arg(node.args, read)
+        named: Any = fx.map_arg(node.kwargs, read)
         if kind(node) == "getitem":
-            return operator.getitem(args[0], args[1])  # type: ignore[no-any-return, index]
+            picked: Tensor = operator.getitem(given[0], given[1])
+            return picked
         if "pad" in kind(node):
             # Padding comes from nowhere; number 0 belongs to no root.
-            args, kwargs = (args[0], args[1]), {}
-            return torch.ops.aten.constant_pad_nd.default(*args, -1)  # type: ignore[no-any-return]
-        return run_layout(node, args, kwargs)  # type: ignore[no-any-return]
+            return torch.ops.aten.constant_pad_nd.default(given[0], given[1], -1)  # type: ignore[no-any-return]
+        return run_layout(node, given, named)  # type: ignore[no-any-return]
 
     def _constant(self, node: fx.Node) -> Tensor:
         return self.program.weights[self.program.bindings[node.name].name]
@@ -263,18 +268,18 @@ class Provenance:
         return numbers
 
 
-def run_layout(node: fx.Node, args: Any, kwargs: Any) -> Any:
+def run_layout(node: fx.Node, given: Any, named: Any) -> Any:
     """Run a layout op on numbers; views of what is not contiguous are copies then."""
-    if kind(node) in ("view", "_unsafe_view") and isinstance(args[1], list | tuple):
-        return args[0].reshape(args[1])
+    if kind(node) in ("view", "_unsafe_view") and isinstance(given[1], list | tuple):
+        return given[0].reshape(given[1])
     assert callable(node.target)
-    return node.target(*args, **kwargs)
+    return node.target(*given, **named)
 
 
 def _channel_axes(
     contraction: Contraction | None, origins: Origins, axes: int
 ) -> tuple[int, ...] | None:
-    """List the output axes that come from a learned operand alone; None where no operand is learned."""
+    """List the output axes that come from a learned operand alone; None where none is learned."""
     if contraction is None:
         return None
     weight = weight_of(contraction, origins)
@@ -282,9 +287,7 @@ def _channel_axes(
         return None
     other = contraction.lhs_labels if weight is contraction.rhs else contraction.rhs_labels
     labels = contraction.labels(weight)
-    return tuple(
-        i for i, x in enumerate(contraction.out_labels) if x in labels and x not in other
-    )
+    return tuple(i for i, x in enumerate(contraction.out_labels) if x in labels and x not in other)
 
 
 def weight_of(contraction: Contraction, origins: Origins) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""Anchors of attention, and the walks from them: back to the query-key product, forth to the values.
+"""Anchors of attention, and the walks from them: back to q.k, forth to the values.
 
 An anchor is wherever scores are normalised: softmax in any form, or a fused attention op. The walk
 back reads score arithmetic as a list of steps; the walk forth does the same for the weights.
@@ -20,6 +20,7 @@ from attnopt.finder.ops import (
     SDPA,
     SOFTMAX,
     TRANSPARENT,
+    args,
     argument,
     is_number,
     is_tensor,
@@ -71,8 +72,8 @@ def find_anchors(graph: fx.Graph) -> Iterator[Anchor]:
     for node in graph.nodes:
         name = kind(node)
         if name in SOFTMAX:
-            scores = node.args[0]
-            yield Anchor(scores, node, node.args[1] % rank(scores))
+            scores = args(node)[0]
+            yield Anchor(scores, node, args(node)[1] % rank(scores))
         elif name == "exp":
             anchor = _log_domain(node)
             if anchor:
@@ -96,22 +97,22 @@ def is_canonical(node: fx.Node) -> bool:
 def through(node: Any) -> Any:
     """Step back over casts, clones and dropout."""
     while isinstance(node, fx.Node) and kind(node) in TRANSPARENT:
-        node = node.args[0]
+        node = args(node)[0]
     return node
 
 
 def _log_domain(node: fx.Node) -> Anchor | None:
     """Read exp(log_softmax(x)) and exp(x - logsumexp(x))."""
-    inner = through(node.args[0])
+    inner = through(args(node)[0])
     if kind(inner) in LOG_SOFTMAX:
-        scores = inner.args[0]
-        return Anchor(scores, node, inner.args[1] % rank(scores))
+        scores = args(inner)[0]
+        return Anchor(scores, node, args(inner)[1] % rank(scores))
     if kind(inner) != "sub":
         return None
-    scores, total = inner.args[0], through(inner.args[1])
-    total = total.args[0] if kind(total) == "unsqueeze" else total
+    scores, total = args(inner)[0], through(args(inner)[1])
+    total = args(total)[0] if kind(total) == "unsqueeze" else total
     total = through(total)
-    if kind(total) != "logsumexp" or through(total.args[0]) is not through(scores):
+    if kind(total) != "logsumexp" or through(args(total)[0]) is not through(scores):
         return None
     axes = argument(total, 1, "dim")
     axis = axes[0] if isinstance(axes, list | tuple) else axes
@@ -120,7 +121,7 @@ def _log_domain(node: fx.Node) -> Anchor | None:
 
 def _by_division(node: fx.Node) -> Anchor | None:
     """Read exp(x) / sum(exp(x)), and (exp(x) v) / sum(exp(x))."""
-    top, bottom = (through(a) for a in node.args[:2])
+    top, bottom = (through(a) for a in args(node)[:2])
     if not isinstance(top, fx.Node) or not isinstance(bottom, fx.Node):
         return None
     if kind(node) == "mul":
@@ -128,12 +129,12 @@ def _by_division(node: fx.Node) -> Anchor | None:
             top, bottom = bottom, top
         if kind(bottom) != "reciprocal":
             return None
-        bottom = through(bottom.args[0])
+        bottom = through(args(bottom)[0])
     bottom, sink = _without_sink(bottom)
     total = _the_sum(bottom)
     if total is None:
         return None
-    exponential = through(total.args[0])
+    exponential = through(args(total)[0])
     if kind(exponential) not in ("exp", "masked_fill", "mul", "where"):
         return None
     source = _under_zeros(exponential)
@@ -141,7 +142,7 @@ def _by_division(node: fx.Node) -> Anchor | None:
     if kind(source) != "exp" or axes is None:
         return None
     axis = (axes[0] if isinstance(axes, list | tuple) else axes) % rank(exponential)
-    scores = source.args[0]
+    scores = args(source)[0]
     if top is exponential:
         return Anchor(scores, node, axis, sink=sink)
     return Anchor(scores, exponential, axis, result=node, pieces=_towards(total, node), sink=sink)
@@ -150,10 +151,10 @@ def _by_division(node: fx.Node) -> Anchor | None:
 def _towards(total: fx.Node, division: fx.Node) -> frozenset[fx.Node]:
     """List the sum, and the casts of the exponentials that only it reads."""
     found = {total}
-    node: Any = total.args[0]
+    node: Any = args(total)[0]
     while isinstance(node, fx.Node) and kind(node) in TRANSPARENT and len(node.users) == 1:
         found.add(node)
-        node = node.args[0]
+        node = args(node)[0]
     return frozenset(found)
 
 
@@ -161,24 +162,26 @@ def _without_sink(node: fx.Node) -> tuple[fx.Node, Step | None]:
     """Split sum(exp(x - top)) + exp(sink - top) into the sum and the sink."""
     if kind(node) != "add" or len(node.all_input_nodes) != 2:
         return node, None
-    for total, other in (node.args[:2], node.args[1::-1]):
+    for total, other in (args(node)[:2], args(node)[1::-1]):
         exponential = through(other)
         if _the_sum(through(total)) is None or kind(exponential) != "exp":
             continue
-        logit = through(exponential.args[0])
-        if kind(logit) == "sub" and isinstance(logit.args[0], fx.Node):
-            logit = logit.args[0]
+        logit = through(args(exponential)[0])
+        if kind(logit) == "sub" and isinstance(args(logit)[0], fx.Node):
+            logit = args(logit)[0]
         return through(total), Step("sink", node, side=logit, when=True)
     return node, None
 
 
 _OVER_SUMS = frozenset(
-    "unsqueeze clamp clamp_min maximum add masked_fill reshape view transpose permute expand".split()
+    "unsqueeze clamp clamp_min maximum add masked_fill reshape view transpose permute "
+    "expand".split()
 )
 
 
-def _the_sum(node: fx.Node) -> fx.Node | None:
+def _the_sum(start: fx.Node) -> fx.Node | None:
     """Find sum(x) under an epsilon, a clamp, a where or an unsqueeze."""
+    node: Any = start
     for _ in range(4):
         node = through(node)
         if not isinstance(node, fx.Node):
@@ -186,11 +189,11 @@ def _the_sum(node: fx.Node) -> fx.Node | None:
         if kind(node) == "sum":
             return node
         if kind(node) in _OVER_SUMS:
-            if kind(node) == "add" and not (is_number(node.args[1]) and node.args[1] < 1e-3):
+            if kind(node) == "add" and not (is_number(args(node)[1]) and args(node)[1] < 1e-3):
                 return None
-            node = node.args[0]
+            node = args(node)[0]
         elif kind(node) == "where":
-            sides = [through(a) for a in node.args[1:] if isinstance(a, fx.Node)]
+            sides = [through(a) for a in args(node)[1:] if isinstance(a, fx.Node)]
             sums = [s for s in sides if kind(s) == "sum"]
             return sums[0] if sums else None
         else:
@@ -198,15 +201,17 @@ def _the_sum(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _under_zeros(node: fx.Node) -> fx.Node:
+def _under_zeros(start: fx.Node) -> fx.Node:
     """Step back from exp(x) with zeros written in, to exp(x)."""
+    node: Any = start
     while kind(node) in ("masked_fill", "where", *TRANSPARENT):
-        inner = node.args[0]
+        inner = args(node)[0]
         if kind(node) == "where":
-            inner = next((a for a in node.args[1:] if kind(through(a)) == "exp"), node.args[1])
+            inner = next((a for a in args(node)[1:] if kind(through(a)) == "exp"), args(node)[1])
         node = through(inner)
         if not isinstance(node, fx.Node):
-            break
+            return start
+    assert isinstance(node, fx.Node)
     return node
 
 
@@ -236,7 +241,9 @@ class Walker:
             return No("a number, not scores")
         if node not in self._trails:
             self._trails[node] = No("a loop in the graph", node.name)
-            self._trails[node] = self._read(node, depth) if depth < 80 else No("too long", node.name)
+            self._trails[node] = (
+                self._read(node, depth) if depth < 80 else No("too long", node.name)
+            )
         return self._trails[node]
 
     def _read(self, node: fx.Node, depth: int) -> Trail | No:
@@ -244,7 +251,7 @@ class Walker:
         if name in CONTRACTIONS or name == "sum":
             return self._contraction(node)
         if name in TRANSPARENT:
-            return self.back(node.args[0], depth + 1)
+            return self.back(args(node)[0], depth + 1)
         if name in LAYOUT:
             return self._layout(node, depth)
         reader = getattr(self, f"_{name}", None)
@@ -292,17 +299,17 @@ class Walker:
         """Tell learned queries (projected, or several heads of them) from a weight matrix."""
         bare = node
         while kind(bare) in TRANSPARENT | LAYOUT or kind(bare) in ("mul", "div"):
-            bare = bare.args[0]  # type: ignore[assignment]
+            bare = args(bare)[0]
         if bare.op != "placeholder":
             return True
         return rank(node) >= 3 and node is c.lhs
 
     def _layout(self, node: fx.Node, depth: int) -> Trail | No:
-        main = node.args[0]
+        main = args(node)[0]
         if kind(node) == "getitem":
             return No("one of several outputs is not score arithmetic", node.name)
         trail = self.back(main, depth + 1)
-        if not trail:
+        if isinstance(trail, No):
             return trail
         assert isinstance(main, fx.Node)
         if kind(node) == "slice" and shape(main) == shape(node):
@@ -331,7 +338,7 @@ class Walker:
         return self._sum_of(node, depth, sign=-1.0)
 
     def _sum_of(self, node: fx.Node, depth: int, sign: float) -> Trail | No:
-        a, b = node.args[:2]
+        a, b = args(node)[:2]
         alpha = float(argument(node, 2, "alpha", 1)) * sign
         if self.scalar(b) is not None:
             return self.then(a, Step("keep", node), depth)
@@ -349,7 +356,7 @@ class Walker:
         return trail.then(step) if isinstance(trail, Trail) else trail
 
     def _mul(self, node: fx.Node, depth: int) -> Trail | No:
-        a, b = node.args[:2]
+        a, b = args(node)[:2]
         for main, other in ((a, b), (b, a)):
             number = self.scalar(other)
             if number is not None:
@@ -360,50 +367,50 @@ class Walker:
         return self._best(pairs, depth)
 
     def _div(self, node: fx.Node, depth: int) -> Trail | No:
-        number = self.scalar(node.args[1])
+        number = self.scalar(args(node)[1])
         if number is not None:
             if node.kwargs.get("rounding_mode") is not None or number == 0:
                 return No("a rounding division is not score arithmetic", node.name)
-            return self.then(node.args[0], Step("scale", node, number=1.0 / number), depth)
-        step = Step("multiply", node, side=node.args[1], when=False)  # type: ignore[arg-type]
-        return self.then(node.args[0], step, depth)
+            return self.then(args(node)[0], Step("scale", node, number=1.0 / number), depth)
+        step = Step("multiply", node, side=args(node)[1], when=False)
+        return self.then(args(node)[0], step, depth)
 
     _true_divide = _div
 
     def _neg(self, node: fx.Node, depth: int) -> Trail | No:
-        return self.then(node.args[0], Step("scale", node, number=-1.0), depth)
+        return self.then(args(node)[0], Step("scale", node, number=-1.0), depth)
 
     def _tanh(self, node: fx.Node, depth: int) -> Trail | No:
-        return self.then(node.args[0], Step("tanh", node), depth)
+        return self.then(args(node)[0], Step("tanh", node), depth)
 
     def _where(self, node: fx.Node, depth: int) -> Trail | No:
-        condition, a, b = node.args[:3]
+        condition, a, b = args(node)[:3]
         best: Trail | No = No("no branch of where() comes from a query-key product", node.name)
         for main, fill, when in ((a, b, False), (b, a, True)):
             trail = self.back(main, depth + 1)
             number = self.scalar(fill, uniform=True)
             if isinstance(trail, Trail) and number is not None:
-                step = Step("hide", node, side=condition, number=number, when=when)  # type: ignore[arg-type]
+                step = Step("hide", node, side=condition, number=number, when=when)
                 return trail.then(step)
         return best
 
     def _masked_fill(self, node: fx.Node, depth: int) -> Trail | No:
-        number = self.scalar(node.args[2], uniform=True)
+        number = self.scalar(args(node)[2], uniform=True)
         if number is None:
             return No("masked_fill writes a value that is not constant", node.name)
-        step = Step("hide", node, side=node.args[1], number=number)  # type: ignore[arg-type]
-        return self.then(node.args[0], step, depth)
+        step = Step("hide", node, side=args(node)[1], number=number)
+        return self.then(args(node)[0], step, depth)
 
     def _maximum(self, node: fx.Node, depth: int) -> Trail | No:
         bound = self.scalar(argument(node, 1, "min"), uniform=True)
         if bound is None or bound > HARD:
             return No("a clamp of the scores above the value of a mask", node.name)
-        return self.then(node.args[0], Step("keep", node), depth)
+        return self.then(args(node)[0], Step("keep", node), depth)
 
     _max = _clamp = _clamp_min = _maximum
 
     def _cat(self, node: fx.Node, depth: int) -> Trail | No:
-        parts = node.args[0]
+        parts = args(node)[0]
         axis = argument(node, 1, "dim", 0) % rank(node)
         assert isinstance(parts, list | tuple)
         for i, part in enumerate(parts):
@@ -449,7 +456,7 @@ def _fill_value(node: fx.Node) -> float | None:
     name = kind(node)
     if name in ("zeros_like", "ones_like"):
         return float(name == "ones_like")
-    filled = node.args[2] if name == "new_full" else node.args[1]
+    filled = args(node)[2] if name == "new_full" else args(node)[1]
     return float(filled) if is_number(filled) else None
 
 
@@ -468,7 +475,7 @@ def _is_shift(scores: Any, other: Any) -> bool:
         node = todo.pop()
         if not isinstance(node, fx.Node):
             continue
-        if kind(node) in ("amax", "max") and through(node.args[0]) is through(scores):
+        if kind(node) in ("amax", "max") and through(args(node)[0]) is through(scores):
             return True
         if kind(node) in ("maximum", "max"):
             todo.extend(node.all_input_nodes)
@@ -494,7 +501,7 @@ def forth(view: View, anchor: Anchor) -> Forth | No:
     found: Forth | No = No("the weights meet no values", anchor.weights.name)
     while todo:
         node, steps = todo.pop(0)
-        for user in sorted(node.users, key=lambda n: n._sort_key):
+        for user in sorted(node.users):
             if user in anchor.pieces or kind(user) == "sym_size":
                 continue
             contraction = _value_product(view, node, user)
@@ -529,22 +536,20 @@ def _value_product(view: View, weights: fx.Node, user: fx.Node) -> Contraction |
 def _weight_step(node: fx.Node, user: fx.Node) -> Step | None:
     """Read a user of the weights as one more step before the values; None where it is none."""
     name = kind(user)
-    if name in TRANSPARENT and user.args[0] is node:
+    if name in TRANSPARENT and args(user)[0] is node:
         return Step("keep", user)
-    if name in LAYOUT and user.args[0] is node and name != "getitem":
+    if name in LAYOUT and args(user)[0] is node and name != "getitem":
         if name == "slice" and shape(node) == shape(user):
             return Step("keep", user)
         return Step("drop" if name in ("slice", "narrow") else "layout", user)
-    if name == "masked_fill" and user.args[0] is node and user.args[2] in (0, 0.0):
-        return Step("zero", user, side=user.args[1])  # type: ignore[arg-type]
-    if name == "where" and node in user.args[1:]:
-        return Step("zero", user, side=user.args[0], when=user.args[1] is not node)  # type: ignore[arg-type]
+    if name == "masked_fill" and args(user)[0] is node and args(user)[2] in (0, 0.0):
+        return Step("zero", user, side=args(user)[1])
+    if name == "where" and node in args(user)[1:]:
+        return Step("zero", user, side=args(user)[0], when=args(user)[1] is not node)
     if name in ("mul", "div"):
-        other = user.args[1] if user.args[0] is node else user.args[0]
+        other: Any = args(user)[1] if args(user)[0] is node else args(user)[0]
         if isinstance(other, fx.Node) and other is not node and name == "mul":
             return Step("multiply", user, side=other)
-        if is_number(other):
+        if isinstance(other, int | float):
             return Step("scale", user, number=float(other) if name == "mul" else 1 / float(other))
     return None
-
-
