@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -101,7 +101,7 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _fake_mode_of(nodes: tuple[fx.Node, ...]) -> Iterator[None]:
+def _fake_mode_of(nodes: tuple[fx.Node, ...]) -> Generator[None]:
     """Compute under the fake mode of the first tensor among the nodes."""
     modes = (getattr(value(n), "fake_mode", None) for n in nodes)
     mode = next((m for m in modes if m is not None), None)
