@@ -27,7 +27,9 @@ def llama() -> tuple[torch.nn.Module, dict[str, torch.Tensor], Program]:
     return model, kwargs, attnopt.capture(model, kwargs=kwargs)
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "bloom", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["bert", "vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bloom", "gemma3"))]
+)
 def test_a_base_model_is_one_graph_for_other_sizes(name: str) -> None:
     model, kwargs = build(name, "eager")
     program = attnopt.capture(model, kwargs=kwargs)
@@ -102,7 +104,8 @@ def test_the_source_is_left_alone() -> None:
     assert program.weights[name] is model.get_parameter(name)
 
 
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_an_encoder_decoder_is_two_programs(name: str) -> None:
     model, kwargs = build(name, "eager", task="lm")
     program = attnopt.capture(model, kwargs=kwargs)

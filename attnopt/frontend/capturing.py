@@ -17,7 +17,7 @@ from attnopt.frontend.encoderdecoder import (
     trace_decode,
     trace_encode,
 )
-from attnopt.frontend.exporting import Trace, trace
+from attnopt.frontend.exporting import FIRST, Attempt, Trace, branches_on_values, trace
 from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
 from attnopt.frontend.lengths import with_lengths
 from attnopt.frontend.modules import capture_parts, with_parts
@@ -90,7 +90,9 @@ def call_factory(
         return made, args, kwargs
     if isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module):
         return made
-    raise ValueError(f"{place!r} must return a module or (module, args, kwargs), not {type(made)}")
+    raise ValueError(
+        f"{place!r} must return a module or (module, args, kwargs), not {type(made).__name__}"
+    )
 
 
 def capture_saved(place: str, *, trust_pickle: bool) -> Program:
@@ -130,13 +132,13 @@ def by_parts(
     model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]], why: No
 ) -> Program:
     """Capture the modules of a model that cannot be captured whole."""
-    example = without_cache(example) if cache_argument(model, example) else example
+    switched = {"use_cache": False} if "use_cache" in example.signature.parameters else {}
+    example = replace(example, skeleton={**example.skeleton, **switched})
     enlarged = replace(example, tensors=grown(example.tensors, axes))
     rows = {n: a[:1] for n, a in axes.items()}
     wider = replace(example, tensors=grown(example.tensors, rows))
-    found = capture_parts(model, [enlarged, example] if axes else [example], plain_program, why)
-    if axes and (isinstance(found, No) or not found.programs):
-        found = capture_parts(model, [example, wider], plain_program, why)
+    runs = [enlarged, example, wider] if axes else [example]
+    found = capture_parts(model, runs, plain_program, why)
     if isinstance(found, No) or not found.programs:
         reason = found if isinstance(found, No) else why
         raise ValueError(f"cannot capture {type(model).__name__}: {reason}")
@@ -144,7 +146,7 @@ def by_parts(
 
     def run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rewritten = any(program.parts[n] is not parts[n] for n in parts)
-        return with_parts(model, program.parts, strict=rewritten)(*args, **kwargs)
+        return with_parts(model, program.parts, strict=rewritten)(*args, **{**switched, **kwargs})
 
     return Program(
         name=type(model).__name__,
@@ -177,13 +179,13 @@ def whole(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]
         refused = (No(f"captured without its cache: {program.why}", program.where),)
         example = without_cache(example)
     if cache_argument(model, example):
-        stateful = best_of(example, axes, lambda e, a: trace_stateful(model, e, a))
+        stateful = best_of(example, axes, lambda e, a, t: trace_stateful(model, e, a, t))
         if not isinstance(stateful, No):
             return stateful_program(model, example, stateful)
         if may_generate(model):
             refused = (No(f"captured without its cache: {stateful.why}", stateful.where),)
         example = without_cache(example)
-    result = best_of(example, axes, lambda e, a: trace(model, e.call, e.tensors, a))
+    result = best_of(example, axes, lambda e, a, t: trace(model, e.call, e.tensors, a, t))
     if isinstance(result, No):
         return result
     program = plain_program(model, example, result)
@@ -192,30 +194,38 @@ def whole(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]
 
 
 Traced = TypeVar("Traced", Trace, Stateful)
+Trial = Callable[[Example, Mapping[str, tuple[int, ...]], tuple[Attempt, ...]], Traced | No]
 
 
 def best_of(
-    example: Example,
-    axes: Mapping[str, tuple[int, ...]],
-    attempt: Callable[[Example, Mapping[str, tuple[int, ...]]], Traced | No],
+    example: Example, axes: Mapping[str, tuple[int, ...]], trial: Trial[Traced]
 ) -> Traced | No:
-    """Trace with sizes that are special to nothing, then as given, then with fixed sizes."""
-    enlarged = replace(example, tensors=grown(example.tensors, axes))
-    tries = [(enlarged, axes), (example, axes), (example, {})] if axes else [(example, axes)]
-    best: Traced | None = None
-    reason: No | None = None
-    for tried, dynamic in tries:
-        if best is not None and (not dynamic or not fixed_sizes(best)):
-            break
-        result = attempt(tried, dynamic)
-        if isinstance(result, No):
-            reason = reason or result
-        elif best is None or len(fixed_sizes(result)) <= len(fixed_sizes(best)):
-            best = result
-    if best is not None:
-        return best
-    assert reason is not None
-    return reason
+    """Trace with sizes that are special to nothing; where that fixes sizes, with those given."""
+    if not any(axes.values()):
+        return trial(example, {}, ())
+    first = trial(replace(example, tensors=grown(example.tensors, axes)), axes, ())
+    if isinstance(first, No):
+        return _as_given(example, axes, trial, first)
+    if not fixed_sizes(first):
+        return first
+    attempt = (first.trace if isinstance(first, Stateful) else first).attempt
+    second = trial(example, axes, (attempt,) if attempt else ())
+    if isinstance(second, No) or len(fixed_sizes(second)) > len(fixed_sizes(first)):
+        return first
+    return second
+
+
+def _as_given(
+    example: Example, axes: Mapping[str, tuple[int, ...]], trial: Trial[Traced], why: No
+) -> Traced | No:
+    """Trace with the sizes given: all of the axes dynamic, then the rows, then none."""
+    rows = {name: found[:1] for name, found in axes.items()}
+    on_values = branches_on_values(why)
+    for dynamic in (rows, {}) if on_values else (axes, rows, {}):
+        result = trial(example, dynamic, (FIRST,) if on_values else ())
+        if not isinstance(result, No):
+            return result
+    return why
 
 
 def may_generate(model: nn.Module) -> bool:
@@ -232,10 +242,10 @@ def two_steps(
     model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
 ) -> Program | No:
     """Capture an encoder-decoder as the parts "encode" and "decode"."""
-    first = best_of(example, axes, lambda e, a: trace_encode(model, e, a))
+    first = best_of(example, axes, lambda e, a, t: trace_encode(model, e, a, t))
     if isinstance(first, No):
         return first
-    later = best_of(example, axes, lambda e, a: trace_decode(model, e, a))
+    later = best_of(example, axes, lambda e, a, t: trace_decode(model, e, a, t))
     if isinstance(later, No):
         return later
     encode = plain_program(model, example, first)

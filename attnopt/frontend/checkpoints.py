@@ -137,7 +137,10 @@ def _directory(place: str | os.PathLike[str]) -> tuple[Path, bool]:
             raise ValueError(f"{path} is no Transformers checkpoint: it has no config.json")
         return path, False
     if path.exists() or path.is_absolute() or str(place).startswith((".", "~")):
-        raise ValueError(f"{place} is no checkpoint directory")
+        raise ValueError(
+            f"{place} is no checkpoint directory; allowed are such a directory, a hub id, "
+            "package.module:factory and a .pt2 file"
+        )
     from transformers.utils.hub import cached_file
 
     try:
@@ -147,20 +150,25 @@ def _directory(place: str | os.PathLike[str]) -> tuple[Path, bool]:
     except OSError as error:
         raise ValueError(
             f"cannot find {str(place)!r}: no such directory, and the Hugging Face hub did not "
-            f"give it ({str(error).splitlines()[0]})"
+            f"give it ({str(error).splitlines()[0].rstrip('.')}); check the spelling, "
+            "or download it and give the directory"
         ) from error
     assert found is not None
     return Path(found).parent, True
 
 
 def _described(directory: Path) -> dict[str, Any]:
+    return _json(directory / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        described = json.loads((directory / "config.json").read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(described, dict):
-        raise ValueError(f"{directory / 'config.json'} is not a JSON object")
-    return described
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def _refuse_quantized(directory: Path, described: Mapping[str, Any]) -> None:
@@ -189,11 +197,14 @@ def _stored_tensors(directory: Path, *, inside: bool) -> dict[str, Path] | None:
 
 
 def _indexed(directory: Path, index: Path, *, inside: bool) -> dict[str, Path]:
-    content = json.loads(index.read_text())
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict):
-        raise ValueError(f"{index} has no weight_map")
-    files = {n: _checked(directory, str(n), inside=inside) for n in sorted(set(names.values()))}
+    content = _json(index)
+    names = content.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise ValueError(
+            f"{index} has no weight_map from tensor names to file names; "
+            "save the checkpoint again with save_pretrained"
+        )
+    files = {n: _checked(directory, n, inside=inside) for n in sorted(set(names.values()))}
     headers = {n: set(_header(path)) for n, path in files.items()}
     for tensor, file in names.items():
         if tensor not in headers[file]:
@@ -222,15 +233,24 @@ def _header(path: Path) -> list[str]:
         with safe_open(str(path), framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is damaged or cut off ({error}); download or save it again"
+        ) from error
 
 
 def _hollow_model(
     directory: Path, described: Mapping[str, Any], trust_remote_code: bool
 ) -> nn.Module:
+    import transformers
     from transformers import AutoConfig, initialization
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{directory / 'config.json'} describes no model of transformers "
+            f"{transformers.__version__} (model_type {described.get('model_type')!r})"
+        ) from error
     cls = _model_class(directory, config, described, trust_remote_code)
     with initialization.no_init_weights():
         model: Any = cls._from_config(config)
@@ -254,7 +274,7 @@ def _model_class(
         return get_class_from_dynamic_module(reference, str(directory))
     if names and hasattr(transformers, str(names[0])):
         return getattr(transformers, str(names[0]))
-    mapping = transformers.AutoModel._model_mapping
+    mapping: Any = transformers.AutoModel._model_mapping  # pyright: ignore[reportPrivateUsage]
     if names or type(config) not in mapping:
         raise ValueError(
             f"{directory / 'config.json'} names the architecture {names}, which transformers "
@@ -357,7 +377,10 @@ def _refuse_mismatch(directory: Path, match: _Match) -> None:
         if names
     ]
     if problems:
-        raise ValueError(f"{directory} does not fit its config.json; {'; '.join(problems)}")
+        raise ValueError(
+            f"{directory} does not fit its config.json; {'; '.join(problems)}; "
+            "save it again with save_pretrained, or correct config.json"
+        )
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.fx.node import map_aggregate
 
 _ASSERTS = frozenset(
     {
@@ -79,6 +81,8 @@ def read_sizes_from_inputs(graph_module: fx.GraphModule) -> None:
     sizes = Sizes(graph, last[0], symbol_sources(graph))
     for node in list(graph.nodes):
         expression = size_expression(node)
+        if not isinstance(expression, sympy.Expr):
+            continue
         if node.target is torch.ops.aten.sym_size.int and expression in sizes.sources:
             node.replace_all_uses_with(sizes.node_for(expression, node.meta["val"]))
             graph.erase_node(node)
@@ -180,8 +184,8 @@ def _with_arguments(graph_module: fx.GraphModule, change: Callable[[Any], Any]) 
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     for node in graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, change)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, change)
+        node.args = map_aggregate(node.args, change)
+        node.kwargs = map_aggregate(node.kwargs, change)
     changed = fx.GraphModule(graph_module, graph)
     changed.meta = dict(graph_module.meta)
     return changed
@@ -197,7 +201,7 @@ def size_expression(node: fx.Node) -> sympy.Expr | int | None:
 
 def _mutates(graph_module: fx.GraphModule) -> bool:
     return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        isinstance(node.target, OpOverload) and node.target._schema.is_mutable
         for module in graph_module.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
@@ -205,7 +209,7 @@ def _mutates(graph_module: fx.GraphModule) -> bool:
 
 
 def _base_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target._schema.name.split("::")[1]
     return getattr(target, "__name__", "")
 

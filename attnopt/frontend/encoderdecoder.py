@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.frontend.calls import Example
-from attnopt.frontend.exporting import Trace, dry_run, trace
+from attnopt.frontend.exporting import Attempt, Trace, dry_run, trace
 from attnopt.frontend.skeletons import Slot
 from attnopt.frontend.stateful import Stateful, state_name, with_states
 from attnopt.nouns import No
@@ -37,15 +37,21 @@ def has_two_steps(source: nn.Module, example: Example) -> bool:
 
 
 def trace_encode(
-    source: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+    source: nn.Module,
+    example: Example,
+    axes: Mapping[str, tuple[int, ...]],
+    attempts: tuple[Attempt, ...] = (),
 ) -> Trace | No:
     """Trace the first call: the encoder, and the decoder from an empty cache."""
     cached = replace(example, skeleton={**example.skeleton, "use_cache": True})
-    return trace(source, cached.call, example.tensors, axes)
+    return trace(source, cached.call, example.tensors, axes, attempts)
 
 
 def trace_decode(
-    source: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+    source: nn.Module,
+    example: Example,
+    axes: Mapping[str, tuple[int, ...]],
+    attempts: tuple[Attempt, ...] = (),
 ) -> Stateful | No:
     """Trace a later call: the decoder from its cache and the encoder's result."""
     probe = _first_call(source, example)
@@ -55,7 +61,6 @@ def trace_decode(
     given = _decode_tensors(example, encoded)
     states, state_axes = _decode_states(forms)
     skeleton = _decode_skeleton(example)
-    dynamic = {n: (0,) if n.startswith(_ENCODED) else a for n, a in axes.items()}
     dynamic = {n: _axes(t) for n, t in given.items()} | state_axes if axes else {}
 
     def call(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
@@ -72,7 +77,7 @@ def trace_decode(
         }
         return replace(example, skeleton=values).call(module, tensors)
 
-    result = trace(source, call, {**given, **states}, dynamic)
+    result = trace(source, call, {**given, **states}, dynamic, attempts)
     return result if isinstance(result, No) else with_states(result, forms, "past_key_values")
 
 

@@ -5,8 +5,8 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from attnopt.frontend import cleanup
+from attnopt.frontend.experts import without_loops
 from attnopt.frontend.skeletons import Slot, take_apart
 from attnopt.nouns import No
 from attnopt.program import Binding
@@ -41,6 +42,7 @@ class Trace:
     level: str
     fixed: tuple[str, ...]
     conditions: tuple[Any, ...] = ()
+    attempt: "Attempt | None" = None
 
 
 class Flat(nn.Module):
@@ -71,11 +73,12 @@ def trace(
     call: Call,
     tensors: Mapping[str, Tensor],
     axes: Mapping[str, tuple[int, ...]],
+    attempts: "tuple[Attempt, ...]" = (),
 ) -> Trace | No:
     """Trace a call of the source; `axes` lists the axes of each tensor that should be dynamic."""
     reasons: list[No] = []
     best: Trace | None = None
-    for attempt in _ATTEMPTS if any(axes.values()) else _STATIC:
+    for attempt in attempts or (_ATTEMPTS if any(axes.values()) else _STATIC):
         result = _try(source, call, tensors, axes, attempt)
         if isinstance(result, No):
             reasons.append(result)
@@ -87,18 +90,17 @@ def trace(
     return best if best is not None else reasons[0]
 
 
-# The last one formats a record for each symbolic guard as soon as anything listens.
-_LOGGERS = ("torch.fx", "torch.export", "torch._export", "torch.__trace")
-
-
 @dataclass(frozen=True)
-class _Attempt:
+class Attempt:
+    """How to trace: under the patches of Transformers, with guards as asserts."""
+
     patches: bool = False
     deferred: bool = False
 
 
-_STATIC = (_Attempt(), _Attempt(patches=True))
-_ATTEMPTS = (_Attempt(), _Attempt(patches=True, deferred=True))
+FIRST = Attempt()
+_STATIC = (FIRST, Attempt(patches=True))
+_ATTEMPTS = (FIRST, Attempt(patches=True, deferred=True))
 
 
 def _try(
@@ -106,14 +108,14 @@ def _try(
     call: Call,
     tensors: Mapping[str, Tensor],
     axes: Mapping[str, tuple[int, ...]],
-    attempt: _Attempt,
+    attempt: Attempt,
 ) -> Trace | No:
     skeletons: list[Any] = []
     flat = Flat(source, call, tuple(tensors), skeletons)
     shapes = {n: dict.fromkeys(axes.get(n, ()), Dim.AUTO) for n in tensors}
     # The boundary to arbitrary model code: whatever it raises is the reason of the refusal.
     try:
-        with _silent(), _evaluating(source), _patched(attempt.patches), torch.no_grad():
+        with _tracing(source, patches=attempt.patches):
             exported = torch.export.export(
                 flat,
                 (),
@@ -127,7 +129,13 @@ def _try(
             exported = cleanup.functional(exported)
     except Exception as error:
         return No(first_line(error), user_line(error))
-    return _finish(exported, skeletons[0], axes, bounds=bounds, conditions=conditions)
+    made = _finish(exported, skeletons[0], axes, bounds=bounds, conditions=conditions)
+    return replace(made, attempt=attempt)
+
+
+def branches_on_values(reason: No) -> bool:
+    """Say whether a trace failed at a branch on values, which other sizes do not change."""
+    return reason.why.startswith("GuardOnDataDependentSymNode")
 
 
 def finish_exported(exported: ExportedProgram) -> Trace:
@@ -233,11 +241,16 @@ def _bind(exported: ExportedProgram) -> tuple[dict[str, Binding], dict[str, Tens
         elif name in signature.inputs_to_lifted_tensor_constants:
             stored = signature.inputs_to_lifted_tensor_constants[name]
             made = Binding("constant", source_name(stored))
-            constants[made.name] = exported.constants[stored]
+            constants[made.name] = _tensor(exported.constants[stored])
         else:
             made = Binding("input", name)
         bindings[name] = made
     return _renamed(exported.graph_module, bindings), constants
+
+
+def _tensor(constant: Any) -> Tensor:
+    assert isinstance(constant, Tensor)
+    return constant
 
 
 def _renamed(graph_module: fx.GraphModule, bindings: dict[str, Binding]) -> dict[str, Binding]:
@@ -263,7 +276,8 @@ def _drop_mutation_outputs(exported: ExportedProgram) -> None:
     """Keep the outputs that the source returns; updated buffers are not part of the result."""
     wanted = [s.kind.name for s in exported.graph_signature.output_specs]
     output = exported.graph.output_node()
-    kept = [a for a, kind in zip(output.args[0], wanted, strict=True) if kind == "USER_OUTPUT"]
+    results: Any = output.args[0]
+    kept = [a for a, kind in zip(results, wanted, strict=True) if kind == "USER_OUTPUT"]
     output.args = (tuple(kept),)
 
 
@@ -334,30 +348,40 @@ def _called_on_shapes(source: nn.Module, call: Call, tensors: Mapping[str, Tenso
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings of torch.export and of model code; errors still come through."""
-    loggers = [logging.getLogger(n) for n in _LOGGERS]
-    levels = [logger.level for logger in loggers]
+def quiet() -> Generator[None]:
+    """Silence the warnings and logs of torch.export and of model code; errors are raised."""
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
+            logging.disable(logging.CRITICAL)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(disabled)
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def _tracing(source: nn.Module, *, patches: bool) -> Generator[None]:
+    """Put a source into the state in which it is traced, and put it back."""
+    with (
+        _silent(),
+        _evaluating(source),
+        _patched(patches),
+        without_loops(source),
+        torch.no_grad(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _silent() -> Generator[None]:
     """Be quiet, and keep torch.export from printing the graph of a failed attempt."""
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
-def _evaluating(source: nn.Module) -> Iterator[None]:
+def _evaluating(source: nn.Module) -> Generator[None]:
     """Trace in eval mode and give every module its training flag back."""
     flags = [(m, m.training) for m in source.modules()]
     try:
@@ -369,7 +393,7 @@ def _evaluating(source: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _patched(wanted: bool) -> Iterator[None]:
+def _patched(wanted: bool) -> Generator[None]:
     """Trace under the export patches that Transformers ships for its own models."""
     if not wanted:
         yield

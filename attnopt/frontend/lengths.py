@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnopt.frontend.calls import Example
-from attnopt.frontend.exporting import Trace, trace
+from attnopt.frontend.exporting import FIRST, Trace, trace
 from attnopt.frontend.inputs import is_fixed_by_name
 from attnopt.nouns import No
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _aten = torch.ops.aten
 _ATTENTION = frozenset({_aten.scaled_dot_product_attention.default})
 _REDUCTIONS = frozenset(
@@ -38,7 +39,7 @@ Axes = Mapping[str, tuple[int, ...]]
 def with_lengths(source: nn.Module, example: Example, axes: Axes) -> dict[str, tuple[int, ...]]:
     """Return the dynamic axes with those of raw attention inputs among them."""
     unknown = {n for n, t in example.tensors.items() if _is_unknown(example, n, t)}
-    if not unknown or any(isinstance(m, nn.modules.conv._ConvNd) for m in source.modules()):
+    if not unknown or any(isinstance(m, _CONVOLUTIONS) for m in source.modules()):
         return dict(axes)
     traced = _all_dynamic(source, example, axes, unknown)
     if isinstance(traced, No):
@@ -51,7 +52,7 @@ def with_lengths(source: nn.Module, example: Example, axes: Axes) -> dict[str, t
         if size in keys and len(traced.shapes[name]) > 3
     }
     found = {n: _token_axes(traced.shapes[n], keys, places) for n in unknown}
-    return {**axes, **{n: tuple(sorted({*axes[n], *a})) if a else axes[n] for n, a in found.items()}}
+    return {**axes, **{n: tuple(sorted({*axes[n], *a})) for n, a in found.items()}}
 
 
 def _is_unknown(example: Example, name: str, tensor: Tensor) -> bool:
@@ -59,18 +60,16 @@ def _is_unknown(example: Example, name: str, tensor: Tensor) -> bool:
         return False
     if tensor.dim() > 3:
         return True
-    square = tensor.dim() == 2 and tensor.is_floating_point()
-    return example.config is None and (square or tensor.dim() == 3 and tensor.dtype is torch.bool)
+    square = tensor.is_floating_point() if tensor.dim() == 2 else tensor.dtype is torch.bool
+    return example.config is None and tensor.dim() > 1 and square
 
 
-def _all_dynamic(
-    source: nn.Module, example: Example, axes: Axes, unknown: set[str]
-) -> Trace | No:
+def _all_dynamic(source: nn.Module, example: Example, axes: Axes, unknown: set[str]) -> Trace | No:
     every = {n: tuple(range(example.tensors[n].dim())) for n in unknown}
     result: Trace | No = No("there is nothing to trace")
     for shorten in (0, 1):
         dynamic = {**axes, **{n: a[: len(a) - shorten] for n, a in every.items()}}
-        result = trace(source, example.call, example.tensors, dynamic)
+        result = trace(source, example.call, example.tensors, dynamic, (FIRST,))
         if not isinstance(result, No):
             return result
     return result
@@ -81,10 +80,12 @@ def _reduced(graph: fx.Graph) -> Iterator[Any]:
     for node in graph.nodes:
         if node.target in _ATTENTION:
             yield _size(node.args[1], -2)
-        elif node.target in _REDUCTIONS:
+        elif node.target in _REDUCTIONS or _sums_exponentials(node):
             yield _size(node.args[0], _dimension(node))
-        elif node.target in _SUMS and node.args[0].target in _EXPONENTIALS:
-            yield _size(node.args[0], _dimension(node))
+
+
+def _sums_exponentials(node: fx.Node) -> bool:
+    return node.target in _SUMS and node.all_input_nodes[0].target in _EXPONENTIALS
 
 
 def _dimension(node: fx.Node) -> int:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.frontend.calls import Example, take_call_apart
-from attnopt.frontend.exporting import Trace, first_line, quiet, trace, user_line
+from attnopt.frontend.exporting import (
+    FIRST,
+    Trace,
+    branches_on_values,
+    first_line,
+    quiet,
+    trace,
+    user_line,
+)
 from attnopt.nouns import No
 from attnopt.program import Program, Uncaptured
 
@@ -89,7 +97,8 @@ class _Search:
         rows = {name: tuple(a for a in found if a == 0) for name, found in axes.items()}
         reason: No | None = None
         for dynamic in (axes, rows, {}):
-            result = trace(module, first.call, first.tensors, dynamic)
+            attempts = (FIRST,) if reason and branches_on_values(reason) else ()
+            result = trace(module, first.call, first.tensors, dynamic, attempts)
             if not isinstance(result, No):
                 return _at(path, self.make(module, first, result))
             reason = reason or result

@@ -54,7 +54,7 @@ def take_apart(value: Any, put: Put, path: str = "") -> Any:
         made = {k: inner(v, k) for k, v in value.items()}
         return made if type(value) is dict else Made(type(value), made)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        named = {k: getattr(value, k) for k in value._fields}
+        named = {k: getattr(value, k) for k in getattr(value, "_fields")}  # noqa: B009
         return Made(type(value), {k: inner(v, k) for k, v in named.items()})
     if isinstance(value, list | tuple):
         return type(value)(inner(v, i) for i, v in enumerate(value))
@@ -118,8 +118,9 @@ def filled_cache(layers: tuple[Any, ...]) -> Any:
     for tensors in layers:
         layer = DynamicLayer()
         if tensors:
-            layer.keys, layer.values = tensors["key"], tensors["value"]
-            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+            key = tensors["key"]
+            layer.keys, layer.values = key, tensors["value"]
+            layer.dtype, layer.device = key.dtype, key.device
             layer.is_initialized = True
         cache.layers.append(layer)
     return cache

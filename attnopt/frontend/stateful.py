@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from attnopt.frontend import cleanup
 from attnopt.frontend.calls import Example, Inputs, Outputs
-from attnopt.frontend.exporting import Trace, dry_run, trace
+from attnopt.frontend.exporting import Attempt, Trace, dry_run, trace
 from attnopt.frontend.skeletons import CacheLayers, Made, Slot, put_together
 from attnopt.nouns import No
 from attnopt.program import Binding, CallForm, Carry, Role, State
@@ -45,7 +45,10 @@ def cache_argument(source: nn.Module, example: Example) -> str | None:
 
 
 def trace_stateful(
-    source: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+    source: nn.Module,
+    example: Example,
+    axes: Mapping[str, tuple[int, ...]],
+    attempts: tuple[Attempt, ...] = (),
 ) -> Stateful | No:
     """Trace a causal language model with its cache as inputs and outputs."""
     argument = cache_argument(source, example)
@@ -67,7 +70,7 @@ def trace_stateful(
             with_state, skeleton={**with_state.skeleton, argument: cache, "use_cache": True}
         ).call(module, tensors)
 
-    result = trace(source, call, given, dynamic if axes else {})
+    result = trace(source, call, given, dynamic if axes else {}, attempts)
     if isinstance(result, No):
         return result
     return with_states(result, forms, argument)
@@ -189,7 +192,8 @@ def _state(layer: int, name: str, stored: Tensor, output: int) -> State:
 
 
 def _role(name: str) -> tuple[Role, int]:
-    match name.split("_"):
+    parts: list[str] = name.split("_")
+    match parts:
         case ["key"]:
             return "key", 0
         case ["value"]:
