@@ -104,8 +104,7 @@ def test_the_source_is_left_alone() -> None:
     assert program.weights[name] is model.get_parameter(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "whisper"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
 def test_an_encoder_decoder_is_two_programs(name: str) -> None:
     model, kwargs = build(name, "eager", task="lm")
     program = attnopt.capture(model, kwargs=kwargs)
