@@ -142,6 +142,8 @@ def to_canonical(writer: Writer, node: fx.Node, layout: Layout, order: str) -> f
 
     Where a role spreads over several axes and the tensor broadcasts along some, it is expanded.
     """
+    if layout.is_plain(order):
+        return node
     node, split = split_axes(writer, node, layout)
     sources = {
         role: sorted(

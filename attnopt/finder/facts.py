@@ -264,6 +264,7 @@ def scale_before(view: View, operand: Operand) -> float:
     """Multiply the constants that an operand is scaled by between projection and product."""
     factor = 1.0
     node: Any = operand.product
+    newest = int(view.provenance.numbers(node).max())
     while isinstance(node, fx.Node) and not _ends_path(view, node) and node.op != "placeholder":
         name = kind(node)
         if name in ("mul", "div") and len(args(node)) > 1:
@@ -280,8 +281,7 @@ def scale_before(view: View, operand: Operand) -> float:
         if name in TRANSPARENT | LAYOUT | NORMS:
             node = args(node)[0]
         elif name in JOINING:
-            parts = [n for n in args(node)[0] if isinstance(n, fx.Node)]
-            node = parts[-1] if parts else None
+            node = _part_holding(view, node, newest)
         elif name in ELEMENTWISE and name not in ("pow", "rsqrt", "where"):
             if _is_norm_step(node):
                 break
@@ -289,6 +289,14 @@ def scale_before(view: View, operand: Operand) -> float:
         else:
             break
     return factor
+
+
+def _part_holding(view: View, joined: fx.Node, number: int) -> fx.Node | None:
+    """Return the part of a concatenation that an element comes from."""
+    for part in args(joined)[0]:
+        if isinstance(part, fx.Node) and bool((view.provenance.numbers(part) == number).any()):
+            return part
+    return None
 
 
 def _is_norm_step(node: fx.Node) -> bool:
