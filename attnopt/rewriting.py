@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from attnopt import debug
@@ -53,12 +54,21 @@ def _apply_exact(program: Program) -> Program:
         if refusal is not None:
             refused.append(No(refusal.why, f"{match.module} ({refusal.where})"))
             debug.log(4, f"exact refuses {match.module}: {refusal}")
+    _loosen_views(rewritten.graph)
     rewritten.graph.eliminate_dead_code()
     rewritten.graph.lint()
     module = fx.GraphModule(program.graph_module, rewritten.graph)
     debug.dump(30, "exact", module)
     result = program.with_graph(module, note=f"exact: {len(findings.matches) - len(refused)} sites")
     return replace(result, refused=(*program.refused, *refused))
+
+
+def _loosen_views(graph: fx.Graph) -> None:
+    """Turn views into reshapes: the canonical op's result may lie in memory another way."""
+    aten = torch.ops.aten
+    for target in (aten.view.default, aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.target = aten.reshape.default
 
 
 def _copy(program: Program) -> _Copy:

@@ -259,7 +259,9 @@ The standard library is under the PSF License.
 
 ## Training
 
-Hardware: 2 CPU cores, bfloat16 autocast. Each run continues from the one before:
+Hardware: 2 CPU cores; bfloat16 autocast. `train_code_llama.py` uses Muon on
+the layers' matrices and AdamW on the rest; the first 40 % of the budget (`--short`) trains at half
+the context. Each run continues from the one before:
 
 {runs}
 {state}

@@ -26,6 +26,10 @@ ELEMENTWISE = frozenset(
     "addcmul polar fake_quantize_per_tensor_affine round relu6 prelu".split()
 )
 
+CONSTANT = frozenset(
+    "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full".split()
+)
+
 
 @dataclass
 class Origins:
@@ -264,6 +268,9 @@ class Provenance:
             count *= size
         self.roots.append(Root(node, self._next, shape, channels, contraction))
         numbers = torch.arange(self._next, self._next + count).reshape(shape)
+        if kind(node) in CONSTANT:
+            # What is filled in comes from nowhere, whatever head it stands beside.
+            numbers = torch.full_like(numbers, -1)
         self._next += count
         return numbers
 

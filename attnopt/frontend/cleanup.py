@@ -201,16 +201,21 @@ def size_expression(node: fx.Node) -> sympy.Expr | int | None:
 
 def _mutates(graph_module: fx.GraphModule) -> bool:
     return any(
-        isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+        isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
         for module in graph_module.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
     )
 
 
+def schema_of(target: OpOverload[Any, Any]) -> Any:
+    """Return the schema of an op, which torch keeps in an attribute of its own."""
+    return vars(target)["_schema"]
+
+
 def _base_name(target: Any) -> str:
     if isinstance(target, OpOverload):
-        return target._schema.name.split("::")[1]
+        return str(schema_of(target).name).split("::")[1]
     return getattr(target, "__name__", "")
 
 

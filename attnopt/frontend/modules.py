@@ -189,11 +189,11 @@ def with_parts(source: nn.Module, parts: Mapping[str, Program], *, strict: bool)
 def _copied(module: nn.Module, parts: Mapping[str, Program], path: str, strict: bool) -> nn.Module:
     copied = copy.copy(module)
     copied.__dict__ = dict(module.__dict__)
-    copied._modules = {
+    copied.__dict__["_modules"] = {
         name: None
         if child is None
         else _copied(child, parts, f"{path}.{name}" if path else name, strict)
-        for name, child in module._modules.items()
+        for name, child in module.__dict__["_modules"].items()
     }
     if path in parts:
         copied.forward = parts[path].__call__ if strict else _either(parts[path], module)

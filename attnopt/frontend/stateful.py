@@ -206,14 +206,16 @@ def _role(name: str) -> tuple[Role, int]:
             return "conv", int(index)
         case ["recurrent", index]:
             return "recurrent", int(index)
-    raise ValueError(f"unknown state {name!r}")
+        case _:
+            raise ValueError(f"unknown state {name!r}")
 
 
 def _state_outputs(skeleton: Any, argument: str) -> list[dict[str, int]]:
     cache = _field(skeleton, argument)
     assert isinstance(cache, CacheLayers)
     outputs = [{name: int(slot.key) for name, slot in layer.items()} for layer in cache.layers]
-    for layer, crossed in zip(outputs, cache.cross or (), strict=False):
+    crossing: Any = cache.cross or ()
+    for layer, crossed in zip(outputs, crossing, strict=False):
         layer |= {f"cross_{name}": int(slot.key) for name, slot in crossed.items()}
     return outputs
 
@@ -243,10 +245,10 @@ def make_past_explicit(graph_module: fx.GraphModule, states: tuple[State, ...]) 
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten.sym_size.int:
             continue
-        expression = cleanup.size_expression(node)
+        expression: Any = sympy.sympify(cleanup.size_expression(node))
         reads_state = node.args[0] in held
-        if reads_state or (isinstance(expression, sympy.Expr) and expression.free_symbols & past):
-            made = sizes.node_for(sympy.sympify(expression), node.meta["val"])
+        if reads_state or (expression is not None and expression.free_symbols & past):
+            made = sizes.node_for(expression, node.meta["val"])
             node.replace_all_uses_with(made)
             graph.erase_node(node)
     cleanup.remove_dead(graph_module)
