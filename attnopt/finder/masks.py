@@ -110,14 +110,30 @@ class _Reader:
             return Named(
                 Mask("dense"), bool(self.inputs), self._bias(notes), ("the mask depends on data",)
             )
+        key = self._key()
+        if key not in self.view.masks:
+            self.view.masks[key] = self._hard()
+        structure, padded, said = self.view.masks[key]
+        return Named(structure, padded, self._bias(notes), (*said, *notes))
+
+    def _hard(self) -> tuple[Mask, bool, tuple[str, ...]]:
+        """Name what hides keys: the structure, and whether inputs hide more."""
+        notes: list[str] = []
         structure = self._structure(notes)
-        padded = False
-        if self.inputs and not any("evaluated" in n for n in notes):
-            padded, exact = self._padding(structure)
-            if not exact:
-                structure = Mask("dense")
-                notes.append("the mask is not structure AND padding")
-        return Named(structure, padded, self._bias(notes), tuple(notes))
+        if not self.inputs or notes:
+            return structure, False, tuple(notes)
+        padded, exact = self._padding(right=False)
+        if exact:
+            return structure, padded, ()
+        if self._padding(right=True)[1]:
+            return structure, padded, ("padding at the left moves the structure along",)
+        return Mask("dense"), padded, ("the mask is not structure AND padding",)
+
+    def _key(self) -> tuple[object, ...]:
+        """Identify a mask that several layers share, which is named once."""
+        match = self.match
+        shapes = tuple(str(value(x.product).shape) for x in (match.q, match.k))
+        return (tuple(self.hard), match.causal, match.scores_layout, shapes)
 
     # ------------------------------------------------------------------------- dependencies
 
@@ -328,8 +344,11 @@ class _Reader:
 
     # ------------------------------------------------------------------------------ padding
 
-    def _padding(self, structure: Mask) -> tuple[bool, bool]:
-        """Return whether inputs hide keys, and whether they do nothing else."""
+    def _padding(self, *, right: bool) -> tuple[bool, bool]:
+        """Return whether inputs hide keys, and whether they do nothing else.
+
+        With `right`, only padding at the end of rows is tried.
+        """
         sizes = self.view.shapes.captured
         try:
             base = self._visible(sizes, self._all_visible(sizes))
@@ -339,7 +358,7 @@ class _Reader:
         exact = True
         for seed in range(_PADDING_TRIALS):
             generator = torch.Generator().manual_seed(seed)
-            given = {n: self._random_mask(n, sizes, generator) for n in self.inputs}
+            given = {n: self._random_mask(n, sizes, generator, right) for n in self.inputs}
             try:
                 visible = self._visible(sizes, given)
             except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
@@ -350,10 +369,15 @@ class _Reader:
             exact = exact and _is_padding(visible, plain)
         return padded, exact
 
-    def _random_mask(self, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    def _random_mask(
+        self, node: fx.Node, sizes: Sizes, generator: torch.Generator, right: bool
+    ) -> Tensor:
         example = value(node)
         size = self.view.shapes.shape(node, sizes)
         shown = torch.rand(size, generator=generator) < 0.7
+        if right:
+            last = torch.randint(1, size[-1] + 1, (*size[:-1], 1), generator=generator)
+            shown = torch.arange(size[-1]) < last
         if self._ones_show(node):
             return shown.to(example.dtype)
         if example.is_floating_point():

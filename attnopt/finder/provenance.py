@@ -311,6 +311,7 @@ class View:
 
     program: Program
     scalars: Any = None
+    masks: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> Shapes:
