@@ -16,7 +16,17 @@ from torch import Tensor, fx
 from attnopt.finder.evaluate import Sizes, ancestors, evaluate, is_size, leaves
 from attnopt.finder.layout import Layout
 from attnopt.finder.match import Match, Operand, Side, canonical_numbers
-from attnopt.finder.ops import LAYOUT, TRANSPARENT, args, argument, is_number, kind, shape, value
+from attnopt.finder.ops import (
+    LAYOUT,
+    TRANSPARENT,
+    args,
+    argument,
+    is_number,
+    kind,
+    module_path,
+    shape,
+    value,
+)
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import HARD
 from attnopt.nouns import Mask
@@ -114,6 +124,8 @@ class _Reader:
         if key not in self.view.masks:
             self.view.masks[key] = self._hard()
         structure, padded, said = self.view.masks[key]
+        if any(self._hides(t.node) for t in self.soft):
+            structure, said = Mask("dense"), (*said, "the mask depends on data")
         return Named(structure, padded, self._bias(notes), (*said, *notes))
 
     def _hard(self) -> tuple[Mask, bool, tuple[str, ...]]:
@@ -146,6 +158,20 @@ class _Reader:
 
     def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in leaves([node]) if "data" in self.view.origins.of(n)]
+
+    def _hides(self, node: fx.Node) -> bool:
+        """Tell whether a term that data decide writes a mask's value somewhere in its module."""
+        todo, seen = [node], set[fx.Node]()
+        while todo:
+            n = todo.pop()
+            if n in seen or is_size(n) or module_path(n) != self.match.module:
+                continue
+            seen.add(n)
+            fill = n.args[2] if kind(n) in ("masked_fill", "where") and len(n.args) > 2 else None
+            if isinstance(fill, int | float) and fill <= HARD:
+                return True
+            todo.extend(n.all_input_nodes)
+        return False
 
     def _reads_tokens(self, node: fx.Node) -> bool:
         """Tell whether integer inputs matter: one of another role than ids is a mask input."""
@@ -330,8 +356,8 @@ class _Reader:
         for node in ancestors([t.node for t in self.hard]):
             if node.op == "placeholder" and not is_size(node):
                 binding = self.program.bindings[node.name]
-                if binding.kind in ("buffer", "constant") and value(node).numel() == 1:
-                    found |= _integers(self.program.weights[binding.name].item())
+                if binding.kind in ("buffer", "constant"):
+                    found |= _stored_integers(self.program.weights[binding.name])
             elif node.op == "call_function" and kind(node) not in (
                 "slice",
                 "view",
@@ -491,6 +517,16 @@ def _product(sizes: Any) -> int:
     for size in sizes:
         total *= size
     return total
+
+
+def _stored_integers(stored: Tensor) -> set[int]:
+    """Return a stored number, or the length of the window that a stored square mask shows."""
+    if stored.numel() == 1:
+        return _integers(stored.item())
+    if stored.dim() < 2 or stored.shape[-1] != stored.shape[-2] or stored.is_complex():
+        return set()
+    last = stored.reshape(-1, stored.shape[-1])[-1]
+    return {int((last == last[-1]).sum())}
 
 
 def _integers(x: Any) -> set[int]:
