@@ -16,7 +16,6 @@ from attnopt.finder.layout import Layout
 from attnopt.finder.match import Match, Operand, Side
 from attnopt.finder.ops import shape, value
 from attnopt.nouns import No, Site
-from attnopt.ops import attention
 
 aten = torch.ops.aten
 
@@ -94,7 +93,7 @@ def emit(writer: Writer, match: Match) -> fx.Node:
         even = tuple(h * operand.held // len(heads) for h in range(len(heads)))
         if heads != even:
             options[name] = list(heads)
-    result = writer.call(attention, q, k, v, **options)
+    result = writer.attention(q, k, v, options)
     return _finish(writer, match, result)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from attnopt.finder.evaluate import Shapes
 from attnopt.finder.layout import Layout
 from attnopt.finder.ops import value
+from attnopt.ops import attention
 
 aten = torch.ops.aten
 Size = int | fx.Node
@@ -35,17 +36,25 @@ class Writer:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         self._annotate(node)
+        with _fake_mode_of((*node.all_input_nodes,)):
+            node.meta["val"] = target(
+                *fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value)
+            )
+        return node
+
+    def attention(self, q: fx.Node, k: fx.Node, v: fx.Node, options: dict[str, Any]) -> fx.Node:
+        """Insert the canonical op, whose result is known without running its reference."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(attention, (q, k, v), options)
+        self._annotate(node)
+        with _fake_mode_of((v,)):
+            node.meta["val"] = value(v).new_empty((*value(q).shape[:3], value(v).shape[-1]))
         return node
 
     def _annotate(self, node: fx.Node) -> None:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self._origin.meta:
                 node.meta[key] = self._origin.meta[key]
-        args = fx.map_arg(node.args, value)
-        kwargs = fx.map_arg(node.kwargs, value)
-        with _fake_mode_of((*node.all_input_nodes,)):
-            assert callable(node.target)
-            node.meta["val"] = node.target(*args, **kwargs)
 
     def size(self, size: Any) -> Size:
         """Return a size as an integer, or as a node computed from the sizes of the inputs."""

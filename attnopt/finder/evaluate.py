@@ -32,11 +32,31 @@ def at_sizes(x: Any, sizes: Sizes) -> Any:
     """Evaluate a symbolic number at the given sizes."""
     if not isinstance(x, _SYMBOLIC):
         return x
-    expression = x.node.expr
-    found = expression.subs(dict(sizes)) if hasattr(expression, "subs") else expression
+    found = _substituted(x.node.expr, sizes)
     if isinstance(x, torch.SymBool):
         return bool(found)
     return int(found) if isinstance(x, torch.SymInt) else float(found)
+
+
+def _substituted(e: Any, sizes: Sizes) -> Any:
+    """Evaluate an expression: sums and products of symbols, which most are, by hand."""
+    if isinstance(e, int | float):
+        return e
+    if e.is_symbol:
+        return sizes[e]
+    if e.is_Integer:
+        return int(e)
+    if e.is_Add:
+        return sum(_substituted(a, sizes) for a in e.args)
+    if e.is_Mul and all(not a.is_Rational or a.is_Integer for a in e.args):
+        total = 1
+        for a in e.args:
+            total = total * _substituted(a, sizes)
+        return total
+    if type(e).__name__ == "FloorDiv":
+        top, bottom = (_substituted(a, sizes) for a in e.args)
+        return top // bottom
+    return e.subs(dict(sizes))
 
 
 @dataclass(frozen=True)

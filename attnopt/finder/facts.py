@@ -110,6 +110,13 @@ def _indexed(
     view: View, contraction: Contraction, weight: fx.Node, kept: list[int], channels: Rows
 ) -> Projection | None:
     """Follow a weight's axes back to the parameter, through transposes and views."""
+    direct = _direct_axis(weight, kept[0]) if len(kept) == 1 else None
+    if direct is not None:
+        source, axis = direct
+        binding = view.program.bindings[source.name]
+        if binding.kind != "parameter":
+            return None
+        return _named(view, contraction, binding.name, axis, channels)
     numbers = view.provenance.numbers(weight)
     moved = numbers.movedim(kept, list(range(len(kept))))
     line = moved.reshape(-1, *moved.shape[len(kept) :]).flatten(1)[:, 0]
@@ -120,7 +127,6 @@ def _indexed(
     if binding.kind != "parameter":
         return None
     axis = _varying_axis(root, line)
-    layout = _layout_name(contraction)
     if axis is None:
         rows = channels
         axis = 0
@@ -130,14 +136,38 @@ def _indexed(
         )
         index = (line - root.base) // stride % root.shape[axis]
         rows = tuple(tuple(int(index[c]) for c in row) for row in channels)
+    return _named(view, contraction, binding.name, axis, rows)
+
+
+def _named(
+    view: View, contraction: Contraction, parameter: str, axis: int, rows: Rows
+) -> Projection:
     bias = contraction.addend
     return Projection(
-        parameter=binding.name,
+        parameter=parameter,
         axis=axis,
         rows=rows,
-        layout=layout,
+        layout=_layout_name(contraction),
         bias=_parameter_name(view, bias) if bias is not None else None,
     )
+
+
+def _direct_axis(weight: fx.Node, axis: int) -> tuple[fx.Node, int] | None:
+    """Follow an axis of a weight back to its parameter through mere transposes."""
+    node = weight
+    while node.op != "placeholder":
+        name = kind(node)
+        if name == "t":
+            axis = rank(node) - 1 - axis
+        elif name == "transpose":
+            a, b = (x % rank(node) for x in args(node)[1:3])
+            axis = b if axis == a else a if axis == b else axis
+        elif name == "permute":
+            axis = args(node)[1][axis] % rank(node)
+        elif name not in TRANSPARENT:
+            return None
+        node = args(node)[0]
+    return node, axis
 
 
 def _varying_axis(root: Root, line: Tensor) -> int | None:

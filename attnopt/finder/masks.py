@@ -144,7 +144,7 @@ class _Reader:
     def _key(self) -> tuple[object, ...]:
         """Identify a mask that several layers share, which is named once."""
         match = self.match
-        shapes = tuple(str(value(x.product).shape) for x in (match.q, match.k))
+        shapes = tuple(shape(x.product) for x in (match.q, match.k))
         return (tuple(self.hard), match.causal, match.scores_layout, shapes)
 
     # ------------------------------------------------------------------------- dependencies
