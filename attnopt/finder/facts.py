@@ -126,10 +126,10 @@ def _indexed(
     binding = view.program.bindings[root.node.name]
     if binding.kind != "parameter":
         return None
-    axis = _varying_axis(root, line)
-    if axis is None:
+    moving = _varying_axis(root, line)
+    axis = moving or 0
+    if moving is None:
         rows = channels
-        axis = 0
     else:
         stride = (
             int(torch.tensor(root.shape[axis + 1 :]).prod()) if axis + 1 < len(root.shape) else 1
