@@ -38,6 +38,7 @@ class Workload:
 
 def main(folders: list[str]) -> int:
     """Check every checkpoint."""
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with torch.no_grad():
         return int(not all(check(Path(folder)) for folder in folders))
