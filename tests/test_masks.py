@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnopt.finder.masks import name_structure, structure
+from attnopt.finder.structures import name_structure, structure
 from attnopt.nouns import Mask
 
 NAMED = (

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from attnopt.finder.contraction import Contraction, read_contraction
 from attnopt.finder.evaluate import ancestors, at_sizes, is_size
 from attnopt.finder.layout import place
-from attnopt.finder.match import Match, Operand, canonical_numbers
+from attnopt.finder.match import Match, Operand
+from attnopt.finder.numbering import canonical_numbers
 from attnopt.finder.ops import (
     CONTRACTIONS,
     JOINING,

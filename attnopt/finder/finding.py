@@ -9,10 +9,11 @@ from torch import fx
 from attnopt import debug
 from attnopt.finder import facts
 from attnopt.finder.masks import name_masks
-from attnopt.finder.match import Match, match_anchor, match_canonical, match_fused
+from attnopt.finder.match import Match
 from attnopt.finder.mixers import find_mixers
 from attnopt.finder.ops import module_path
 from attnopt.finder.provenance import View
+from attnopt.finder.reading import match_anchor, match_canonical, match_fused
 from attnopt.finder.scores import Walker, find_anchors, is_canonical, is_fused
 from attnopt.nouns import NearMiss, No, Site
 from attnopt.program import Program

@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from attnopt.finder.evaluate import Sizes, ancestors, evaluate, is_size, leaves
 from attnopt.finder.layout import Layout
-from attnopt.finder.match import Match, Operand, Side, canonical_numbers
+from attnopt.finder.match import Match, Operand, Side
+from attnopt.finder.numbering import canonical_numbers
 from attnopt.finder.ops import (
     LAYOUT,
     TRANSPARENT,
@@ -29,6 +30,7 @@ from attnopt.finder.ops import (
 )
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import HARD
+from attnopt.finder.structures import name_structure
 from attnopt.nouns import Mask
 
 Bias = Literal["none", "alibi", "relative", "table", "dense"]
@@ -549,91 +551,3 @@ def _is_padding(visible: Tensor, plain: Tensor) -> bool:
         return False
     hidden_key = lost.any(dim=-2, keepdim=True)
     return not bool((kept & hidden_key).any())
-
-
-# ------------------------------------------------------------------------------------- structures
-
-
-def name_structure(seen: list[Tensor]) -> Mask:
-    """Name (T, S) visibilities taken at several sizes, queries at the end of the keys."""
-    for candidate in _candidates(seen):
-        if all(torch.equal(v, structure(candidate, *v.shape)) for v in seen):
-            return candidate
-    return Mask("dense")
-
-
-def structure(mask: Mask, queries: int, keys: int) -> Tensor:
-    """Return the (T, S) visibility that a named mask stands for."""
-    column = torch.arange(keys)
-    row = torch.arange(queries).unsqueeze(1) + (keys - queries)
-    if mask.kind == "none":
-        return torch.ones(queries, keys, dtype=torch.bool)
-    causal = column <= row
-    if mask.kind == "causal":
-        return causal
-    if mask.kind == "sliding" and mask.right is not None:
-        assert mask.window is not None
-        return (row - column <= mask.window) & (column - row <= mask.right)
-    if mask.kind == "sliding":
-        assert mask.window is not None
-        return causal & (row - column < mask.window)
-    if mask.kind == "chunked":
-        assert mask.window is not None
-        return causal & (row // mask.window == column // mask.window)
-    if mask.kind == "block":
-        assert mask.window is not None
-        return row // mask.window == column // mask.window
-    assert mask.kind == "prefix"
-    assert mask.prefix is not None
-    return causal | (column < mask.prefix)
-
-
-def _candidates(seen: list[Tensor]) -> Iterator[Mask]:
-    """Yield the named masks that the largest sample allows, the simplest first."""
-    yield Mask("none")
-    yield Mask("causal")
-    widest = max(seen, key=lambda v: v.shape[-1])
-    queries, keys = widest.shape
-    counts = {int(v[-1].sum()) for v in seen}
-    window = max(counts)
-    yield Mask("sliding", window=window)
-    yield from _chunks(seen)
-    reaches = [_reach(v) for v in seen]
-    behind, ahead = (max(r[i] for r in reaches) for i in (0, 1))
-    if ahead > 0:
-        yield Mask("sliding", window=behind, right=ahead)
-        if queries == keys:
-            yield Mask("prefix", prefix=int(widest[0].sum()))
-
-
-def _reach(visible: Tensor) -> tuple[int, int]:
-    """Return how far queries see back and ahead, at most."""
-    queries, keys = visible.shape
-    distance = (torch.arange(queries).unsqueeze(1) + keys - queries) - torch.arange(keys)
-    if not visible.any():
-        return 0, 0
-    back = distance.masked_fill(~visible, -keys).max()
-    ahead = -distance.masked_fill(~visible, keys).min()
-    return int(back), int(ahead)
-
-
-def _chunks(seen: list[Tensor]) -> Iterator[Mask]:
-    """Yield chunk lengths that the last rows allow."""
-    for v in seen:
-        keys = v.shape[1]
-        row = v[-1].nonzero().flatten()
-        if len(row) and int(row[0]) > 0 and int(row[-1]) == keys - 1:
-            start = int(row[0])
-            for size in _divisors(start):
-                if size >= keys - start:
-                    yield Mask("chunked", window=size)
-    for v in seen:
-        if v.shape[0] == v.shape[1] and v[0].any():
-            size = int(v[0].sum())
-            if 0 < size < v.shape[1]:
-                yield Mask("block", window=size)
-
-
-def _divisors(n: int) -> list[int]:
-    small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
-    return sorted({*small, *(n // i for i in small)})
