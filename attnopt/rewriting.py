@@ -47,7 +47,8 @@ def _apply_exact(program: Program) -> Program:
     proved: dict[str, No | None] = {}
     refused: list[No] = []
     rewritten = _copy(program)
-    for match in findings.matches:
+    for number, match in enumerate(findings.matches, 1):
+        debug.advance("prove", number, len(findings.matches))
         refusal = exact.refuse(match)
         if refusal is None:
             refusal = _replace(view, rewritten, match, proved)

@@ -426,7 +426,9 @@ class _Assembly:
             plain = self._plainest(node, distinct, order)
         if plain is None:
             # The repeated spelling stays, but which heads are equal is known.
-            return Operand(node, layout, tuple(range(heads)), node, len(first))
+            # A cache may hold repeated heads as if they were distinct; the newest row knows better.
+            newest = head_groups(canonical[:, :, -1:])[1]
+            return Operand(node, layout, tuple(range(heads)), node, len(newest))
         return Operand(*plain, tuple(groups), node, len(first))
 
     def _plainest(
