@@ -246,8 +246,6 @@ def _pushed(view: View, user: fx.Node, node: fx.Node, held: Tensor) -> Tensor | 
         return moved if isinstance(moved, Tensor) else None
     if name in NORMS | ELEMENTWISE and isinstance(value(user), Tensor):
         return held if shape(user) == tuple(held.shape) else None
-    if name in JOINING and isinstance(value(user), Tensor):
-        return None
     return None
 
 

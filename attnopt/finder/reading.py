@@ -128,7 +128,8 @@ def match_canonical(view: View, node: fx.Node) -> Match | No:
     q, k, v = (n for n in args(node)[:3] if isinstance(n, fx.Node))
     out = ("b", "h", "t", "s")
     given: dict[str, Any] = dict(node.kwargs)
-    steps = [Step("scale", node, number=float(given.get("scale") or shape(q)[-1] ** -0.5))]
+    scale = given.get("scale")
+    steps = [Step("scale", node, number=float(shape(q)[-1] ** -0.5 if scale is None else scale))]
     cap = given.get("softcap")
     if cap is not None:
         steps += [
