@@ -18,6 +18,7 @@ from test_capture_zoo import (
 )
 
 import attnopt
+from attnopt.frontend.exporting import dry_run
 from attnopt.program import Program
 
 
@@ -102,6 +103,26 @@ def test_the_source_is_left_alone() -> None:
     assert model.config.to_dict() == before
     name = "model.embed_tokens.weight"
     assert program.weights[name] is model.get_parameter(name)
+
+
+class _Remembering(torch.nn.Module):
+    """A layer that keeps its last input for the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x
+        return self.linear(x)
+
+
+def test_what_a_source_remembers_of_a_dry_run_is_forgotten() -> None:
+    model = _Remembering()
+    dry_run(model, lambda m, tensors: m(**tensors), {"x": torch.ones(2, 4)})
+    assert model.last is None
+    assert model.training
 
 
 @pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])

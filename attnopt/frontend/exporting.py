@@ -382,14 +382,15 @@ def _silent() -> Generator[None]:
 
 @contextlib.contextmanager
 def _evaluating(source: nn.Module) -> Generator[None]:
-    """Trace in eval mode and give every module its training flag back."""
-    flags = [(m, m.training) for m in source.modules()]
+    """Run in eval mode, and give every module its own attributes back, the training flag too."""
+    before = [(m, dict(vars(m))) for m in source.modules()]
     try:
         source.eval()
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextlib.contextmanager
