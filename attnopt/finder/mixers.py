@@ -11,6 +11,7 @@ from attnopt.finder.provenance import View
 from attnopt.nouns import NearMiss
 
 _WHY = "mixes tokens without a softmax (linear attention, a state space or a recurrence)"
+_RUNNING = ("cumsum", "linear_recurrence")
 _FOURIER = "mixes tokens by a Fourier transform"
 
 
@@ -30,7 +31,7 @@ def _mixing(view: View) -> Iterator[tuple[fx.Node, str]]:
         name = kind(node)
         if name.startswith("fft"):
             yield node, _FOURIER
-        elif name == "cumsum" and view.origins.is_data(node):
+        elif name in _RUNNING and view.origins.is_data(node):
             yield node, _WHY
         elif name in CONTRACTIONS and name not in ("conv1d", "conv2d", "conv3d", "convolution"):
             contraction = read_contraction(node)

@@ -1,60 +1,13 @@
 """Mixtures of experts whose loop over the chosen experts no graph can hold, spelled without it.
 
-Every expert sees every token, and a token's weight for an expert that it did not choose is 0. The
-replacements hold while tracing only.
+Every expert sees every token, and a token's weight for an expert that it did not choose is 0.
 """
 
-import contextlib
-import importlib
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Rewriting:
-    """A class of Transformers, and a forward that computes the same without a loop on values."""
-
-    module: str
-    name: str
-    forward: Callable[..., Tensor]
-
-
-@contextlib.contextmanager
-def without_loops(source: nn.Module) -> Generator[None]:
-    """Trace with experts spelled without loops on values, and without casts that do nothing."""
-    used = {f"{type(m).__module__}.{type(m).__name__}" for m in source.modules()}
-    with contextlib.ExitStack() as stack:
-        for row in _REWRITINGS:
-            if f"{row.module}.{row.name}" in used:
-                cls = getattr(importlib.import_module(row.module), row.name)
-                stack.enter_context(_replaced(cls, "forward", row.forward))
-        stack.enter_context(_replaced(nn.Module, "to", _to))
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(cls: type, name: str, value: object) -> Generator[None]:
-    original = getattr(cls, name)
-    setattr(cls, name, value)
-    try:
-        yield
-    finally:
-        setattr(cls, name, original)
-
-
-_stock_to = nn.Module.to
-
-
-def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Return a module as it is where it has the wanted dtype already."""
-    wanted = args[0] if len(args) == 1 and not kwargs else None
-    if isinstance(wanted, torch.dtype) and all(p.dtype is wanted for p in module.parameters()):
-        return module
-    return _stock_to(module, *args, **kwargs)
+from torch import Tensor
 
 
 def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -83,12 +36,7 @@ def _switch(
     return result
 
 
-_MODELS = "transformers.models"
-_REWRITINGS = (
-    Rewriting(module=f"{_MODELS}.dbrx.modeling_dbrx", name="DbrxExperts", forward=_dbrx),
-    Rewriting(
-        module=f"{_MODELS}.switch_transformers.modeling_switch_transformers",
-        name="SwitchTransformersExperts",
-        forward=_switch,
-    ),
-)
+EXPERTS: Final[Mapping[str, Callable[..., Any]]] = {
+    "DbrxExperts.forward": _dbrx,
+    "SwitchTransformersExperts.forward": _switch,
+}

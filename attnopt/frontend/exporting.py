@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from attnopt.frontend import cleanup
-from attnopt.frontend.experts import without_loops
+from attnopt.frontend.loops import without_loops
 from attnopt.frontend.skeletons import Slot, take_apart
 from attnopt.nouns import No
 from attnopt.program import Binding

@@ -1,0 +1,59 @@
+"""Loops of Transformers that no graph of every length can hold, spelled without them while tracing.
+
+A loop over experts takes values to run; one over tokens or chunks is unrolled, for one length.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Mapping
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from attnopt.frontend.experts import EXPERTS
+from attnopt.frontend.scans import SCANS
+
+_HOME = "transformers.models."
+# Functions and methods of the files that define a source, with what computes the same.
+_LOOPLESS: Final[Mapping[str, Callable[..., Any]]] = {**EXPERTS, **SCANS}
+
+
+@contextlib.contextmanager
+def without_loops(source: nn.Module) -> Generator[None]:
+    """Trace without loops on values or lengths, and without casts that do nothing."""
+    homes = {type(m).__module__ for m in source.modules()}
+    with contextlib.ExitStack() as stack:
+        for home in sorted(h for h in homes if h.startswith(_HOME)):
+            for path, value in _LOOPLESS.items():
+                stack.enter_context(_replaced(sys.modules[home], path, value))
+        stack.enter_context(_replaced(nn, "Module.to", _to))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(home: ModuleType, path: str, value: object) -> Generator[None]:
+    """Replace a function, or a method of a class, where the file has it."""
+    prefix, _, name = path.rpartition(".")
+    owner = getattr(home, prefix, None) if prefix else home
+    original = getattr(owner, name, None)
+    if original is None:
+        yield
+        return
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+_stock_to = nn.Module.to
+
+
+def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """Return a module as it is where it has the wanted dtype already."""
+    wanted = args[0] if len(args) == 1 and not kwargs else None
+    if isinstance(wanted, torch.dtype) and all(p.dtype is wanted for p in module.parameters()):
+        return module
+    return _stock_to(module, *args, **kwargs)

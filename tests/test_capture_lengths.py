@@ -1,0 +1,50 @@
+"""One graph holds every batch and length, where the source loops over tokens or chunks too."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+from test_capture_zoo import build, error_of
+
+import attnopt
+
+SIZES = ((1, 1), (3, 2), (1, 7), (2, 16), (3, 23))
+
+
+def call(batch: int, length: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Draw a call with padding at the end of its last row."""
+    generator = torch.Generator().manual_seed(100 * batch + length)
+    ids = torch.randint(5, 30, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, max(1, length - 2) :] = 0
+    return {n: mask if n == "attention_mask" else ids for n in names}
+
+
+def worst(program: Any, model: Any, names: tuple[str, ...], sizes: Any = SIZES) -> float:
+    """Return the largest relative error of a program over calls of several sizes."""
+    calls = [call(batch, length, names) for batch, length in sizes]
+    return max(error_of(program(**c), model(**c)) for c in calls)
+
+
+def test_a_state_space_is_one_op_at_every_length() -> None:
+    config = transformers.MambaConfig(
+        vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, use_cache=False
+    )
+    model = transformers.MambaModel(config).eval()
+    program = attnopt.capture(model, kwargs=call(2, 16, ("input_ids",)))
+    assert "whole, dynamic" in program.history[0]
+    assert worst(program, model, ("input_ids",)) < 2e-6
+    assert [m.module for m in program.near_misses] == ["layers.0.mixer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mamba", "jamba", "recurrent_gemma"])
+def test_a_loop_over_tokens_fixes_no_length(name: str) -> None:
+    model, kwargs = build(name, "eager")
+    program = attnopt.capture(model, kwargs=kwargs)
+    assert program.history == ("capture: whole, dynamic",)
+    assert worst(program, model, tuple(kwargs)) < 2e-6
+    assert len(program.sites) == zoo.ZOO[name].sites
+    assert any("recurrence" in m.why for m in program.near_misses)
