@@ -7,8 +7,10 @@ import torch
 import transformers
 import zoo
 from test_capture_zoo import build, error_of
+from transformers.models.funnel import modeling_funnel
 
 import attnopt
+from attnopt.frontend.pooling import POOLING
 
 SIZES = ((1, 1), (3, 2), (1, 7), (2, 16), (3, 23))
 
@@ -48,3 +50,27 @@ def test_a_loop_over_tokens_fixes_no_length(name: str) -> None:
     assert worst(program, model, tuple(kwargs)) < 2e-6
     assert len(program.sites) == zoo.ZOO[name].sites
     assert any("recurrence" in m.why for m in program.near_misses)
+
+
+@pytest.mark.slow
+def test_positions_of_pooled_tokens_fix_no_length() -> None:
+    model, kwargs = build("funnel", "eager")
+    program = attnopt.capture(model, kwargs=kwargs)
+    assert program.history == ("capture: whole, dynamic",)
+    assert worst(program, model, tuple(kwargs), ((1, 3), (3, 4), (1, 7), (3, 23))) == 0
+    assert len(program.sites) == zoo.ZOO["funnel"].sites
+
+
+@pytest.mark.parametrize("kind", ["relative_shift", "factorized"])
+@pytest.mark.parametrize(("separate", "truncate"), [(True, True), (True, False), (False, False)])
+def test_positions_of_pooled_tokens_are_those_of_the_source(
+    kind: str, separate: bool, truncate: bool
+) -> None:
+    config = transformers.FunnelConfig(
+        separate_cls=separate, truncate_seq=truncate, attention_type=kind, block_sizes=[1, 1, 1]
+    )
+    structure = modeling_funnel.FunnelAttentionStructure(config).eval()
+    for length in (5, 7, 16):
+        given = (length, torch.float32, torch.device("cpu"))
+        found = POOLING["FunnelAttentionStructure.get_position_embeds"](structure, *given)
+        torch.testing.assert_close(found, structure.get_position_embeds(*given))
