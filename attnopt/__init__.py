@@ -6,24 +6,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from attnopt.artifacts import load as load
+    from attnopt.artifacts import save as save
+    from attnopt.calibrating import calibrate as calibrate
     from attnopt.frontend import capture as capture
     from attnopt.nouns import Choice as Choice
     from attnopt.nouns import Mask as Mask
     from attnopt.nouns import No as No
     from attnopt.nouns import Plan as Plan
     from attnopt.nouns import Site as Site
+    from attnopt.optimizing import optimize as optimize
+    from attnopt.planning import plan as plan
     from attnopt.program import Program as Program
     from attnopt.rewriting import apply as apply
+    from attnopt.verifying import Report as Report
+    from attnopt.verifying import verify as verify
 
 # Resolved on first use: `import attnopt` itself imports neither torch nor transformers.
 _HOMES = {
     "apply": "attnopt.rewriting",
+    "calibrate": "attnopt.calibrating",
     "capture": "attnopt.frontend",
+    "load": "attnopt.artifacts",
+    "optimize": "attnopt.optimizing",
+    "plan": "attnopt.planning",
+    "save": "attnopt.artifacts",
+    "verify": "attnopt.verifying",
     "Choice": "attnopt.nouns",
     "Mask": "attnopt.nouns",
     "No": "attnopt.nouns",
     "Plan": "attnopt.nouns",
     "Program": "attnopt.program",
+    "Report": "attnopt.verifying",
     "Site": "attnopt.nouns",
 }
 
@@ -33,9 +47,16 @@ __all__ = [
     "No",
     "Plan",
     "Program",
+    "Report",
     "Site",
     "apply",
+    "calibrate",
     "capture",
+    "load",
+    "optimize",
+    "plan",
+    "save",
+    "verify",
 ]
 
 

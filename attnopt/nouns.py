@@ -1,5 +1,6 @@
 """The values that flow through the pipeline: what an attention is, and what to do with it."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -119,7 +120,26 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """The choices for a program, with the goal they serve."""
+    """The choices for a program, with the goal they serve and what they were made from.
+
+    `statistics` is what calibration saw; a plan from a file reads it from `source` when needed.
+    """
 
     choices: tuple[Choice, ...]
     goal: dict[str, Any] = field(default_factory=dict, hash=False)
+    provenance: dict[str, Any] = field(default_factory=dict, hash=False)
+    statistics: Any = field(default=None, compare=False, repr=False)
+    source: str | None = field(default=None, compare=False, repr=False)
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Write the plan as YAML, its statistics beside it."""
+        from attnopt.plans import write_plan
+
+        write_plan(self, path)
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> "Plan":
+        """Read a plan that `save` wrote, or that somebody edited."""
+        from attnopt.plans import read_plan
+
+        return read_plan(path)

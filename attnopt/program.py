@@ -1,6 +1,7 @@
 """A captured model: an ATen graph, its weights by their original names, and its explicit state."""
 
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,6 +87,23 @@ class Uncaptured:
     where: str
 
 
+class _Cast(Mapping[str, Tensor]):
+    """Weights seen in another floating dtype."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        return weight.to(self._dtype) if weight.is_floating_point() else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 @dataclass(frozen=True)
 class Program:
     """A captured model.
@@ -133,6 +151,20 @@ class Program:
         """Return a program with another State table; the graph must already take and give it."""
         form = self.form.restate(states) if self.form.restate else self.form
         return replace(self, states=states, form=form)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> "Program":
+        """Return a program in which some weights are other tensors."""
+        merged = ChainMap(dict(weights), self.weights)  # type: ignore[arg-type]  # only read
+        return replace(self, weights=merged)
+
+    def cast(self, dtype: torch.dtype) -> "Program":
+        """Return a program that computes in another floating dtype."""
+        states = tuple(
+            replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in self.states
+        )
+        parts = {name: part.cast(dtype) for name, part in self.parts.items()}
+        cast = replace(self, weights=_Cast(self.weights, dtype), parts=parts)
+        return cast.with_states(states) if states else cast
 
     def run(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """Run the graph on tensors by placeholder name; weights are bound by the program."""

@@ -1,36 +1,121 @@
 """Rewriting: a program and a plan give a new program; the old one is untouched."""
 
-import copy
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnopt import debug
+from attnopt import passes as registry
+from attnopt.calibrating import Statistics
+from attnopt.compensating import refit
 from attnopt.finder import find_sites
 from attnopt.finder.emit import Writer
 from attnopt.finder.match import Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
-from attnopt.nouns import No, Plan
+from attnopt.graphs import copied, drop_unused
+from attnopt.nouns import Choice, No, Plan, Site
 from attnopt.passes import exact
 from attnopt.program import Program
+from attnopt.surgery import GraphEdit
 
 
 def apply(program: Program, plan: Plan | str) -> Program:
     """Rewrite a program as a plan says; "exact" rewrites every site that can be proved equal.
 
-    What is declined is listed in `refused` of the result, with the reason.
+    What is declined is listed in `refused` of the result, with the reason. A choice of a plan that
+    cannot be carried out is a ValueError: a plan is done whole or not at all.
     """
-    if plan != "exact":
-        known = "'exact'"
-        raise ValueError(f"cannot apply {plan!r}: the plans known so far are {known}")
+    if isinstance(plan, str):
+        if plan != "exact":
+            raise ValueError(f"cannot apply {plan!r}: it is a Plan, Plan.load(file), or 'exact'")
+        return _exact(program)
+    exact_form = _exact(program)
+    changing = [c for c in plan.choices if c.rewrite != "exact"]
+    return _carry_out(exact_form, plan, changing) if changing else exact_form
+
+
+def _exact(program: Program) -> Program:
+    if not program.parts:
+        return _apply_exact(program)
+    parts = {name: _exact(part) for name, part in program.parts.items()}
+    refused = tuple(no for part in parts.values() for no in part.refused)
+    history = (*program.history, "exact")
+    return replace(program, parts=parts, history=history, refused=(*program.refused, *refused))
+
+
+def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
+    """Convert the weights and edit the graph, choice by choice, then refit what asks for it."""
     if program.parts:
-        parts = {name: apply(part, plan) for name, part in program.parts.items()}
-        refused = tuple(no for part in parts.values() for no in part.refused)
-        history = (*program.history, "exact")
-        return replace(program, parts=parts, history=history, refused=(*program.refused, *refused))
-    return _apply_exact(program)
+        raise NotImplementedError(
+            f"{program.name} was captured in parts ({', '.join(program.parts)}); plans other than "
+            "'exact' change one graph so far"
+        )
+    stats = statistics_of(plan, program)
+    sites = {site.name: site for site in program.sites}
+    edit = GraphEdit.of(program)
+    changed: dict[str, Tensor] = {}
+    refitted: list[str] = []
+    for choice in choices:
+        site, module, config = _resolved(choice, sites)
+        _must(module.fits(site, config))
+        new = module.convert(site, stats, config)
+        changed.update(new)
+        _must(module.emit(edit, site, config))
+        if new and getattr(config, "refit", False):
+            refitted.append(site.projections["o"].parameter)
+    edit.reshape_weights(changed)
+    note = f"{', '.join(sorted({c.rewrite for c in choices}))}: {len(choices)} sites"
+    result = edit.finish(changed, note=note)
+    debug.dump(40, "plan", result.graph_module)
+    return refit(program, result, refitted, stats, _digest(choices)) if refitted else result
+
+
+def statistics_of(plan: Plan, program: Program) -> Statistics:
+    """Return a plan's statistics, from memory or from the file beside the plan."""
+    if plan.statistics is not None:
+        known: Statistics = replace(plan.statistics, weights=program.weights)
+        return known
+    if plan.source is None:
+        raise ValueError(
+            "the plan has no statistics: keep statistics.safetensors beside the plan file, or set "
+            "them with dataclasses.replace(plan, statistics=attnopt.calibrate(program, data))"
+        )
+    return Statistics.load(plan.source, program.weights)
+
+
+def _resolved(choice: Choice, sites: Mapping[str, Site]) -> tuple[Site, Any, Any]:
+    """Return the site, the pass and its settings that a choice names."""
+    if choice.site not in sites:
+        near = difflib.get_close_matches(choice.site, sites, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"the plan names site {choice.site!r}, which is not there{hint}")
+    module = registry.load(choice.rewrite)
+    allowed = [f.name for f in dataclasses.fields(module.Config)]
+    for name in choice.config:
+        if name not in allowed:
+            raise ValueError(
+                f"{choice.site}: pass {choice.rewrite!r} has no setting {name!r}; "
+                f"it has {', '.join(allowed)}"
+            )
+    return sites[choice.site], module, module.Config(**choice.config)
+
+
+def _must(answer: Any) -> None:
+    if isinstance(answer, No):
+        raise ValueError(f"the plan cannot be carried out: {answer}")
+
+
+def _digest(choices: Sequence[Choice]) -> str:
+    """Name a set of choices by its content."""
+    plain = [(c.site, c.rewrite, sorted(c.config.items())) for c in choices]
+    return hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -46,7 +131,7 @@ def _apply_exact(program: Program) -> Program:
     view = findings.view
     proved: dict[str, No | None] = {}
     refused: list[No] = []
-    rewritten = _copy(program)
+    rewritten = _Copy(*copied(program.graph))
     for number, match in enumerate(findings.matches, 1):
         debug.advance("prove", number, len(findings.matches))
         refusal = exact.refuse(match)
@@ -56,7 +141,7 @@ def _apply_exact(program: Program) -> Program:
             refused.append(No(refusal.why, f"{match.module} ({refusal.where})"))
             debug.log(4, f"exact refuses {match.module}: {refusal}")
     _loosen_views(rewritten.graph)
-    rewritten.graph.eliminate_dead_code()
+    drop_unused(rewritten.graph)
     rewritten.graph.lint()
     module = fx.GraphModule(program.graph_module, rewritten.graph)
     debug.dump(30, "exact", module)
@@ -70,16 +155,6 @@ def _loosen_views(graph: fx.Graph) -> None:
     for target in (aten.view.default, aten._unsafe_view.default):
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = aten.reshape.default
-
-
-def _copy(program: Program) -> _Copy:
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(program.graph, mapping)
-    graph.output(output)
-    for old, new in mapping.items():
-        new.meta = copy.copy(old.meta)
-    return _Copy(graph, mapping)
 
 
 def _replace(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:

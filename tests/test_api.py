@@ -9,7 +9,9 @@ import pytest
 
 import attnopt
 
-PUBLIC = {"Choice", "Mask", "No", "Plan", "Program", "Site", "apply", "capture"}
+PUBLIC = set(
+    "Choice Mask No Plan Program Report Site apply calibrate capture load optimize plan save verify".split()
+)
 
 
 def in_a_new_process(code: str) -> str:

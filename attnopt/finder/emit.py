@@ -36,7 +36,7 @@ class Writer:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         self._annotate(node)
-        with _fake_mode_of((*node.all_input_nodes,)):
+        with fake_mode_of((*node.all_input_nodes,)):
             node.meta["val"] = target(
                 *fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value)
             )
@@ -47,7 +47,7 @@ class Writer:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(attention, (q, k, v), options)
         self._annotate(node)
-        with _fake_mode_of((v,)):
+        with fake_mode_of((v,)):
             node.meta["val"] = value(v).new_empty((*value(q).shape[:3], value(v).shape[-1]))
         return node
 
@@ -110,7 +110,7 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _fake_mode_of(nodes: tuple[fx.Node, ...]) -> Generator[None]:
+def fake_mode_of(nodes: tuple[fx.Node, ...]) -> Generator[None]:
     """Compute under the fake mode of the first tensor among the nodes."""
     modes = (getattr(value(n), "fake_mode", None) for n in nodes)
     mode = next((m for m in modes if m is not None), None)

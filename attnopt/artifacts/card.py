@@ -1,0 +1,65 @@
+"""The model card of an artifact: what changed, what it costs, how to load it and make it."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnopt.artifacts.saving import Result
+
+
+def card(result: "Result", environment: Mapping[str, Any]) -> str:
+    """Return the text of README.md."""
+    return "\n".join(_lines(result, environment)) + "\n"
+
+
+def _lines(result: "Result", environment: Mapping[str, Any]) -> Iterator[str]:
+    base = environment["base"] or result.program.name
+    yield from ("---", "library_name: transformers", f"base_model: {base}")
+    yield from ("base_model_relation: quantized", "tags:", "- attnopt", "- attention", "---", "")
+    verdict = "" if result.accepted else ", REJECTED by its quality gate"
+    yield from (f"# {base}, attention rewritten by attnopt{verdict}", "")
+    yield from _quality(result)
+    yield from ("## What changed", "", "| attention | pass | settings |", "|---|---|---|")
+    for choice in result.plan.choices:
+        settings = ", ".join(f"{k}={v}" for k, v in choice.config.items())
+        yield f"| {choice.site} | {choice.rewrite} | {settings} |"
+    yield from ("", "## How to load it", "", "```python")
+    yield from (f"from transformers import {result.program.name}", "")
+    yield from (f'model = {result.program.name}.from_pretrained("path/of/this/directory")', "```")
+    yield from ("", "It is a plain Transformers checkpoint: attnopt is not needed to run it.", "")
+    yield from (
+        "## How it was made",
+        "",
+        "```",
+        environment["command"] or "attnopt.save",
+        "```",
+        "",
+    )
+    packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items())
+    yield f"Python {environment['python']}, {packages}; {environment['platform']}."
+    yield from (
+        "",
+        "`attnopt/plan.yaml` with the statistics beside it gives the same weights again;",
+    )
+    yield "`attnopt/manifest.json` has the sha256 of every file. Not healed by further training."
+
+
+def _quality(result: "Result") -> Iterator[str]:
+    report = result.report
+    if report is None:
+        yield from ("The quality was not measured.", "")
+        return
+    low, high = report.drop.ci95
+    change = report.delta_nll
+    yield from ("## Quality", "", "| | nats a token |", "|---|---|")
+    yield f"| source | {report.base:.4f} |"
+    yield f"| this | {float(report.nll.mean()):.4f} |"
+    below, above = change.ci95
+    yield f"| change, paired | {change.mean:+.4f} (95 % {below:+.4f} to {above:+.4f}) |"
+    yield f"| relative | {report.drop.mean:+.2%} (95 % {low:+.2%} to {high:+.2%}) |"
+    measured = result.measured or {}
+    if "kv_bytes_per_token" in measured:
+        before, after = measured["kv_bytes_per_token"]
+        yield f"| cache, bytes a token | {after:,} (source {before:,}) |"
+    limit = "none" if report.max_drop is None else f"at most {report.max_drop:.2%}"
+    yield from ("", f"{report.tokens:,} held-out tokens in {change.rows} rows; gate: {limit}.", "")

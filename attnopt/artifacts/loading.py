@@ -1,0 +1,74 @@
+"""Load an artifact after checking every file of it against its manifest."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attnopt.artifacts.manifest import IntegrityError, check_manifest, files_below
+from attnopt.artifacts.staging import recovered
+
+READER = 1
+_RUNS_CODE = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".so", ".npy", ".npz")
+
+
+def load(path: str | os.PathLike[str], strict: bool = True, **options: Any) -> nn.Module:
+    """Return the model of an artifact, in eval mode.
+
+    Strict: every file is listed and unchanged. Always: no pickle, no code, no link, no path that
+    leaves the directory, no missing and no unexpected tensor. `options` go to `from_pretrained`.
+    """
+    root = Path(path).absolute()
+    recovered(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no artifact at {root}")
+    _refuse_code(root)
+    if strict:
+        check_manifest(root)
+    config = _config(root)
+    cls = _class(root, config)
+    model, seen = cls.from_pretrained(
+        root, output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if seen[kind]:
+            name = sorted(map(str, seen[kind]))[0]
+            raise IntegrityError(f"{root} has {kind.replace('_', ' ')}: {name}")
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def _refuse_code(root: Path) -> None:
+    for name in files_below(root):
+        if name.endswith(_RUNS_CODE):
+            raise IntegrityError(f"refused: {root / name} can run code, which no artifact has")
+
+
+def _config(root: Path) -> dict[str, Any]:
+    place = root / "config.json"
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+        block = content["attnopt"]
+        needed = int(block["min_reader"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{place} is no config of an artifact of attnopt ({error})") from error
+    if needed > READER:
+        raise IntegrityError(
+            f"{place} needs a newer attnopt (reader {needed}; this one is {READER})"
+        )
+    if content.get("auto_map"):
+        raise IntegrityError(f"refused: {place} names code (auto_map), which no artifact has")
+    found: dict[str, Any] = content
+    return found
+
+
+def _class(root: Path, config: dict[str, Any]) -> Any:
+    import transformers
+
+    names = config.get("architectures") or [""]
+    cls = getattr(transformers, str(names[0]), None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise IntegrityError(f"{root / 'config.json'} names no class of Transformers: {names[0]!r}")
+    return cls

@@ -1,0 +1,91 @@
+"""The manifest of an artifact: the size and the hash of every file, written last."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDER = "attnopt"
+NAME = f"{FOLDER}/manifest.json"
+FORMAT = 1
+_BLOCK = 2**20
+_LARGEST = 2**24
+
+
+class IntegrityError(ValueError):
+    """An artifact is not what its manifest says."""
+
+
+def write_manifest(root: Path) -> None:
+    """Hash every file below a directory."""
+    files = {
+        name: {"size": (root / name).stat().st_size, "sha256": digest(root / name)}
+        for name in files_below(root)
+        if name != NAME
+    }
+    text = json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True)
+    (root / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def check_manifest(root: Path, *, strict: bool = True) -> None:
+    """Raise IntegrityError where a file is missing, changed, or (if strict) not listed."""
+    listed = _read(root)
+    present = set(files_below(root)) - {NAME}
+    for name, entry in listed.items():
+        place = root / name
+        if name not in present:
+            raise IntegrityError(f"{place} is missing; the manifest lists it")
+        if place.stat().st_size != entry["size"] or digest(place) != entry["sha256"]:
+            raise IntegrityError(
+                f"{place} does not match its sha256 in manifest.json (bit rot or an edit); "
+                "save the artifact again, or load(strict=False) where you edited it yourself"
+            )
+    extra = sorted(present - set(listed))
+    if strict and extra:
+        raise IntegrityError(
+            f"{root / extra[0]} is not in the manifest; load(strict=False) passes over such files"
+        )
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """Yield the path of every file below a directory; links and special files are refused."""
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            place = Path(folder) / name
+            if place.is_symlink() or not (place.is_file() or place.is_dir()):
+                raise IntegrityError(f"{place} is a link or a special file, which no artifact has")
+        yield from ((Path(folder) / n).relative_to(root).as_posix() for n in sorted(names))
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            whole.update(block)
+    return whole.hexdigest()
+
+
+def _read(root: Path) -> dict[str, dict[str, object]]:
+    place = root / NAME
+    if not place.is_file():
+        raise IntegrityError(
+            f"{root} is no artifact of attnopt: it has no {NAME} (an artifact whose save was "
+            "interrupted has none either)"
+        )
+    try:
+        if place.stat().st_size > _LARGEST:
+            raise ValueError("larger than any manifest")
+        content = json.loads(place.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, object]] = content["files"]
+        format_ = content["format"]
+        for name, entry in files.items():
+            inside = (root / name).resolve().is_relative_to(root.resolve())
+            if not inside or not isinstance(entry["size"], int) or len(str(entry["sha256"])) != 64:
+                raise ValueError(f"entry {name!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{place} is broken: {error}") from error
+    if format_ != FORMAT:
+        raise IntegrityError(f"{place} has format {format_!r}; this attnopt reads {FORMAT}")
+    return files

@@ -1,0 +1,163 @@
+"""Save a result: a plain Transformers directory, with plan, statistics and report beside it."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attnopt.artifacts.card import card
+from attnopt.artifacts.manifest import FOLDER, NAME, write_manifest
+from attnopt.artifacts.staging import staged
+from attnopt.artifacts.stock import build, stock_class, stock_config
+from attnopt.nouns import No, Plan
+from attnopt.program import Program
+from attnopt.verifying import Report
+
+# What a checkpoint directory may hold beside its weights, and what is carried over.
+_CARRIED = re.compile(
+    r"(tokenizer.*\.(json|model)|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|"
+    r"added_tokens\.json|chat_template\.(jinja|json)|.*\.(spm|bpe\.model)|sentencepiece.*\.model|"
+    r"(pre)?processor_config\.json|(video_)?preprocessor_config\.json|generation_config\.json|"
+    r"LICENSE.*|NOTICE.*|USE_POLICY.*)"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` hands back: the rewritten program, how it was made, and what was measured."""
+
+    program: Program
+    reference: Program
+    plan: Plan
+    report: Report | None = None
+    measured: Mapping[str, Any] | None = None
+    command: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the quality gate was passed."""
+        return self.report is None or self.report.accepted
+
+
+def save(result: Result | Program, out: str | os.PathLike[str]) -> Path:
+    """Write an artifact in one step: `out` is what it was before, or the whole new artifact."""
+    made = result if isinstance(result, Result) else Result(result, result, Plan(()))
+    target = Path(out).absolute()
+    refuse_foreign(target, made.program)
+    model = stock_model(made.program)
+    if isinstance(model, No):
+        raise ValueError(f"cannot save as a stock checkpoint (tier 0): {model}")
+    with staged(target) as staging:
+        write(made, model, staging)
+    return target
+
+
+def refuse_foreign(target: Path, program: Program | None = None) -> None:
+    """Raise ValueError where a directory is not ours to replace."""
+    source = source_folder(program) if program is not None else None
+    if source is not None and target.resolve() == source.resolve():
+        raise ValueError(f"{target} is the source itself; choose another directory")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} is a file or a link; name a new directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / NAME).is_file():
+        raise ValueError(
+            f"{target} holds something that attnopt did not write (no {NAME}); choose another "
+            "directory, or remove it"
+        )
+
+
+def stock_model(program: Program) -> nn.Module | No:
+    """Return the program as a model of its stock class, or why there is none."""
+    cls, config = stock_class(program), stock_config(program)
+    if isinstance(cls, No) or isinstance(config, No):
+        return cls if isinstance(cls, No) else config
+    config.name_or_path = ""
+    return build(cls, config, program.weights)
+
+
+def source_folder(program: Program) -> Path | None:
+    """Return the directory of the checkpoint that a program was captured from."""
+    name = getattr(program.config, "name_or_path", "")
+    return Path(name) if name and (Path(name) / "config.json").is_file() else None
+
+
+def write(result: Result, model: Any, staging: Path) -> None:
+    """Write every file of an artifact, the manifest last."""
+    model.save_pretrained(staging)
+    source = source_folder(result.program)
+    if source is not None:
+        _carry_over(source, staging)
+    folder = staging / FOLDER
+    folder.mkdir()
+    result.plan.save(folder / "plan.yaml")
+    _write_json(folder / "report.json", report_of(result))
+    _write_json(folder / "env.json", environment(result))
+    (staging / "README.md").write_text(card(result, environment(result)), encoding="utf-8")
+    _mark(staging / "config.json", result)
+    write_manifest(staging)
+
+
+def report_of(result: Result) -> dict[str, Any]:
+    """Return what was measured, as JSON values."""
+    sites = [
+        {"site": c.site, "pass": c.rewrite, "config": dict(c.config), "why": c.why}
+        for c in result.plan.choices
+    ]
+    return {
+        "schema": "attnopt.report/1",
+        "accepted": result.accepted,
+        "goal": dict(result.plan.goal),
+        "quality": None if result.report is None else result.report.content(),
+        "measured": dict(result.measured or {}),
+        "changed": sites,
+        "refused": [str(no) for no in result.program.refused],
+    }
+
+
+def environment(result: Result) -> dict[str, Any]:
+    """Return what the artifact was made with."""
+    source = source_folder(result.program)
+    packages = ("attnopt", "torch", "transformers", "safetensors", "numpy", "scipy")
+    return {
+        "command": result.command,
+        "base": None if source is None else source.name,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def _carry_over(source: Path, staging: Path) -> None:
+    """Copy the tokenizer and its like; links, code and pickles stay behind."""
+    for place in sorted(source.iterdir()):
+        if _CARRIED.fullmatch(place.name) and place.is_file():
+            inside = place.resolve().parent
+            if place.is_symlink() and "blobs" not in inside.parts:
+                continue
+            shutil.copyfile(place, staging / place.name)
+
+
+def _mark(config: Path, result: Result) -> None:
+    """Say in config.json that attnopt made this; plain Transformers passes over the block."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["attnopt"] = {
+        "format": 1,
+        "min_reader": 1,
+        "tier": 0,
+        "accepted": result.accepted,
+    }
+    _write_json(config, content)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")

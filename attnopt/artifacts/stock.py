@@ -1,0 +1,109 @@
+"""Whether a stock Transformers class can express a rewritten program, and with which config."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnopt.nouns import No
+from attnopt.program import Program
+
+# What configs call the number of key and value heads.
+_KV_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_head_kv",
+    "multi_query_group_num",
+    "kv_heads",
+)
+
+
+def stock_class(program: Program) -> Any | No:
+    """Return the Transformers class that a program was captured from."""
+    import transformers
+
+    found = getattr(transformers, program.name, None)
+    if found is None or not issubclass(found, transformers.PreTrainedModel):
+        return No(f"{program.name} is no class of Transformers, so nothing stock can hold it")
+    return found
+
+
+def stock_config(program: Program) -> Any | No:
+    """Return the source's config, changed so that its class has the program's shapes.
+
+    The class itself is the judge: it is built without memory from each candidate, and the shapes of
+    its tensors are compared with those of the program.
+    """
+    cls = stock_class(program)
+    if isinstance(cls, No):
+        return cls
+    wanted = shapes_of(program)
+    heads = {site.kv_heads for site in program.sites}
+    differences = ""
+    for config in _candidates(program.config, heads):
+        found = _shapes_of_class(cls, config)
+        wrong = next((names for names, shape in found if not _holds(wanted, names, shape)), None)
+        if wrong is None:
+            return config
+        differences = f"{wrong[0]} would differ from {[wanted.get(n) for n in wrong]}"
+    return No(f"no config makes {cls.__name__} hold the program: {differences}")
+
+
+def shapes_of(program: Program) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter and buffer that a program knows by name."""
+    return {
+        binding.name: tuple(program.weights[binding.name].shape)
+        for binding in program.bindings.values()
+        if binding.kind in ("parameter", "buffer")
+    }
+
+
+def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a model of a stock class that holds the given weights."""
+    from transformers import initialization
+
+    with initialization.no_init_weights():
+        model: Any = cls._from_config(config)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in weights:
+                tensor.copy_(weights[name])
+    made: nn.Module = model.eval()
+    return made
+
+
+def _candidates(config: Any, heads: set[int]) -> Iterator[Any]:
+    """Yield the config as it is, then with the number of key and value heads that it may need."""
+    yield copy.deepcopy(config)
+    if len(heads) != 1:
+        return
+    for name in _KV_HEADS:
+        changed = copy.deepcopy(config)
+        inner = changed.get_text_config()
+        if isinstance(getattr(inner, name, None), int):
+            setattr(inner, name, next(iter(heads)))
+            yield changed
+
+
+def _holds(
+    wanted: Mapping[str, tuple[int, ...]], names: tuple[str, ...], shape: tuple[int, ...]
+) -> bool:
+    """Tell whether a tensor of the class, by any of its names, is one of the program."""
+    held = [wanted[name] for name in names if name in wanted]
+    return bool(held) and all(found == shape for found in held)
+
+
+def _shapes_of_class(cls: Any, config: Any) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Return the names (several where weights are tied) and the shape of every stored tensor."""
+    with torch.device("meta"):
+        model = cls._from_config(config)
+    model.tie_weights()
+    names: dict[int, tuple[str, ...]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names[id(tensor)] = (*names.get(id(tensor), ()), name)
+        shapes[id(tensor)] = tuple(tensor.shape)
+    return [(names[key], shapes[key]) for key in names]

@@ -1,0 +1,20 @@
+"""Copies of graphs, and what is cleaned up after an edit."""
+
+import copy
+
+from torch import fx
+
+
+def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Copy a graph with its metadata; also return which node became which."""
+    result = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result.output(result.graph_copy(graph, mapping))
+    for old, new in mapping.items():
+        new.meta = copy.copy(old.meta)
+    return result, mapping
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove what nobody reads, ops with dropout among it, which count as impure otherwise."""
+    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))

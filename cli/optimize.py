@@ -1,0 +1,225 @@
+"""Rewrite a checkpoint to meet a goal, prove what it costs, and save it.
+
+attnopt optimize examples/models/code-llama -o out --kv-cache 50% --max-drop 10%
+
+Exit status: 0 accepted, 2 usage, 3 nothing to do, 4 the quality gate failed (the best candidate is
+kept as OUT.rejected), 5 refused for safety, 6 resources, 130 interrupted (OUT is what it was).
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnopt.cli import _source
+from attnopt.cli._errors import CommandError, Exit
+from attnopt.cli._output import Output
+
+if TYPE_CHECKING:
+    from attnopt.artifacts.saving import Result
+
+_LATER = {"params": "parameters", "flops": "operations", "latency": "time"}
+DATA = "stdlib:48x256"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the goal, the data and the place of the result."""
+    _source.configure(parser)
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the result goes")
+    parser.add_argument(
+        "--kv-cache", metavar="SHARE", help="how much of the cache may stay, such as 50%%"
+    )
+    parser.add_argument(
+        "--max-drop",
+        metavar="SHARE",
+        help="how much the held-out loss may rise, such as 1%%; the upper bound of its 95 %% "
+        "confidence interval is compared",
+    )
+    parser.add_argument("--plan", metavar="FILE", help="carry out a plan.yaml instead of searching")
+    parser.add_argument(
+        "--data",
+        metavar="NAME[:ROWSxTOKENS]",
+        default=DATA,
+        help="text to calibrate with and to judge by: stdlib (Python's own library), a file, a "
+        f"folder, or a .safetensors of input_ids (default {DATA})",
+    )
+    parser.add_argument(
+        "--held-out", metavar="ROWS", type=int, default=96, help="held-out rows (default 96)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="order of the text (default 0)")
+    for name, what in _LATER.items():
+        parser.add_argument(f"--{name}", metavar="SHARE", help=f"(not yet) a budget of {what}")
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Optimize, print the summary, and say with the status whether the gate was passed."""
+    goal = _goal(arguments)
+    source = _source.resolve(arguments)
+    with output.progress() as stages, stages.stage("optimize"):
+        result = _optimize(arguments, source, goal)
+    place = _place(arguments, result)
+    if output.json:
+        output.document("attnopt.optimize/1", _document(result, place))
+    else:
+        _summary(output, result, place)
+    return Exit.ACCEPTED if result.accepted else Exit.GATE
+
+
+def _goal(arguments: argparse.Namespace) -> dict[str, str]:
+    for name, what in _LATER.items():
+        if getattr(arguments, name) is not None:
+            raise CommandError(
+                "AO110", f"--{name} (a budget of {what}) is not served yet; there is --kv-cache"
+            )
+    if arguments.kv_cache is None and arguments.plan is None:
+        raise CommandError("AO111", "nothing to reach: name a goal, such as --kv-cache 50%")
+    if arguments.kv_cache is not None and arguments.plan is not None:
+        raise CommandError("AO111", "--kv-cache and --plan exclude each other: a plan has its goal")
+    if arguments.held_out < 2:
+        raise CommandError("AO111", "--held-out needs at least 2 rows for a confidence interval")
+    named = {"kv_cache": arguments.kv_cache, "max_drop": arguments.max_drop}
+    goal = {name: value for name, value in named.items() if value is not None}
+    from attnopt.planning import checked_goal
+
+    try:
+        checked_goal(goal)
+    except ValueError as error:
+        raise CommandError("AO111", str(error)) from error
+    return goal
+
+
+def _optimize(
+    arguments: argparse.Namespace, source: _source.Source, goal: dict[str, str]
+) -> "Result":
+    from attnopt.artifacts.saving import refuse_foreign
+    from attnopt.data import Source
+    from attnopt.nouns import Plan
+    from attnopt.optimizing import optimize
+    from attnopt.planning import NothingToDoError
+
+    try:
+        refuse_foreign(Path(arguments.out).absolute())
+        data = Source.parse(arguments.data, seed=arguments.seed)
+        plan = None if arguments.plan is None else Plan.load(arguments.plan)
+    except ValueError as error:
+        raise CommandError("AO112", str(error)) from error
+    if plan is not None:
+        goal = {**plan.goal, **goal}
+    program = _source.capture(source)
+    try:
+        with _source.quiet_libraries():
+            return optimize(
+                program,
+                goal,
+                plan,
+                data,
+                arguments.out,
+                held_out=arguments.held_out,
+                command=_command(arguments),
+            )
+    except NothingToDoError as error:
+        raise CommandError("AO201", str(error), Exit.NOTHING) from error
+    except NotImplementedError as error:
+        raise CommandError("AO203", str(error), Exit.NOTHING) from error
+    except OSError as error:
+        raise CommandError(
+            "AO602", f"cannot write {arguments.out}: {error}", Exit.RESOURCES
+        ) from error
+    except ValueError as error:
+        raise CommandError("AO113", str(error)) from error
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return the command that makes the same again."""
+    words = ["attnopt", "optimize", arguments.model, "-o", arguments.out]
+    for name in ("kv_cache", "max_drop", "plan"):
+        value = getattr(arguments, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", value]
+    words += ["--data", arguments.data, "--held-out", str(arguments.held_out)]
+    words += ["--seed", str(arguments.seed)]
+    return shlex.join(words)
+
+
+def _place(arguments: argparse.Namespace, result: "Result") -> Path:
+    from attnopt.optimizing import target
+
+    return target(arguments.out, result)
+
+
+def _document(result: "Result", place: Path) -> dict[str, Any]:
+    from attnopt.artifacts.saving import report_of
+
+    content = report_of(result)
+    return {**{k: v for k, v in content.items() if k != "schema"}, "out": str(place), "tier": 0}
+
+
+def _summary(output: Output, result: "Result", place: Path) -> None:
+    changed, sites = len(result.plan.choices), len(result.reference.sites)
+    passes = ", ".join(sorted({c.rewrite for c in result.plan.choices})) or "exact"
+    output.line(f"{result.program.name}: {changed} of {sites} attentions rewritten ({passes})")
+    output.line()
+    rows = [*_cost_rows(result), *_quality_rows(result)]
+    output.table(("", "before", "after", "change"), rows, foldable={""})
+    output.line()
+    if result.report is not None:
+        output.line(_verdict(result))
+    output.line(f"saved as {_shown(place)} (tier 0): plain Transformers loads it, without attnopt")
+    output.line(f'  {result.program.name}.from_pretrained("{_shown(place)}")')
+
+
+def _shown(place: Path) -> str:
+    here = Path.cwd()
+    return str(place.relative_to(here)) if place.is_relative_to(here) else str(place)
+
+
+def _cost_rows(result: "Result") -> list[tuple[str, str, str, str]]:
+    rows: list[tuple[str, str, str, str]] = []
+    measured = result.measured or {}
+    if "kv_bytes_per_token" in measured:
+        before, after = measured["kv_bytes_per_token"]
+        rows.append(_row("cache, bytes a token (measured)", before, after))
+    before, after = (_parameters(p) for p in (result.reference, result.program))
+    rows.append(_row("parameters", before, after))
+    return rows
+
+
+def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return (name, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+
+
+def _parameters(program: Any) -> int:
+    bound = {b.name for b in program.bindings.values() if b.kind == "parameter"}
+    return sum(program.weights[name].numel() for name in bound)
+
+
+def _quality_rows(result: "Result") -> list[tuple[str, str, str, str]]:
+    report = result.report
+    if report is None:
+        return []
+    after = float(report.nll.mean())
+    return [
+        (
+            "held-out loss, nats a token",
+            f"{report.base:.4f}",
+            f"{after:.4f}",
+            f"{report.drop.mean:+.2%}",
+        )
+    ]
+
+
+def _verdict(result: "Result") -> str:
+    report = result.report
+    assert report is not None
+    low, high = report.drop.ci95
+    told = (
+        f"loss {report.drop.mean:+.2%}, 95 % confidence {low:+.2%} to {high:+.2%} "
+        f"(paired, {report.tokens:,} tokens in {report.delta_nll.rows} rows)"
+    )
+    if report.max_drop is None:
+        return f"{told}\nno --max-drop was given: nothing was gated"
+    if report.accepted:
+        return f"{told}\ngate: upper bound {high:+.2%} <= {report.max_drop:.2%}: accepted"
+    return (
+        f"{told}\ngate: upper bound {high:+.2%} > {report.max_drop:.2%}: REJECTED; "
+        "allow more --max-drop, or keep more of the cache"
+    )
