@@ -130,7 +130,7 @@ def _apply_exact(program: Program) -> Program:
     findings = find_sites(program)
     view = findings.view
     proved: dict[str, No | None] = {}
-    refused: list[No] = []
+    refused = [No(r.why, f"{r.module} ({r.anchor.name})") for r in findings.unread]
     rewritten = _Copy(*copied(program.graph))
     for number, match in enumerate(findings.matches, 1):
         debug.advance("prove", number, len(findings.matches))
@@ -145,7 +145,7 @@ def _apply_exact(program: Program) -> Program:
     rewritten.graph.lint()
     module = fx.GraphModule(program.graph_module, rewritten.graph)
     debug.dump(30, "exact", module)
-    result = program.with_graph(module, note=f"exact: {len(findings.matches) - len(refused)} sites")
+    result = program.with_graph(module, note=f"exact: {len(findings.pieces) - len(refused)} sites")
     return replace(result, refused=(*program.refused, *refused))
 
 

@@ -1,12 +1,14 @@
 """Explain a site: its region of the graph as readable Python, before and after the rewrite."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx
 
 from attnopt.finder.evaluate import ancestors, is_size
 from attnopt.finder.finding import Explanation, Findings, find_sites
+from attnopt.finder.grouping import Piece
 from attnopt.finder.match import Match
 from attnopt.finder.ops import args, kind, value
 from attnopt.finder.prove import region_inputs
@@ -19,10 +21,10 @@ def explain_site(program: Program, name: str) -> Explanation:
     """Show one site by name; an unknown name is a ValueError with the nearest one."""
     program, findings, site = _locate(program, name)
     index = findings.sites.index(site)
-    matches = [m for m, o in zip(findings.matches, findings.owner, strict=True) if o == index]
-    before = "\n\n".join(region(findings.view, m) for m in matches)
-    after, refusals = _after(program, matches)
-    return Explanation(site, before, after, (*_reasons(site, matches), *refusals))
+    pieces = [p for p, o in zip(findings.pieces, findings.owner, strict=True) if o == index]
+    before = "\n\n".join(region(findings.view, p) for p in pieces)
+    after, refusals = _after(program, {p.module for p in pieces})
+    return Explanation(site, before, after, (*_reasons(site, pieces[0]), *refusals))
 
 
 def _locate(program: Program, name: str) -> tuple[Program, Findings, Site]:
@@ -31,18 +33,21 @@ def _locate(program: Program, name: str) -> tuple[Program, Findings, Site]:
         findings = find_sites(part)
         for site in findings.sites:
             known.append(site.name)
-            if findings.matches and (site.name == name or name.endswith("." + site.name)):
+            if findings.pieces and (site.name == name or name.endswith("." + site.name)):
                 return part, findings, site
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"no site {name!r}{hint} (the model has {len(set(known))})")
 
 
-def region(view: View, match: Match) -> str:
+def region(view: View, piece: Piece) -> str:
     """Print the nodes between a site's operands and its result, one assignment a line."""
-    inputs = region_inputs(view, match)
+    if isinstance(piece, Match):
+        inputs, results = region_inputs(view, piece), [piece.result]
+    else:
+        inputs, results = list(piece.inputs), [c.node for c, _ in piece.between.values]
     lines = [f"# {n.name}: {_like(n)}" for n in inputs]
-    for node in ancestors([match.result], inputs):
+    for node in ancestors(results, inputs):
         if node not in inputs and node.op == "call_function" and not is_size(node):
             lines.append(statement(node))
     return "\n".join(lines)
@@ -71,12 +76,11 @@ def _like(node: fx.Node) -> str:
     return type(example).__name__
 
 
-def _after(program: Program, matches: list[Match]) -> tuple[str, tuple[str, ...]]:
+def _after(program: Program, modules: set[str]) -> tuple[str, tuple[str, ...]]:
     from attnopt.rewriting import apply
 
     alone = replace(program, refused=())
     rewritten = apply(alone, "exact")
-    modules = {m.module for m in matches}
     blocks = []
     for node in rewritten.graph.nodes:
         path = [p for p, _ in (node.meta.get("nn_module_stack") or {}).values()]
@@ -99,14 +103,18 @@ def _op() -> object:
     return attention
 
 
-def _reasons(site: Site, matches: list[Match]) -> tuple[str, ...]:
-    """Say in words how the match was read."""
-    first = matches[0]
+def _reasons(site: Site, first: Piece) -> tuple[str, ...]:
+    """Say in words how a site was read, by its first piece."""
+    if isinstance(first, Match):
+        products, results = [first.contraction], [first.result]
+    else:
+        products = list(first.between.products)
+        results = [c.node for c, _ in first.between.values]
     lines = [
         f"scores are normalised at {first.anchor.name}",
-        f"queries meet keys at {first.contraction.node.name}: {site.heads} heads of {site.head_dim}"
-        f" over {site.kv_heads} key/value heads",
-        f"weights meet values at {first.result.name}",
+        f"queries meet keys at {_names(c.node for c in products)}: {site.heads} heads of"
+        f" {site.head_dim} over {site.kv_heads} key/value heads",
+        f"weights meet values at {_names(results)}",
         f"the scale is {site.scale}" if site.scale is not None else "the scale is learned per head",
         f"the mask evaluates to {site.mask}" + (" and padding" if site.padded else ""),
     ]
@@ -117,3 +125,7 @@ def _reasons(site: Site, matches: list[Match]) -> tuple[str, ...]:
     if site.sinks:
         lines.append("each head has a learned sink")
     return (*lines, *site.notes)
+
+
+def _names(nodes: Iterable[fx.Node]) -> str:
+    return ", ".join(n.name for n in nodes)

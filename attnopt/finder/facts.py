@@ -75,7 +75,7 @@ def _projection(view: View, operand: Operand, order: str) -> Projection | None:
         return None
     root = _learned_root(view, both[0][0, 0, -1])
     assert root is not None
-    return _parameter_rows(view, root, tuple(channels))
+    return parameter_rows(view, root, tuple(channels))
 
 
 def _learned_root(view: View, numbers: Tensor) -> Root | None:
@@ -95,7 +95,7 @@ def _in_root(root: Root, numbers: Tensor) -> list[int]:
     return [int(c) for c in root.place(mine)[1]]
 
 
-def _parameter_rows(view: View, root: Root, channels: Rows) -> Projection | None:
+def parameter_rows(view: View, root: Root, channels: Rows) -> Projection | None:
     """Turn output channels of a learned contraction into indices along its parameter's axis."""
     contraction = root.contraction
     assert contraction is not None
@@ -217,7 +217,7 @@ def _output_projection(view: View, match: Match) -> Projection | None:
             seen.add(user)
             contraction = read_contraction(user) if kind(user) in CONTRACTIONS else None
             if contraction is not None:
-                found = _columns(view, contraction, node, held, heads, width)
+                found = columns(view, contraction, node, held, heads, width)
                 if found is not None:
                     return found
                 continue
@@ -249,9 +249,10 @@ def _pushed(view: View, user: fx.Node, node: fx.Node, held: Tensor) -> Tensor | 
     return None
 
 
-def _columns(
+def columns(
     view: View, c: Contraction, node: fx.Node, held: Tensor, heads: int, width: int
 ) -> Projection | None:
+    """Read which indices along the summed axis of a weight meet each head and channel held."""
     weight = weight_of(c, view.origins)
     if weight is None or node is weight or node not in (c.lhs, c.rhs):
         return None
@@ -477,7 +478,7 @@ def piece_key(view: View, match: Match, matches: list[Match]) -> object | None:
             if kind(user) in JOINING:
                 axis = (args(user)[1] if len(args(user)) > 1 else 0) % rank(user)
                 if not _varies(channels[node], axis):
-                    return (match.module, user, _projecting(view, match.q.product))
+                    return (match.module, user, projecting(view, match.q.product))
                 continue
             moved = _pushed(view, user, node, queries)
             if moved is not None and kind(user) in TRANSPARENT | LAYOUT:
@@ -492,7 +493,7 @@ def _varies(numbers: Tensor, axis: int) -> bool:
     return bool((numbers != numbers.narrow(axis, 0, 1)).any())
 
 
-def _projecting(view: View, node: fx.Node) -> frozenset[fx.Node]:
+def projecting(view: View, node: fx.Node) -> frozenset[fx.Node]:
     """List the learned contractions that an operand comes from, the nearest ones only."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
@@ -513,10 +514,12 @@ def site_kind(view: View, match: Match, mask_kind: str) -> Literal["self", "cros
     """Tell whether queries attend to their own tokens."""
     if mask_kind in ("causal", "sliding", "chunked", "prefix"):
         return "self"
-    q, k = stream(view, match.q.product), stream(view, match.k.product)
-    if not q or q & k:
-        return "self" if q else "cross"
-    return "cross"
+    return kind_of(view, match.q.product, match.k.product)
+
+
+def kind_of(view: View, queries: fx.Node, keys: fx.Node) -> Literal["self", "cross"]:
+    """Tell whether queries and keys are made from one stream of tokens."""
+    return "self" if stream(view, queries) & stream(view, keys) else "cross"
 
 
 def stream(view: View, node: fx.Node) -> frozenset[fx.Node]:

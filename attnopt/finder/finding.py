@@ -1,6 +1,6 @@
 """The finder from end to end: anchors, matches, facts, and what almost matched."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -8,26 +8,39 @@ from torch import fx
 
 from attnopt import debug
 from attnopt.finder import facts
+from attnopt.finder.assembled import Reading, match_assembled, trace_match
+from attnopt.finder.assembled_facts import read_assembled_site
+from attnopt.finder.grouping import Group, Piece, group
 from attnopt.finder.masks import name_masks
 from attnopt.finder.match import Match
 from attnopt.finder.mixers import find_mixers
 from attnopt.finder.ops import module_path
 from attnopt.finder.provenance import View
 from attnopt.finder.reading import match_anchor, match_canonical, match_fused
-from attnopt.finder.scores import Walker, find_anchors, is_canonical, is_fused
+from attnopt.finder.scores import Anchor, Walker, find_anchors, is_canonical, is_fused
 from attnopt.nouns import NearMiss, No, Site
 from attnopt.program import Program
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the finder knows of a program; `matches[i]` is a piece of `sites[owner[i]]`."""
+    """What the finder knows of a program; `pieces[i]` is a piece of `sites[owner[i]]`."""
 
     view: View
-    matches: tuple[Match, ...]
+    pieces: tuple[Piece, ...]
     owner: tuple[int, ...]
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
+
+    @property
+    def matches(self) -> tuple[Match, ...]:
+        """Return the pieces that could be read element by element."""
+        return tuple(p for p in self.pieces if isinstance(p, Match))
+
+    @property
+    def unread(self) -> tuple[Reading, ...]:
+        """Return the pieces that could be read by structure alone: no pass rewrites them."""
+        return tuple(p for p in self.pieces if isinstance(p, Reading))
 
 
 @dataclass(frozen=True)
@@ -55,39 +68,53 @@ def find_sites(program: Program) -> Findings:
 def _find(program: Program) -> Findings:
     view = View(program)
     walker = view.scalars = Walker(view)
-    matches: list[Match] = []
+    pieces: list[Piece] = []
     misses: list[NearMiss] = []
-    for node, found in _candidates(view, walker):
-        if isinstance(found, Match):
-            matches.append(found)
-            debug.log(3, f"{found.module}: attention at {found.anchor.name} -> {found.result.name}")
-        else:
+    anchors: dict[fx.Node, Anchor] = {}
+    for anchor in find_anchors(program.graph):
+        if anchor.weights.users:
+            anchors.setdefault(anchor.weights, anchor)
+    for node, found in _candidates(view, walker, anchors):
+        if isinstance(found, No):
             misses.append(NearMiss(module_path(node), node.name, str(found)))
             debug.log(4, f"near miss in {module_path(node)}: {found}")
-    matches.sort(key=lambda m: m.anchor)
-    owner = _group(view, matches)
-    names = _names([matches[owner.index(i)] for i in dict.fromkeys(owner)])
-    sites = tuple(
-        read_site(view, [m for m, o in zip(matches, owner, strict=True) if o == i], name)
-        for i, name in enumerate(names)
+        else:
+            pieces.append(found)
+            debug.log(3, f"{found.module}: attention at {node.name}")
+    groups = group(view, pieces, anchors)
+    names = _names([g.pieces[0].module for g in groups])
+    sites = tuple(_read(view, g, name, anchors) for g, name in zip(groups, names, strict=True))
+    misses.extend(find_mixers(view, {p.module for p in pieces}))
+    placed = [(p, i) for i, g in enumerate(groups) for p in g.pieces]
+    return Findings(
+        view, tuple(p for p, _ in placed), tuple(i for _, i in placed), sites, tuple(misses)
     )
-    misses.extend(find_mixers(view, matches))
-    return Findings(view, tuple(matches), tuple(owner), sites, tuple(misses))
 
 
-def _candidates(view: View, walker: Walker) -> Iterator[tuple[fx.Node, Match | No]]:
+def _candidates(
+    view: View, walker: Walker, anchors: Mapping[fx.Node, Anchor]
+) -> Iterator[tuple[fx.Node, Piece | No]]:
     """Yield every anchor with its match or the reason why there is none."""
-    taken: set[fx.Node] = set()
-    for anchor in find_anchors(view.program.graph):
-        if anchor.weights in taken or not anchor.weights.users:
-            continue
-        taken.add(anchor.weights)
-        yield anchor.weights, match_anchor(view, walker, anchor)
+    for node, anchor in anchors.items():
+        found = match_anchor(view, walker, anchor)
+        yield node, match_assembled(view, anchor, found) if isinstance(found, No) else found
     for node in view.program.graph.nodes:
         if is_fused(node) and node.users:
             yield node, match_fused(view, node)
         elif is_canonical(node):
             yield node, match_canonical(view, node)
+
+
+def _read(view: View, found: Group, name: str, anchors: Mapping[fx.Node, Anchor]) -> Site:
+    """Read a site from its pieces: by structure where any of them, or their factors, need it."""
+    matches = [p for p in found.pieces if isinstance(p, Match)]
+    readings = [p for p in found.pieces if isinstance(p, Reading)]
+    if found.factors:
+        traced = [trace_match(view, anchors[m.anchor]) for m in matches]
+        readings = [r for r in traced if isinstance(r, Reading)]
+    if readings:
+        return read_assembled_site(view, readings, name, softmaxes=len(found.pieces))
+    return read_site(view, matches, name)
 
 
 def read_site(view: View, pieces: list[Match], name: str) -> Site:
@@ -135,23 +162,12 @@ def _is_cached(view: View, match: Match) -> bool:
     )
 
 
-def _group(view: View, matches: list[Match]) -> list[int]:
-    """Number the logical attentions: pieces of one share queries, keys and values of one module."""
-    owner: list[int] = []
-    keys: dict[object, int] = {}
-    for i, match in enumerate(matches):
-        key = facts.piece_key(view, match, matches)
-        number = keys.setdefault(key if key is not None else ("alone", i), len(keys))
-        owner.append(number)
-    return owner
-
-
-def _names(matches: list[Match]) -> list[str]:
+def _names(modules: list[str]) -> list[str]:
     """Name sites by module; several in one module are numbered in order."""
     counts: dict[str, int] = {}
     names: list[str] = []
-    for match in matches:
-        base = match.module or "model"
+    for module in modules:
+        base = module or "model"
         counts[base] = counts.get(base, 0) + 1
         names.append(base if counts[base] == 1 else f"{base}#{counts[base]}")
     return names
@@ -178,6 +194,8 @@ def _of_parts(program: Program) -> Findings:
 
 def _prefixed(site: Site, part: str) -> Site:
     def joined(x: str) -> str:
+        if x == part or x.startswith((f"{part}.", f"{part}#")):
+            return x
         return f"{part}.{x}" if x and x != "model" else part
 
     return replace(site, name=joined(site.name), module=joined(site.module))

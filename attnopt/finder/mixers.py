@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from torch import fx
 
 from attnopt.finder.contraction import read_contraction
-from attnopt.finder.match import Match
 from attnopt.finder.ops import CONTRACTIONS, kind, module_path
 from attnopt.finder.provenance import View
 from attnopt.nouns import NearMiss
@@ -15,9 +14,8 @@ _RUNNING = ("cumsum", "linear_recurrence")
 _FOURIER = "mixes tokens by a Fourier transform"
 
 
-def find_mixers(view: View, matches: list[Match]) -> list[NearMiss]:
-    """List the modules that multiply data with data, or transform it, outside every site."""
-    owned = {m.module for m in matches}
+def find_mixers(view: View, owned: set[str]) -> list[NearMiss]:
+    """List the modules that multiply data with data, or transform it, outside the `owned` ones."""
     found: dict[str, NearMiss] = {}
     for node, why in _mixing(view):
         module = module_path(node)

@@ -21,6 +21,17 @@ LAYOUT = frozenset(
     "getitem slice_copy view_copy expand_copy permute_copy transpose_copy unsqueeze_copy "
     "select_copy im2col pixel_shuffle pixel_unshuffle atleast_2d atleast_3d".split()
 )
+# Written into one tensor from another: the positions of the arguments whose elements are passed on.
+WRITES = {
+    "slice_scatter": (0, 1),
+    "select_scatter": (0, 1),
+    "diagonal_scatter": (0, 1),
+    "as_strided_scatter": (0, 1),
+    "index_put": (0, 2),
+    "masked_scatter": (0, 2),
+    "scatter": (0, 3),
+    "copy": (0, 1),
+}
 JOINING = frozenset("cat concat concatenate stack hstack vstack".split())
 CONTRACTIONS = frozenset(
     "matmul bmm mm mv dot einsum linear addmm baddbmm addbmm tensordot inner bilinear outer "

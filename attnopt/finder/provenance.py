@@ -26,9 +26,13 @@ ELEMENTWISE = frozenset(
     "addcmul polar fake_quantize_per_tensor_affine round relu6 prelu".split()
 )
 
+# Filled in, whatever tensor gives the shape.
 CONSTANT = frozenset(
     "zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full".split()
 )
+
+
+_SHAPED_AS = frozenset("type_as view_as expand_as reshape_as".split())
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Origins:
             if node.op == "placeholder":
                 self._flags[node] = self._of_placeholder(node)
             elif node.op == "call_function" and not is_size(node):
-                self._flags[node] = frozenset().union(*(self.of(n) for n in node.all_input_nodes))
+                self._flags[node] = frozenset().union(*(self.of(n) for n in _read(node)))
 
     def of(self, node: fx.Node) -> frozenset[str]:
         """Return what a node depends on: parameter, buffer, data, position, mask, state."""
@@ -87,6 +91,15 @@ class Origins:
     def _main(self, node: fx.Node) -> fx.Node:
         tensors = [n for n in node.all_input_nodes if is_tensor(n)]
         return next((n for n in tensors if n.op != "placeholder"), tensors[0])
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """List the inputs whose values a node reads, not only their shape or type."""
+    name = kind(node)
+    if name in CONSTANT or name in _SHAPED_AS:
+        rest = args(node)[:1] if name in _SHAPED_AS else args(node)[1:]
+        return [n for n in rest if isinstance(n, fx.Node)]
+    return node.all_input_nodes
 
 
 @dataclass(frozen=True)
