@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from attnopt.finder.ops import hint, value
+from attnopt.finder.ops import UNKNOWN, hint, value
 from attnopt.program import Program
 
 Sizes = Mapping[sympy.Symbol, int]
@@ -83,12 +83,20 @@ class Shapes:
 
     @cached_property
     def captured(self) -> dict[sympy.Symbol, int]:
-        """Map each symbol to its size at capture."""
-        sizes: dict[sympy.Symbol, int] = {}
+        """Map each symbol to its size at capture; those that data decide to one that varies."""
+        sizes: dict[sympy.Symbol, int] = dict.fromkeys(self._decided_by_data(), UNKNOWN)
         for symbol, (node, axis) in self.sources.items():
             example = value(node)
             sizes[symbol] = hint(example if axis < 0 else example.shape[axis])
         return sizes
+
+    def _decided_by_data(self) -> set[sympy.Symbol]:
+        """List the symbols that stand in shapes and are no input's size."""
+        found: set[sympy.Symbol] = set()
+        for node in self.program.graph.nodes:
+            for size in getattr(value(node), "shape", ()):
+                found |= size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+        return found - self.sources.keys()
 
     def shape(self, node: fx.Node, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape of a node's tensor at the given sizes."""
