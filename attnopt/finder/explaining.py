@@ -20,8 +20,7 @@ from attnopt.program import Program
 def explain_site(program: Program, name: str) -> Explanation:
     """Show one site by name; an unknown name is a ValueError with the nearest one."""
     program, findings, site = _locate(program, name)
-    index = findings.sites.index(site)
-    pieces = [p for p, o in zip(findings.pieces, findings.owner, strict=True) if o == index]
+    pieces = findings.groups[findings.sites.index(site)].pieces
     before = "\n\n".join(region(findings.view, p) for p in pieces)
     after, refusals = _after(program, {p.module for p in pieces})
     return Explanation(site, before, after, (*_reasons(site, pieces[0]), *refusals))
@@ -33,7 +32,7 @@ def _locate(program: Program, name: str) -> tuple[Program, Findings, Site]:
         findings = find_sites(part)
         for site in findings.sites:
             known.append(site.name)
-            if findings.pieces and (site.name == name or name.endswith("." + site.name)):
+            if findings.groups and (site.name == name or name.endswith("." + site.name)):
                 return part, findings, site
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

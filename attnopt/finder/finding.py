@@ -24,23 +24,28 @@ from attnopt.program import Program
 
 @dataclass(frozen=True)
 class Findings:
-    """What the finder knows of a program; `pieces[i]` is a piece of `sites[owner[i]]`."""
+    """What the finder knows of a program; `groups[i]` holds the pieces of `sites[i]`."""
 
     view: View
-    pieces: tuple[Piece, ...]
-    owner: tuple[int, ...]
+    groups: tuple[Group, ...]
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
 
     @property
     def matches(self) -> tuple[Match, ...]:
         """Return the pieces that could be read element by element."""
-        return tuple(p for p in self.pieces if isinstance(p, Match))
+        return tuple(p for g in self.groups for p in g.pieces if isinstance(p, Match))
+
+    @property
+    def owner(self) -> tuple[int, ...]:
+        """Return the number of the site that each of the matches is a piece of."""
+        owned = enumerate(self.groups)
+        return tuple(i for i, g in owned for p in g.pieces if isinstance(p, Match))
 
     @property
     def unread(self) -> tuple[Reading, ...]:
         """Return the pieces that could be read by structure alone: no pass rewrites them."""
-        return tuple(p for p in self.pieces if isinstance(p, Reading))
+        return tuple(p for g in self.groups for p in g.pieces if isinstance(p, Reading))
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,7 @@ def _find(program: Program) -> Findings:
     names = _names([g.pieces[0].module for g in groups])
     sites = tuple(_read(view, g, name, anchors) for g, name in zip(groups, names, strict=True))
     misses.extend(find_mixers(view, {p.module for p in pieces}))
-    placed = [(p, i) for i, g in enumerate(groups) for p in g.pieces]
-    return Findings(
-        view, tuple(p for p, _ in placed), tuple(i for _, i in placed), sites, tuple(misses)
-    )
+    return Findings(view, tuple(groups), sites, tuple(misses))
 
 
 def _candidates(
@@ -189,7 +191,7 @@ def _of_parts(program: Program) -> Findings:
         for miss in findings.near_misses:
             misses.setdefault((miss.module, miss.node), miss)
     first = next(iter(found.values()))
-    return Findings(first.view, (), (), tuple(sites.values()), tuple(misses.values()))
+    return Findings(first.view, (), tuple(sites.values()), tuple(misses.values()))
 
 
 def _prefixed(site: Site, part: str) -> Site:
