@@ -145,7 +145,8 @@ def _apply_exact(program: Program) -> Program:
     rewritten.graph.lint()
     module = fx.GraphModule(program.graph_module, rewritten.graph)
     debug.dump(30, "exact", module)
-    result = program.with_graph(module, note=f"exact: {len(findings.matches) - (len(refused) - len(findings.unread))} sites")
+    done = len(findings.matches) + len(findings.unread) - len(refused)
+    result = program.with_graph(module, note=f"exact: {done} sites")
     return replace(result, refused=(*program.refused, *refused))
 
 

@@ -51,12 +51,10 @@ class GraphEdit:
 
     def match_of(self, site: Site) -> Match | No:
         """Return the one canonical op of a site."""
-        number = self.findings.sites.index(site)
-        pairs = zip(self.findings.matches, self.findings.owner, strict=True)
-        owned = [match for match, owner in pairs if owner == number]
-        if len(owned) != 1 or not is_canonical(owned[0].anchor):
+        (first, *others) = self.findings.groups[self.findings.sites.index(site)]
+        if others or not isinstance(first, Match) or not is_canonical(first.anchor):
             return No("not in its exact form, which every other rewrite starts from", site.name)
-        return owned[0]
+        return first
 
     def reshape_weights(self, changed: Mapping[str, Tensor]) -> None:
         """Give the placeholders of parameters the shapes of their new values."""

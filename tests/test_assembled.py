@@ -113,7 +113,10 @@ def test_softmaxes_whose_weights_are_multiplied_are_one_site():
     program = captured(Factors())
     (site,) = program.sites
     assert (site.heads, site.kv_heads, site.head_dim, site.v_head_dim) == (3, 3, 8, 8)
-    assert site.notes == ("3 softmaxes over parts of one attention",)
+    assert site.notes[-1] == "3 softmaxes over parts of one attention"
+    refused = attnopt.apply(program, "exact").refused
+    assert len(refused) == 3
+    assert site.notes[0] in {no.why for no in refused}
     assert not program.near_misses
 
 

@@ -34,7 +34,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Reading:
-    """An attention read by structure, `why` it was not read element by element, if it was not."""
+    """An attention read by structure, and `why` it was not read element by element."""
 
     between: Between
     origin: Blurred
@@ -70,10 +70,10 @@ def match_assembled(view: View, anchor: Anchor, why: No) -> Reading | No:
     return _Reader(view, found).read(f"its scores are assembled from pieces ({why})")
 
 
-def trace_match(view: View, anchor: Anchor) -> Reading | No:
-    """Read by structure what can be read element by element too."""
+def read_factor(view: View, anchor: Anchor, why: str) -> Reading | No:
+    """Read by structure what could be read element by element alone, but is a part of a whole."""
     found = trace_between(view, anchor)
-    return found if isinstance(found, No) else _Reader(view, found).read("")
+    return found if isinstance(found, No) else _Reader(view, found).read(why)
 
 
 class _RefusalError(Exception):
@@ -106,7 +106,9 @@ class _Reader:
             self._held(c.rhs, c.rhs_labels, c.summed),
         )
 
-    def _held(self, node: fx.Node, labels: Labels, channels: Labels) -> Held:
+    def _held(
+        self, node: fx.Node, labels: Labels, channels: Labels, *, summed_over: bool = True
+    ) -> Held:
         """Read which channels of its projection an operand's heads hold."""
         numbers = self.origin.numbers(node)
         summed = [labels.index(x) for x in channels]
@@ -119,7 +121,7 @@ class _Reader:
         root = self.origin.root_of(int(known[-1, 0]))
         known = known[inside(root, known).all(1)]
         row, channel = root.place(known)
-        if not known.numel() or (row != row[:, :1]).any():
+        if summed_over and (not known.numel() or (row != row[:, :1]).any()):
             raise _RefusalError("the product sums over tokens, not over channels")
         heads = torch.unique(channel, dim=0) if root.channels else channel[:1]
         return Held(node, labels, root, tuple(tuple(h) for h in heads.tolist()))
@@ -130,7 +132,7 @@ class _Reader:
             labels = c.labels(operand)
             own = tuple(x for x in labels if x not in weights)
             if own:
-                return self._held(operand, labels, own)
+                return self._held(operand, labels, own, summed_over=False)
         raise _RefusalError("the weights meet no values with channels of their own")
 
     def _rows(self, c: Contraction, held: Held) -> Tensor:

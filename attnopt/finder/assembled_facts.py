@@ -25,7 +25,7 @@ def read_assembled_site(view: View, readings: list[Reading], name: str, *, softm
     )
     sides = [n for r in readings for n in _entering(r.between)]
     alone = len(readings) == softmaxes == 1
-    notes = [first.why] if first.why else []
+    notes = [first.why]
     if not alone:
         notes.append(f"{softmaxes} softmaxes over parts of one attention")
     return Site(

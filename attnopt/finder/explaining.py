@@ -20,7 +20,7 @@ from attnopt.program import Program
 def explain_site(program: Program, name: str) -> Explanation:
     """Show one site by name; an unknown name is a ValueError with the nearest one."""
     program, findings, site = _locate(program, name)
-    pieces = findings.groups[findings.sites.index(site)].pieces
+    pieces = findings.groups[findings.sites.index(site)]
     before = "\n\n".join(region(findings.view, p) for p in pieces)
     after, refusals = _after(program, {p.module for p in pieces})
     return Explanation(site, before, after, (*_reasons(site, pieces[0]), *refusals))

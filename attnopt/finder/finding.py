@@ -8,9 +8,9 @@ from torch import fx
 
 from attnopt import debug
 from attnopt.finder import facts
-from attnopt.finder.assembled import Reading, match_assembled, trace_match
+from attnopt.finder.assembled import Reading, match_assembled
 from attnopt.finder.assembled_facts import read_assembled_site
-from attnopt.finder.grouping import Group, Piece, group
+from attnopt.finder.grouping import Piece, group
 from attnopt.finder.masks import name_masks
 from attnopt.finder.match import Match
 from attnopt.finder.mixers import find_mixers
@@ -27,25 +27,25 @@ class Findings:
     """What the finder knows of a program; `groups[i]` holds the pieces of `sites[i]`."""
 
     view: View
-    groups: tuple[Group, ...]
+    groups: tuple[tuple[Piece, ...], ...]
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
 
     @property
     def matches(self) -> tuple[Match, ...]:
         """Return the pieces that could be read element by element."""
-        return tuple(p for g in self.groups for p in g.pieces if isinstance(p, Match))
+        return tuple(p for g in self.groups for p in g if isinstance(p, Match))
 
     @property
     def owner(self) -> tuple[int, ...]:
         """Return the number of the site that each of the matches is a piece of."""
         owned = enumerate(self.groups)
-        return tuple(i for i, g in owned for p in g.pieces if isinstance(p, Match))
+        return tuple(i for i, g in owned for p in g if isinstance(p, Match))
 
     @property
     def unread(self) -> tuple[Reading, ...]:
         """Return the pieces that could be read by structure alone: no pass rewrites them."""
-        return tuple(p for g in self.groups for p in g.pieces if isinstance(p, Reading))
+        return tuple(p for g in self.groups for p in g if isinstance(p, Reading))
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def _find(program: Program) -> Findings:
             pieces.append(found)
             debug.log(3, f"{found.module}: attention at {node.name}")
     groups = group(view, pieces, anchors)
-    names = _names([g.pieces[0].module for g in groups])
-    sites = tuple(_read(view, g, name, anchors) for g, name in zip(groups, names, strict=True))
+    names = _names([g[0].module for g in groups])
+    sites = tuple(_read(view, g, name) for g, name in zip(groups, names, strict=True))
     misses.extend(find_mixers(view, {p.module for p in pieces}))
     return Findings(view, tuple(groups), sites, tuple(misses))
 
@@ -107,16 +107,12 @@ def _candidates(
             yield node, match_canonical(view, node)
 
 
-def _read(view: View, found: Group, name: str, anchors: Mapping[fx.Node, Anchor]) -> Site:
-    """Read a site from its pieces: by structure where any of them, or their factors, need it."""
-    matches = [p for p in found.pieces if isinstance(p, Match)]
-    readings = [p for p in found.pieces if isinstance(p, Reading)]
-    if found.factors:
-        traced = [trace_match(view, anchors[m.anchor]) for m in matches]
-        readings = [r for r in traced if isinstance(r, Reading)]
+def _read(view: View, pieces: tuple[Piece, ...], name: str) -> Site:
+    """Read a site from its pieces, by structure where any of them was."""
+    readings = [p for p in pieces if isinstance(p, Reading)]
     if readings:
-        return read_assembled_site(view, readings, name, softmaxes=len(found.pieces))
-    return read_site(view, matches, name)
+        return read_assembled_site(view, readings, name, softmaxes=len(pieces))
+    return read_site(view, [p for p in pieces if isinstance(p, Match)], name)
 
 
 def read_site(view: View, pieces: list[Match], name: str) -> Site:

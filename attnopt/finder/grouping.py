@@ -1,31 +1,28 @@
 """Say which softmaxes are pieces of one attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import fx
 
 from attnopt.finder import facts
-from attnopt.finder.assembled import Reading
+from attnopt.finder.assembled import Reading, read_factor
 from attnopt.finder.contraction import read_contraction
 from attnopt.finder.evaluate import is_size
 from attnopt.finder.match import Match
 from attnopt.finder.ops import CONTRACTIONS, kind
 from attnopt.finder.provenance import View, weight_of
 from attnopt.finder.scores import Anchor
+from attnopt.nouns import No
 
 Piece = Match | Reading
 
 
-@dataclass(frozen=True)
-class Group:
-    """The pieces of one attention; as `factors`, their weights are multiplied with each other."""
-
-    pieces: tuple[Piece, ...]
-    factors: bool = False
+_FACTOR = "its weights are multiplied with those of other softmaxes"
 
 
-def group(view: View, pieces: list[Piece], anchors: Mapping[fx.Node, Anchor]) -> list[Group]:
+def group(
+    view: View, pieces: list[Piece], anchors: Mapping[fx.Node, Anchor]
+) -> list[tuple[Piece, ...]]:
     """Group pieces that share queries, keys and values of one module, in order of execution."""
     matches = [p for p in pieces if isinstance(p, Match)]
     met = _meeting(view, matches, anchors)
@@ -35,8 +32,9 @@ def group(view: View, pieces: list[Piece], anchors: Mapping[fx.Node, Anchor]) ->
         key: object = _queries(view, piece) if assembled else None
         if isinstance(piece, Match) and (key is None or key not in assembled):
             key = met.get(piece.anchor) or facts.piece_key(view, piece, matches) or piece.anchor
-        found.setdefault(key, []).append(piece)
-    return [Group(tuple(p), factors=p[0].anchor in met) for p in found.values()]
+        factor = read_factor(view, anchors[piece.anchor], _FACTOR) if piece.anchor in met else piece
+        found.setdefault(key, []).append(piece if isinstance(factor, No) else factor)
+    return [tuple(pieces) for pieces in found.values()]
 
 
 def _queries(view: View, piece: Piece) -> tuple[str, frozenset[fx.Node]]:
