@@ -74,3 +74,11 @@ def test_positions_of_pooled_tokens_are_those_of_the_source(
         given = (length, torch.float32, torch.device("cpu"))
         found = POOLING["FunnelAttentionStructure.get_position_embeds"](structure, *given)
         torch.testing.assert_close(found, structure.get_position_embeds(*given))
+
+
+@pytest.mark.slow
+def test_a_model_of_one_length_is_one_graph_for_every_batch() -> None:
+    model, kwargs = build("nystromformer", "eager")
+    program = attnopt.capture(model, kwargs=kwargs)
+    assert program.history == ("capture: whole, dynamic except input_ids axis 1 = 16",)
+    assert worst(program, model, tuple(kwargs), ((1, 16), (3, 16))) == 0

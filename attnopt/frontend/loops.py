@@ -13,12 +13,18 @@ import torch
 from torch import nn
 
 from attnopt.frontend.experts import EXPERTS
+from attnopt.frontend.landmarks import LANDMARKS
 from attnopt.frontend.pooling import POOLING
 from attnopt.frontend.scans import SCANS
 
 _HOME = "transformers.models."
 # Functions and methods of the files that define a source, with what computes the same.
-_LOOPLESS: Final[Mapping[str, Callable[..., Any]]] = {**EXPERTS, **SCANS, **POOLING}
+_LOOPLESS: Final[Mapping[str, Callable[..., Any]]] = {
+    **EXPERTS,
+    **LANDMARKS,
+    **POOLING,
+    **SCANS,
+}
 
 
 @contextlib.contextmanager
