@@ -11,6 +11,7 @@ from transformers.models.funnel import modeling_funnel
 
 import attnopt
 from attnopt.frontend.pooling import POOLING
+from attnopt.frontend.windows import divide
 
 SIZES = ((1, 1), (3, 2), (1, 7), (2, 16), (3, 23))
 
@@ -82,3 +83,18 @@ def test_a_model_of_one_length_is_one_graph_for_every_batch() -> None:
     program = attnopt.capture(model, kwargs=kwargs)
     assert program.history == ("capture: whole, dynamic except input_ids axis 1 = 16",)
     assert worst(program, model, tuple(kwargs), ((1, 16), (3, 16))) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["longformer", "led"])
+def test_sliding_chunks_are_one_graph_for_other_lengths(name: str) -> None:
+    model, kwargs = build(name, "eager")
+    program = attnopt.capture(model, kwargs=kwargs)
+    assert program.history == ("capture: whole, dynamic",)
+    assert worst(program, model, tuple(kwargs), ((1, 9), (3, 16), (2, 23))) < 1e-6
+
+
+def test_sizes_are_divided_without_a_tensor_and_tensors_as_ever() -> None:
+    assert divide(17, 8, rounding_mode="trunc") == 2
+    assert torch.equal(divide(torch.tensor([3.0]), 2), torch.tensor([1.5]))
+    assert torch.equal(divide(3, 2), torch.tensor(1.5))

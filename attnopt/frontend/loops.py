@@ -16,6 +16,7 @@ from attnopt.frontend.experts import EXPERTS
 from attnopt.frontend.landmarks import LANDMARKS
 from attnopt.frontend.pooling import POOLING
 from attnopt.frontend.scans import SCANS
+from attnopt.frontend.windows import WINDOWS, divide
 
 _HOME = "transformers.models."
 # Functions and methods of the files that define a source, with what computes the same.
@@ -24,6 +25,7 @@ _LOOPLESS: Final[Mapping[str, Callable[..., Any]]] = {
     **LANDMARKS,
     **POOLING,
     **SCANS,
+    **WINDOWS,
 }
 
 
@@ -36,6 +38,7 @@ def without_loops(source: nn.Module) -> Generator[None]:
             for path, value in _LOOPLESS.items():
                 stack.enter_context(_replaced(sys.modules[home], path, value))
         stack.enter_context(_replaced(nn, "Module.to", _to))
+        stack.enter_context(_replaced(torch, "div", divide))
         yield
 
 
