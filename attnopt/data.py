@@ -36,6 +36,11 @@ class Source:
     def __str__(self) -> str:
         return f"{self.name}:{self.rows}x{self.length}"
 
+    @property
+    def is_text(self) -> bool:
+        """Whether a tokenizer is needed to read it."""
+        return not self.name.endswith(".safetensors")
+
     @classmethod
     def parse(cls, text: str, *, seed: int = 0) -> "Source":
         """Read `NAME[:COUNTxLENGTH]`."""
@@ -60,9 +65,19 @@ class Split:
     digest: str
 
 
+def checked(source: Source) -> Source:
+    """Return a source that is there; raise ValueError for one that is not."""
+    if source.name != "stdlib" and not Path(source.name).exists():
+        raise ValueError(
+            f"data {source.name!r}: no such file or folder; 'stdlib' is Python's own library"
+        )
+    return source
+
+
 def split_of(source: Source, tokenizer: Any, *, held_out: int | None = None) -> Split:
     """Tokenize a source and cut both halves into rows."""
-    if source.name.endswith(".safetensors"):
+    checked(source)
+    if not source.is_text:
         return _stored(source)
     calibration, held = _documents(source)
     rows = source.rows if held_out is None else held_out
@@ -119,11 +134,9 @@ def _texts(name: str) -> Iterator[tuple[str, str]]:
     path = Path(name)
     if path.is_dir():
         yield from _folder(path)
-    elif path.is_file():
+    else:
         text = path.read_text(encoding="utf-8", errors="replace")
         yield from ((f"{path.name}#{i}", part) for i, part in enumerate(text.split("\n\n")) if part)
-    else:
-        raise ValueError(f"data {name!r}: no such file or folder; 'stdlib' is Python's own library")
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:

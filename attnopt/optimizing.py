@@ -15,7 +15,7 @@ from attnopt.calibrating import calibrate
 from attnopt.data import Source, Split, split_of
 from attnopt.frontend import capture
 from attnopt.nouns import No, Plan
-from attnopt.planning import checked_goal
+from attnopt.planning import checked_goal, search
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program
 from attnopt.rewriting import apply
@@ -42,6 +42,8 @@ def optimize(
     if out is not None:
         refuse_foreign(Path(out).absolute(), program)
     exact = apply(program, "exact")
+    if plan is None:
+        search(exact, wanted)
     split = _split(program, data, held_out)
     made = _plan(exact, wanted, plan, split)
     rewritten = apply(exact, made)
@@ -67,7 +69,8 @@ def _split(program: Program, data: Any, held_out: int) -> Split:
         held = max(len(data) // 4, 1)
         return Split(data[:-held], data[-held:], "tensor", "")
     source = data if isinstance(data, Source) else Source.parse(data or str(Source()))
-    return split_of(source, tokenizer_of(program), held_out=held_out)
+    tokenizer = tokenizer_of(program) if source.is_text else None
+    return split_of(source, tokenizer, held_out=held_out)
 
 
 def tokenizer_of(program: Program) -> Any:

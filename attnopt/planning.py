@@ -32,14 +32,20 @@ def plan(
     Uniform plans so far: one number of key and value heads for all sites.
     """
     wanted = checked_goal(goal or {})
-    if "kv_cache" not in wanted:
-        raise ValueError("a goal needs kv_cache, such as {'kv_cache': 0.5}: half of the cache")
-    options = _options(program, passes)
-    chosen = _uniform(program.sites, options, wanted["kv_cache"])
+    chosen = search(program, wanted, passes)
     if statistics is None:
         statistics = calibrate(program, data)
     choices = tuple(_explained(option, statistics) for option in chosen)
     return Plan(choices, wanted, dict(provenance or {}), statistics=statistics)
+
+
+def search(
+    program: Program, goal: Mapping[str, float], passes: Sequence[str] | None = None
+) -> list["_Option"]:
+    """Choose a setting for every site from what the sites are; no data is read."""
+    if "kv_cache" not in goal:
+        raise ValueError("a goal needs kv_cache, such as {'kv_cache': 0.5}: half of the cache")
+    return _uniform(program.sites, _options(program, passes), goal["kv_cache"])
 
 
 def checked_goal(goal: Mapping[str, Any]) -> dict[str, float]:

@@ -92,14 +92,14 @@ def _optimize(
     arguments: argparse.Namespace, source: _source.Source, goal: dict[str, str]
 ) -> "Result":
     from attnopt.artifacts.saving import refuse_foreign
-    from attnopt.data import Source
+    from attnopt.data import Source, checked
     from attnopt.nouns import Plan
     from attnopt.optimizing import optimize
     from attnopt.planning import NothingToDoError
 
     try:
         refuse_foreign(Path(arguments.out).absolute())
-        data = Source.parse(arguments.data, seed=arguments.seed)
+        data = checked(Source.parse(arguments.data, seed=arguments.seed))
         plan = None if arguments.plan is None else Plan.load(arguments.plan)
     except ValueError as error:
         raise CommandError("AO112", str(error)) from error
@@ -126,7 +126,7 @@ def _optimize(
             "AO602", f"cannot write {arguments.out}: {error}", Exit.RESOURCES
         ) from error
     except ValueError as error:
-        raise CommandError("AO113", str(error)) from error
+        raise CommandError("AO113", " ".join(str(error).split())) from error
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -9,9 +9,9 @@ import pytest
 
 import attnopt
 
-PUBLIC = set(
-    "Choice Mask No Plan Program Report Site apply calibrate capture load optimize plan save verify".split()
-)
+NOUNS = "Choice Mask No Plan Program Report Site"
+STAGES = "apply calibrate capture load optimize plan save verify"
+PUBLIC = {*NOUNS.split(), *STAGES.split()}
 
 
 def in_a_new_process(code: str) -> str:

@@ -36,7 +36,7 @@ def test_help_lists_every_command_and_their_flags(capsys: pytest.CaptureFixture[
     commands = [
         line.split()[0] for line in out.split("commands:\n")[1].split("\n\n")[0].split("\n")
     ]
-    assert (status, commands) == (0, ["doctor", "explain", "inspect", "passes"])
+    assert (status, commands) == (0, ["doctor", "explain", "inspect", "optimize", "passes"])
     for command in commands:
         status, out, _ = run(capsys, command, "--help")
         assert status == 0
@@ -53,7 +53,10 @@ def test_nothing_at_all_is_a_usage_error_with_help(capsys: pytest.CaptureFixture
     ("words", "says"),
     [
         (["inspct", "x"], "AO101 unknown command 'inspct'; did you mean 'inspect'?"),
-        (["zzz"], "AO101 unknown command 'zzz'; there is doctor, explain, inspect, passes"),
+        (
+            ["zzz"],
+            "AO101 unknown command 'zzz'; there is doctor, explain, inspect, optimize, passes",
+        ),
         (["--hlep"], "AO101 unknown flag '--hlep'; did you mean '--help'?"),
         (["inspect", "x", "--jsn"], "unknown argument '--jsn'; did you mean '--json'?"),
         (["inspect", "x", "--seq", "9"], "unknown argument '--seq'"),

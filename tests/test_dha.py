@@ -1,0 +1,165 @@
+"""Fusing heads: exact where nothing is lost, the same in every basis, better than averaging."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from dha_models import decoder, ids, repeat_heads, turn_heads
+
+import attnopt
+from attnopt.calibrating import Statistics
+from attnopt.nouns import Choice, No
+from attnopt.passes import dha
+from attnopt.program import Program
+
+
+def captured(model: torch.nn.Module, rows: int = 8) -> tuple[Program, Statistics]:
+    program = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
+    return program, attnopt.calibrate(program, ids(rows, 24, seed=3))
+
+
+def fused(program: Program, stats: Statistics, kv_heads: int, **settings: object) -> Program:
+    config = {"kv_heads": kv_heads, **settings}
+    choices = tuple(Choice(s.name, "dha", config) for s in program.sites)
+    return attnopt.apply(program, attnopt.Plan(choices, statistics=stats))
+
+
+def logits(program: object, rows: int = 3, tokens: int = 17) -> torch.Tensor:
+    return program(input_ids=ids(rows, tokens, seed=5)).logits.double()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_gqa", "qwen2", "glm", "cohere"])
+def test_heads_that_are_equal_fuse_without_loss(family: str) -> None:
+    model = decoder(family)
+    repeat_heads(model, 2)
+    program, stats = captured(model)
+    result = fused(program, stats, 2, refit=False)
+    assert [s.kv_heads for s in result.sites] == [2, 2]
+    assert distance(logits(result), logits(model)) < 1e-5
+
+
+def test_heads_that_are_equal_in_another_basis_fuse_without_loss() -> None:
+    model = decoder("llama")
+    repeat_heads(model, 2)
+    turn_heads(model)
+    program, stats = captured(model)
+    assert distance(logits(fused(program, stats, 2, refit=False)), logits(model)) < 1e-4
+    averaged = fused(program, stats, 2, merge="mean", refit=False)
+    assert distance(logits(averaged), logits(model)) > 0.05
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_basis_of_the_heads_does_not_matter(refit: bool) -> None:
+    plain, turned = decoder("llama"), decoder("llama")
+    turn_heads(turned)
+    assert distance(logits(turned), logits(plain)) < 1e-5
+    results = [logits(fused(*captured(m), 2, refit=refit)) for m in (plain, turned)]
+    assert distance(results[1], results[0]) < 1e-4
+    assert distance(results[0], logits(plain)) > 1e-2
+
+
+def test_as_many_heads_as_before_change_nothing() -> None:
+    program, stats = captured(decoder("llama"))
+    result = fused(program, stats, 4)
+    for binding in program.bindings.values():
+        if binding.kind == "parameter":
+            assert torch.equal(result.weights[binding.name], program.weights[binding.name])
+    assert torch.equal(logits(result), logits(program))
+
+
+def test_the_closed_form_beats_the_baselines() -> None:
+    model = decoder("llama")
+    program, stats = captured(model)
+    errors = {
+        merge: distance(logits(fused(program, stats, 2, merge=merge, refit=False)), logits(model))
+        for merge in ("planes", "mean", "mean_renorm", "first", "procrustes", "procrustes_renorm")
+    }
+    assert min(errors, key=errors.__getitem__) == "planes", errors
+
+
+def test_a_refit_brings_the_result_closer() -> None:
+    model = decoder("llama")
+    program, stats = captured(model, rows=128)
+    without, with_refit = (
+        distance(logits(fused(program, stats, 2, refit=r)), logits(model)) for r in (False, True)
+    )
+    assert with_refit < without
+
+
+def test_the_cache_shrinks_and_decoding_goes_on() -> None:
+    program, stats = captured(decoder("llama_gqa"))
+    result = fused(program, stats, 1)
+    whole = logits(result, 2, 9)
+    tokens = ids(2, 9, seed=5)
+    state, steps = None, []
+    for start, stop in ((0, 6), (6, 7), (7, 9)):
+        outputs, state = result.step({"input_ids": tokens[:, start:stop]}, state)
+        steps.append(outputs[0])
+    assert {tuple(t.shape) for t in state.tensors.values()} == {(2, 1, 9, 4)}
+    assert distance(torch.cat(steps, 1).double(), whole) < 1e-5
+
+
+def test_a_plan_is_replayed_bit_by_bit_without_data(tmp_path) -> None:
+    program, stats = captured(decoder("llama"))
+    plan = attnopt.plan(program, {"kv_cache": "50%"}, ids(8, 24, seed=3), statistics=stats)
+    first = attnopt.apply(program, plan)
+    plan.save(tmp_path / "plan.yaml")
+    again = attnopt.apply(program, attnopt.Plan.load(tmp_path / "plan.yaml"))
+    for binding in first.bindings.values():
+        if binding.kind == "parameter":
+            assert torch.equal(first.weights[binding.name], again.weights[binding.name])
+
+
+def test_an_edited_plan_asks_for_new_statistics(tmp_path) -> None:
+    program, stats = captured(decoder("llama"))
+    plan = attnopt.plan(program, {"kv_cache": 0.5}, None, statistics=stats)
+    attnopt.apply(program, plan)
+    plan.save(tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text().replace("kv_heads: 2", "kv_heads: 1")
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ValueError, match="calibrate again"):
+        attnopt.apply(program, attnopt.Plan.load(tmp_path / "plan.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qk_norm": "head"}, "norm"),
+        ({"projections": {}}, "q projection"),
+        ({"kv_heads": 3}, "other key heads"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(change: dict, words: str) -> None:
+    program, _ = captured(decoder("llama"))
+    answer = dha.fits(replace(program.sites[0], **change), dha.Config(1))
+    assert isinstance(answer, No)
+    assert words in str(answer)
+
+
+def test_a_number_that_does_not_divide_is_refused_with_those_that_do() -> None:
+    program, _ = captured(decoder("llama"))
+    answer = dha.fits(program.sites[0], dha.Config(3))
+    assert "choose 4, 2, 1" in str(answer)
+
+
+def test_the_damage_predicted_is_the_damage_measured() -> None:
+    """The discarded share of the spectrum is the error of the fused values in output units."""
+    model = decoder("llama")
+    program, stats = captured(model)
+    site = program.sites[0]
+    predicted = dha.damage(site, stats, dha.Config(2))
+    layer = dha._Layer.read(site, stats)
+    lost = total = 0.0
+    for members in ([0, 1], [2, 3]):
+        common, back = dha._fused_value(layer, members)
+        for i, m in enumerate(members):
+            for h in layer.queries_of(m):
+                gone = layer.o.maps[h].T @ (layer.v.maps[m] - back[i] @ common)
+                whole = layer.o.maps[h].T @ layer.v.maps[m]
+                lost += float(((gone @ layer.gram_kv) * gone).sum())
+                total += float(((whole @ layer.gram_kv) * whole).sum())
+    assert lost / total == pytest.approx(predicted, rel=1e-4)
