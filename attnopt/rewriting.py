@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from attnopt.finder.emit import Writer
 from attnopt.finder.match import Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
+from attnopt.finder.simplify import simplify
 from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Choice, No, Plan, Site
 from attnopt.passes import exact
@@ -124,6 +125,7 @@ class _Copy:
 
     graph: fx.Graph
     mapping: dict[fx.Node, fx.Node]
+    shared: dict[Any, fx.Node] = field(default_factory=dict)
 
 
 def _apply_exact(program: Program) -> Program:
@@ -136,7 +138,7 @@ def _apply_exact(program: Program) -> Program:
         debug.advance("prove", number, len(findings.matches))
         refusal = exact.refuse(match)
         if refusal is None:
-            refusal = _replace(view, rewritten, match, proved)
+            refusal = _rewrite(view, rewritten, match, proved)
         if refusal is not None:
             refused.append(No(refusal.why, f"{match.module} ({refusal.where})"))
             debug.log(4, f"exact refuses {match.module}: {refusal}")
@@ -158,11 +160,21 @@ def _loosen_views(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
 
 
+def _rewrite(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:
+    """Rewrite a site with its masks said by name, or else as they are; return the last refusal."""
+    simple = simplify(view, match)
+    refusal = _replace(view, rewritten, simple, proved)
+    if refusal is not None and simple is not match:
+        debug.log(4, f"{match.module}: the mask by name is refused: {refusal}")
+        refusal = _replace(view, rewritten, match, proved)
+    return refusal
+
+
 def _replace(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:
     """Put the canonical op at a site, proving it first; a refusal leaves the site as it was."""
     moved = _moved(match, rewritten.mapping)
     before = rewritten.mapping[match.result]
-    writer = Writer(rewritten.graph, view.shapes, before, rewritten.mapping)
+    writer = Writer(rewritten.graph, view.shapes, before, rewritten.mapping, rewritten.shared)
     try:
         result = exact.emit(writer, moved)
     except (NotImplementedError, RuntimeError) as error:
@@ -187,6 +199,7 @@ def _moved(match: Match, mapping: dict[fx.Node, fx.Node]) -> Match:
     def operand(o: Operand) -> Operand:
         return replace(o, node=mapping[o.node], product=mapping[o.product])
 
+    padding = match.padding
     return replace(
         match,
         anchor=mapping[match.anchor],
@@ -197,4 +210,5 @@ def _moved(match: Match, mapping: dict[fx.Node, fx.Node]) -> Match:
         sides=tuple(side(s) for s in match.sides),
         after=tuple(side(s) for s in match.after),
         sinks=None if match.sinks is None else side(match.sinks),
+        padding=padding and replace(padding, node=mapping[padding.node]),
     )

@@ -13,9 +13,11 @@ from torch import fx
 
 from attnopt.finder.emit import Writer, from_canonical, to_canonical
 from attnopt.finder.layout import Layout
-from attnopt.finder.match import Match, Operand, Side
+from attnopt.finder.match import Match, Operand, Padding, Side
 from attnopt.finder.ops import shape, value
+from attnopt.finder.scores import is_fused
 from attnopt.nouns import No, Site
+from attnopt.ops.structure import options_of
 
 aten = torch.ops.aten
 
@@ -48,10 +50,9 @@ def refuse(match: Match) -> No | None:
     if match.reused:
         why = "the attention weights are read elsewhere, and the canonical op never forms them"
         return No(f"{why} ({', '.join(n.name for n in match.reused[:3])})", match.anchor.name)
-    if match.causal and match.q.layout.size("T") != match.k.layout.size("S"):
-        return No(
-            "is_causal with fewer queries than keys aligns at the top left", match.anchor.name
-        )
+    if is_fused(match.anchor) and match.structure.kind != "none" and not _is_square(match):
+        why = "is_causal with fewer queries than keys aligns at the top left"
+        return No(why, match.anchor.name)
     for side in match.sides:
         if side.step.op == "multiply" and not _per_query(side) and side.step.when is False:
             return No("the scores are divided by a tensor over the keys", side.step.node.name)
@@ -84,10 +85,12 @@ def emit(writer: Writer, match: Match) -> fx.Node:
             bias = term if bias is None else writer.call(aten.add.Tensor, bias, term)
     sinks = _sinks(writer, match.sinks)
     options: dict[str, Any] = {"scale": match.scale}
-    named = {"bias": bias, "mask": mask, "sinks": sinks, "softcap": match.softcap}
+    padding = None if match.padding is None else _padding(writer, match.padding)
+    named = {"bias": bias, "mask": mask, "padding": padding, "sinks": sinks}
     options.update({name: x for name, x in named.items() if x is not None})
-    if match.causal:
-        options["causal"] = True
+    if match.softcap is not None:
+        options["softcap"] = match.softcap
+    options.update(options_of(match.structure))
     for name, operand in (("k_map", match.k), ("v_map", match.v)):
         heads = operand.heads
         even = tuple(h * operand.held // len(heads) for h in range(len(heads)))
@@ -97,8 +100,25 @@ def emit(writer: Writer, match: Match) -> fx.Node:
     return _finish(writer, match, result)
 
 
+def _is_square(match: Match) -> bool:
+    return match.q.layout.size("T") == match.k.layout.size("S")
+
+
 def _operand(writer: Writer, operand: Operand, order: str) -> fx.Node:
     return to_canonical(writer, operand.node, operand.layout, order)
+
+
+def _padding(writer: Writer, padding: Padding) -> fx.Node:
+    """Return a padding input as (B, 1, 1, S) booleans, true = visible; all sites share it."""
+
+    def write(early: Writer) -> fx.Node:
+        if padding.inverted:
+            seen = early.call(aten.eq.Scalar, padding.node, 0)
+        else:
+            seen = _truth(early, padding.node)
+        return early.call(aten.unsqueeze.default, early.call(aten.unsqueeze.default, seen, 1), 1)
+
+    return writer.shared(("padding", padding), write)
 
 
 def _per_query(side: Side) -> bool:

@@ -3,7 +3,22 @@
 import pytest
 import torch
 
+from attnopt.finder.structures import structure
+from attnopt.nouns import Mask
 from attnopt.ops import attention, attention_lse
+from attnopt.ops.structure import mask_of, options_of
+
+STRUCTURES = (
+    Mask("none"),
+    Mask("causal"),
+    Mask("sliding", window=1),
+    Mask("sliding", window=5),
+    Mask("sliding", window=3, right=1),
+    Mask("sliding", window=0, right=4),
+    Mask("chunked", window=4),
+    Mask("block", window=4),
+    Mask("prefix", prefix=3),
+)
 
 
 def draw(*sizes: int, seed: int = 0) -> torch.Tensor:
@@ -47,6 +62,18 @@ def test_causal_queries_sit_at_the_end_of_the_keys(queries):
     torch.testing.assert_close(tail, whole[:, :, -queries:])
 
 
+@pytest.mark.parametrize("sizes", [(7, 7), (3, 13), (20, 20)])
+@pytest.mark.parametrize("mask", STRUCTURES, ids=str)
+def test_a_structure_is_the_mask_that_it_names(mask, sizes):
+    queries, keys = sizes
+    q, k, v = draw(2, 2, queries, 4), draw(2, 2, keys, 4, seed=1), draw(2, 2, keys, 4, seed=2)
+    shown = torch.rand(2, 1, 1, keys, generator=torch.Generator().manual_seed(3)) < 0.7
+    want = attention(q, k, v, mask=structure(mask, queries, keys) & shown)
+    got = attention(q, k, v, padding=shown, **options_of(mask))
+    torch.testing.assert_close(got, want)
+    assert mask_of(options_of(mask)) == mask
+
+
 def test_rows_that_see_nothing_are_zero_with_finite_gradients():
     q = draw(1, 1, 3, 4).requires_grad_()
     k, v = draw(1, 1, 3, 4, seed=1), draw(1, 1, 3, 4, seed=2)
@@ -88,6 +115,8 @@ def test_gradients_are_those_of_the_formula():
 def test_opcheck_accepts_it():
     q, k, v = (draw(1, 2, 3, 4, seed=s).requires_grad_() for s in range(3))
     torch.library.opcheck(attention, (q, k, v), {"causal": True})
+    shown = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    torch.library.opcheck(attention, (q, k, v), {"padding": shown, "window": 2, "right": 1})
 
 
 def test_low_precision_accumulates_in_single():

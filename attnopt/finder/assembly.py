@@ -108,7 +108,7 @@ class _Assembly:
             sinks=sinks,
             after=tuple(after),
             after_scale=after_scale,
-            causal=parts.causal,
+            structure=parts.structure,
             reused=parts.reused,
             scores_layout=out,
             contraction=self.qk,

@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -22,7 +22,12 @@ class Writer:
     """Insert nodes into a graph before a given node, with example values kept up to date."""
 
     def __init__(
-        self, graph: fx.Graph, shapes: Shapes, before: fx.Node, mapping: Mapping[fx.Node, fx.Node]
+        self,
+        graph: fx.Graph,
+        shapes: Shapes,
+        before: fx.Node,
+        mapping: Mapping[fx.Node, fx.Node],
+        shared: dict[Any, fx.Node] | None = None,
     ) -> None:
         self.graph = graph
         self.shapes = shapes
@@ -30,6 +35,7 @@ class Writer:
         self.mapping = mapping
         self._sizes: dict[Any, fx.Node] = {}
         self._origin = before
+        self._shared: dict[Any, fx.Node] = {} if shared is None else shared
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert one call and compute its example value."""
@@ -55,6 +61,13 @@ class Writer:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self._origin.meta:
                 node.meta[key] = self._origin.meta[key]
+
+    def shared(self, key: Any, write: Callable[["Writer"], fx.Node]) -> fx.Node:
+        """Insert what every site that asks with this key shares, at the start of the graph."""
+        if key not in self._shared:
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
+            self._shared[key] = write(Writer(self.graph, self.shapes, first, self.mapping))
+        return self._shared[key]
 
     def size(self, size: Any) -> Size:
         """Return a size as an integer, or as a node computed from the sizes of the inputs."""

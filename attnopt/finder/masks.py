@@ -31,6 +31,7 @@ from attnopt.finder.ops import (
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import HARD
 from attnopt.finder.structures import name_structure
+from attnopt.finder.structures import structure as shown_by
 from attnopt.nouns import Mask
 
 Bias = Literal["none", "alibi", "relative", "table", "dense"]
@@ -38,8 +39,11 @@ Bias = Literal["none", "alibi", "relative", "table", "dense"]
 _BROADCASTING = frozenset(
     "expand expand_as unsqueeze slice view reshape broadcast_to to _to_copy".split()
 )
+_FILLING = frozenset("masked_fill where full full_like new_full mul scalar_tensor slice".split())
 _PADDING_TRIALS = 8
 _LARGEST_SQUARE = 8200
+_LARGEST_INTEGER = 65536
+_LARGEST_POSITION = 1e9
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Named:
 
 def name_masks(view: View, match: Match) -> Named:
     """Name the structure, the padding and the bias of a site."""
-    return _Reader(view, match).read()
+    return MaskReader(view, match).read()
 
 
 def split_terms(side: Side) -> list[Term]:
@@ -99,7 +103,7 @@ def _keeps_axes(node: fx.Node) -> bool:
     return lead >= 0 and all(b in (1, a) for b, a in zip(before, after[lead:], strict=True))
 
 
-class _Reader:
+class MaskReader:
     """Evaluates the terms of one site."""
 
     def __init__(self, view: View, match: Match) -> None:
@@ -122,16 +126,20 @@ class _Reader:
             return Named(
                 Mask("dense"), bool(self.inputs), self._bias(notes), ("the mask depends on data",)
             )
-        key = self._key()
-        if key not in self.view.masks:
-            self.view.masks[key] = self._hard()
-        structure, padded, said = self.view.masks[key]
+        structure, padded, said = self.name_hard()
         if any(self._hides(t.node) for t in self.soft):
             structure, said = Mask("dense"), (*said, "the mask depends on data")
         return Named(structure, padded, self._bias(notes), (*said, *notes))
 
+    def name_hard(self) -> tuple[Mask, bool, tuple[str, ...]]:
+        """Name what hides keys: the structure, whether inputs hide more, and what is odd."""
+        key = self._key()
+        if key not in self.view.masks:
+            self.view.masks[key] = self._hard()
+        found: tuple[Mask, bool, tuple[str, ...]] = self.view.masks[key]
+        return found
+
     def _hard(self) -> tuple[Mask, bool, tuple[str, ...]]:
-        """Name what hides keys: the structure, and whether inputs hide more."""
         notes: list[str] = []
         structure = self._structure(notes)
         if not self.inputs or notes:
@@ -147,7 +155,7 @@ class _Reader:
         """Identify a mask that several layers share, which is named once."""
         match = self.match
         shapes = tuple(shape(x.product) for x in (match.q, match.k))
-        return (tuple(self.hard), match.causal, match.scores_layout, shapes)
+        return (tuple(self.hard), match.structure, match.scores_layout, shapes)
 
     # ------------------------------------------------------------------------- dependencies
 
@@ -194,7 +202,7 @@ class _Reader:
 
     # --------------------------------------------------------------------------- evaluation
 
-    def _visible(self, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
+    def visible(self, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
         """Return which keys are visible, as (B or 1, H or 1, T, S) booleans."""
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
@@ -207,13 +215,13 @@ class _Reader:
             hidden = hidden == term.when
             own = broadcast_layout(term.layout, tuple(hidden.shape))
             visible = visible & ~_to_bhts(hidden, own, term.layout)
-        if self.match.causal:
+        if self.match.structure.kind != "none":
             queries, keys = visible.shape[-2:]
             queries, keys = (
                 max(queries, self._length("T", sizes)),
                 max(keys, self._length("S", sizes)),
             )
-            visible = visible & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            visible = visible & shown_by(self.match.structure, queries, keys)
         return visible
 
     def _default(self, node: fx.Node, sizes: Sizes) -> Tensor:
@@ -256,12 +264,12 @@ class _Reader:
     # ----------------------------------------------------------------------------- structure
 
     def _structure(self, notes: list[str]) -> Mask:
-        if not self.hard and not self.match.causal:
+        if not self.hard and self.match.structure.kind == "none":
             return Mask("none")
         shown: list[tuple[Tensor, int]] = []
         for sizes in self._trials():
             try:
-                visible = self._visible(sizes, self._all_visible(sizes))
+                visible = self.visible(sizes, self._all_visible(sizes))
                 full = self._full(visible, sizes)
             except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
                 continue
@@ -284,11 +292,11 @@ class _Reader:
     def _all_visible(self, sizes: Sizes) -> dict[fx.Node, Tensor]:
         """Give each mask input the value that hides nothing: ones, or zeros."""
         return {
-            n: torch.full_like(self._default(n, sizes), 1 if self._ones_show(n) else 0)
+            n: torch.full_like(self._default(n, sizes), 1 if self.ones_show(n) else 0)
             for n in self.inputs
         }
 
-    def _ones_show(self, node: fx.Node) -> bool:
+    def ones_show(self, node: fx.Node) -> bool:
         """Tell a mask whose ones are visible from one whose zeros are (an additive one, too)."""
         if node not in self.polarity:
             sizes = self.view.shapes.captured
@@ -296,7 +304,7 @@ class _Reader:
             for fill in (0, 1):
                 given = {n: torch.ones_like(self._default(n, sizes)) for n in self.inputs}
                 given[node] = torch.full_like(given[node], fill)
-                shown[fill] = int(self._visible(sizes, given).sum())
+                shown[fill] = int(self.visible(sizes, given).sum())
             additive = value(node).is_floating_point() and shown[1] == shown[0]
             self.polarity[node] = shown[1] >= shown[0] and not additive
         return self.polarity[node]
@@ -354,7 +362,8 @@ class _Reader:
 
     def _constants(self) -> set[int]:
         """Collect the integers in the mask's own subgraph, and their neighbours."""
-        found: set[int] = set()
+        named = self.match.structure
+        found = _integers([n for n in (named.window, named.right, named.prefix) if n is not None])
         for node in ancestors([t.node for t in self.hard]):
             if node.op == "placeholder" and not is_size(node):
                 binding = self.program.bindings[node.name]
@@ -370,6 +379,16 @@ class _Reader:
                     found |= _integers(arg)
         return {n for c in found for n in (c - 1, c, c + 1, 2 * c + 1) if n > 1}
 
+    def covers_its_constants(self) -> bool:
+        """Tell whether every number that may bound a structure was passed by some trial."""
+        found = self._length_symbols()
+        if not found:
+            return True
+        most = _LARGEST_INTEGER if found[1] is not None else _LARGEST_SQUARE // 2
+        nodes = [n for n in ancestors([t.node for t in self.hard]) if kind(n) not in _FILLING]
+        given: list[Any] = [a for n in nodes for a in (*args(n), *n.kwargs.values())]
+        return not any(is_number(a) and most < abs(a) < _LARGEST_POSITION for a in given)
+
     # ------------------------------------------------------------------------------ padding
 
     def _padding(self, *, right: bool) -> tuple[bool, bool]:
@@ -379,16 +398,16 @@ class _Reader:
         """
         sizes = self.view.shapes.captured
         try:
-            base = self._visible(sizes, self._all_visible(sizes))
+            base = self.visible(sizes, self._all_visible(sizes))
         except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
             return True, False
         padded = False
         exact = True
         for seed in range(_PADDING_TRIALS):
             generator = torch.Generator().manual_seed(seed)
-            given = {n: self._random_mask(n, sizes, generator, right) for n in self.inputs}
+            given = {n: self.random_mask(n, sizes, generator, right) for n in self.inputs}
             try:
-                visible = self._visible(sizes, given)
+                visible = self.visible(sizes, given)
             except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
                 return True, False
             shape_ = torch.broadcast_shapes(base.shape, visible.shape)
@@ -397,16 +416,17 @@ class _Reader:
             exact = exact and _is_padding(visible, plain)
         return padded, exact
 
-    def _random_mask(
+    def random_mask(
         self, node: fx.Node, sizes: Sizes, generator: torch.Generator, right: bool
     ) -> Tensor:
+        """Draw a mask input at random; with `right` only the end of each row is hidden."""
         example = value(node)
         size = self.view.shapes.shape(node, sizes)
         shown = torch.rand(size, generator=generator) < 0.7
         if right:
             last = torch.randint(1, size[-1] + 1, (*size[:-1], 1), generator=generator)
             shown = torch.arange(size[-1]) < last
-        if self._ones_show(node):
+        if self.ones_show(node):
             return shown.to(example.dtype)
         if example.is_floating_point():
             least = torch.finfo(example.dtype).min
@@ -422,7 +442,7 @@ class _Reader:
             if term.op == "add":
                 kinds.add(self._soft_kind(term))
         for term in self.hard:
-            if term.op == "add" and (soft := self._soft_remainder(term)) is not None:
+            if term.op == "add" and (soft := self.soft_remainder(term)) is not None:
                 kinds.add(soft)
         if not kinds:
             return "none"
@@ -439,7 +459,7 @@ class _Reader:
             return "relative"
         return "table" if ops & {"index", "gather", "index_select"} else "dense"
 
-    def _soft_remainder(self, term: Term) -> Bias | None:
+    def soft_remainder(self, term: Term) -> Bias | None:
         """Return the bias in a term that positions decide; None where it only hides."""
         sizes = self.view.shapes.captured
         given = self._all_visible(sizes)
@@ -534,7 +554,7 @@ def _stored_integers(stored: Tensor) -> set[int]:
 def _integers(x: Any) -> set[int]:
     if isinstance(x, list | tuple):
         return {n for y in x for n in _integers(y)}
-    if is_number(x) and 2 <= abs(x) <= 65536 and float(x).is_integer():
+    if is_number(x) and 2 <= abs(x) <= _LARGEST_INTEGER and float(x).is_integer():
         return {abs(int(x))}
     return set()
 

@@ -10,6 +10,9 @@ from attnopt.finder.ops import (
     shape,
 )
 from attnopt.finder.scores import Step
+from attnopt.nouns import Mask
+
+NO_MASK = Mask("none")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,19 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """An input (B, S) that hides keys: its ones are visible, or with `inverted` its zeros."""
+
+    node: fx.Node
+    inverted: bool
+
+
+@dataclass(frozen=True)
 class Match:
-    """One attention, read: result = softmax(cap(q k * scale) + sides) v."""
+    """One attention, read: result = softmax(cap(q k * scale) + sides, masked) v.
+
+    `structure` and `padding` hide keys beside what the sides hide.
+    """
 
     module: str
     anchor: fx.Node
@@ -70,10 +84,11 @@ class Match:
     sinks: Side | None
     after: tuple[Side, ...]
     after_scale: float
-    causal: bool
+    structure: Mask
     reused: tuple[fx.Node, ...]
     scores_layout: Layout
     contraction: Contraction
+    padding: Padding | None = None
 
     @property
     def heads(self) -> int:
@@ -95,5 +110,5 @@ class Parts:
     weights: fx.Node | None
     after: tuple[Step, ...]
     reused: tuple[fx.Node, ...]
-    causal: bool = False
+    structure: Mask = NO_MASK
     moved: tuple[Step, ...] = ()

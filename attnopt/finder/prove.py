@@ -11,6 +11,7 @@ from attnopt.finder.evaluate import Sizes, ancestors, at_sizes, evaluate, is_siz
 from attnopt.finder.match import Match
 from attnopt.finder.ops import LAYOUT, TRANSPARENT, args, kind, value
 from attnopt.finder.provenance import View
+from attnopt.finder.simplify import random_padding
 from attnopt.nouns import No
 
 # Both sides compute in float64; what differs is the order of the same few operations.
@@ -31,7 +32,9 @@ def region_inputs(view: View, match: Match) -> list[fx.Node]:
         if s.step.op != "multiply" or not view.origins.is_learned(s.node)
     ]
     sinks = [_before_layout(match.sinks.node)] if match.sinks else []
-    return list(dict.fromkeys([match.q.node, match.k.node, match.v.node, *sides, *sinks]))
+    padding = [match.padding.node] if match.padding else []
+    operands = (match.q.node, match.k.node, match.v.node)
+    return list(dict.fromkeys([*operands, *sides, *sinks, *padding]))
 
 
 def _before_cast(node: fx.Node) -> fx.Node:
@@ -121,6 +124,9 @@ def _random_inputs(
         if s.step.op in ("hide", "zero") and s.step.when
     }
     for node in inputs:
+        if match.padding is not None and node is match.padding.node:
+            values[node] = random_padding(match.padding, sizes, view, _SHOWN[seed], seed)
+            continue
         known = None if node in operands else _position_value(view, node, sizes)
         values[node] = known if known is not None else _random(node, sizes, generator, _SHOWN[seed])
         if known is None and node in hiding and values[node].dtype == torch.bool:
@@ -182,7 +188,15 @@ def signature(view: View, match: Match) -> str:
         else:
             keywords = sorted((k, show(v)) for k, v in node.kwargs.items())
             lines.append(f"{node.target} {show(args(node))} {keywords} {like}")
-    facts = (match.q.heads, match.k.heads, match.v.heads, match.scale, match.softcap, match.causal)
+    facts = (
+        match.q.heads,
+        match.k.heads,
+        match.v.heads,
+        match.scale,
+        match.softcap,
+        match.structure,
+    )
     operands = (match.q.layout, match.k.layout, match.v.layout, match.result_layout)
-    text = "\n".join([*lines, repr(facts), repr(operands)])
+    inverted = match.padding.inverted if match.padding else None
+    text = "\n".join([*lines, repr(facts), repr(operands), repr(inverted)])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -22,7 +22,8 @@ from attnopt.finder.ops import (
 )
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import Anchor, Step, Walker, forth, through
-from attnopt.nouns import No
+from attnopt.nouns import Mask, No
+from attnopt.ops.structure import mask_of
 
 
 def match_anchor(view: View, walker: Walker, anchor: Anchor) -> Match | No:
@@ -113,7 +114,7 @@ def match_fused(view: View, node: fx.Node) -> Match | No:
             weights=None,
             after=(),
             reused=(),
-            causal=bool(argument(node, 5, "is_causal", default=False)),
+            structure=Mask("causal" if argument(node, 5, "is_causal", default=False) else "none"),
         ),
     )
 
@@ -137,11 +138,12 @@ def match_canonical(view: View, node: fx.Node) -> Match | No:
             Step("tanh", node),
             Step("scale", node, number=cap),
         ]
-    bias, mask, sinks = (given.get(name) for name in ("bias", "mask", "sinks"))
+    bias, sinks = given.get("bias"), given.get("sinks")
     if isinstance(bias, fx.Node):
         steps.append(Step("add", node, side=bias))
-    if isinstance(mask, fx.Node):
-        steps.append(Step("hide", node, side=mask, number=-torch.inf, when=False))
+    for mask in (given.get("mask"), given.get("padding")):
+        if isinstance(mask, fx.Node):
+            steps.append(Step("hide", node, side=mask, number=-torch.inf, when=False))
     parts = Parts(
         anchor=node,
         result=node,
@@ -153,7 +155,7 @@ def match_canonical(view: View, node: fx.Node) -> Match | No:
         weights=None,
         after=(),
         reused=(),
-        causal=bool(given.get("causal")),
+        structure=mask_of(given),
     )
     match = assemble(view, parts)
     if isinstance(match, No):

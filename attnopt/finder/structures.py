@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnopt.nouns import Mask
+from attnopt.ops.structure import options_of, visible_keys
 
 
 def name_structure(seen: list[Tensor]) -> Mask:
@@ -18,28 +19,8 @@ def name_structure(seen: list[Tensor]) -> Mask:
 
 def structure(mask: Mask, queries: int, keys: int) -> Tensor:
     """Return the (T, S) visibility that a named mask stands for."""
-    column = torch.arange(keys)
-    row = torch.arange(queries).unsqueeze(1) + (keys - queries)
-    if mask.kind == "none":
-        return torch.ones(queries, keys, dtype=torch.bool)
-    causal = column <= row
-    if mask.kind == "causal":
-        return causal
-    if mask.kind == "sliding" and mask.right is not None:
-        assert mask.window is not None
-        return (row - column <= mask.window) & (column - row <= mask.right)
-    if mask.kind == "sliding":
-        assert mask.window is not None
-        return causal & (row - column < mask.window)
-    if mask.kind == "chunked":
-        assert mask.window is not None
-        return causal & (row // mask.window == column // mask.window)
-    if mask.kind == "block":
-        assert mask.window is not None
-        return row // mask.window == column // mask.window
-    assert mask.kind == "prefix"
-    assert mask.prefix is not None
-    return causal | (column < mask.prefix)
+    seen = visible_keys(queries, keys, **options_of(mask))
+    return torch.ones(queries, keys, dtype=torch.bool) if seen is None else seen
 
 
 def _candidates(seen: list[Tensor]) -> Iterator[Mask]:

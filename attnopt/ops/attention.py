@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.ops.structure import visible_keys
+
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -22,17 +24,22 @@ def attention_reference(
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    padding: Tensor | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     causal: bool = False,
     window: int | None = None,
+    right: int | None = None,
+    prefix: int | None = None,
+    chunk: int | None = None,
     k_map: list[int] | None = None,
     v_map: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, E) and the natural log-sum-exp (B, H, T) of attention.
 
-    `bias` and `mask` (true = visible) broadcast to (B, H, T, S); `sinks` has one logit a head.
+    `bias` and `mask` (true = visible) broadcast to (B, H, T, S), `padding` (true = visible) is
+    (B, 1, 1, S); `sinks` has one logit a head.
     """
     dtype = torch.float32 if q.dtype in _LOW_PRECISION else q.dtype
     heads = q.shape[1]
@@ -44,9 +51,13 @@ def attention_reference(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(dtype)
-    visible = _visible(scores, mask, causal=causal, window=window)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
+    structure = visible_keys(
+        *scores.shape[-2:], causal=causal, window=window, right=right, prefix=prefix, chunk=chunk,
+        device=scores.device,
+    )  # fmt: skip
+    for visible in (structure, padding, mask):
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
     top = scores.detach().amax(dim=-1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = torch.exp(scores - top)
@@ -68,24 +79,10 @@ def _per_query_head(x: Tensor, heads: int, head_map: list[int] | None) -> Tensor
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _visible(
-    scores: Tensor, mask: Tensor | None, *, causal: bool, window: int | None
-) -> Tensor | None:
-    """Combine the structural mask with the given one; None where everything is visible."""
-    if not causal and window is None:
-        return mask
-    queries, keys = scores.shape[-2:]
-    row = torch.arange(queries, device=scores.device).unsqueeze(1) + (keys - queries)
-    column = torch.arange(keys, device=scores.device)
-    visible = column <= row
-    if window is not None:
-        visible = visible & (row - column < window)
-    return visible if mask is None else visible & mask
-
-
 _SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None, "
-    "float? scale=None, float? softcap=None, bool causal=False, int? window=None, "
+    "(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, "
+    "Tensor? padding=None, Tensor? sinks=None, float? scale=None, float? softcap=None, "
+    "bool causal=False, int? window=None, int? right=None, int? prefix=None, int? chunk=None, "
     "int[]? k_map=None, int[]? v_map=None)"
 )
 

@@ -1,0 +1,90 @@
+"""Say the masks of a match as a structure and a padding mask, where that is what they amount to.
+
+A mask of (T, S) elements then need not be made: the canonical op says in numbers which keys
+positions hide, and the padding mask has one element a key.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.finder.evaluate import Sizes, leaves
+from attnopt.finder.masks import MaskReader, split_terms
+from attnopt.finder.match import Match, Padding, Side
+from attnopt.finder.ops import value
+from attnopt.finder.provenance import View
+from attnopt.finder.structures import structure
+from attnopt.nouns import Mask
+
+_TRIALS = 8
+
+
+def simplify(view: View, match: Match) -> Match:
+    """Return the match with its masks said by name; the same match where they have none.
+
+    The names are exact for queries that see a key; what the rest gives is up to the proof.
+    """
+    reader = MaskReader(view, match)
+    if not reader.hard:
+        return match
+    named, padded, notes = reader.name_hard()
+    if named.kind == "dense" or notes or not reader.covers_its_constants():
+        return match
+    given = [n for n in leaves([t.node for t in reader.hard]) if _is_input(view, n)]
+    if not padded and not given:
+        return _without_masks(reader, match, named, None)
+    if len(given) != 1 or not _hides_keys_alone(reader, named, given[0]):
+        return match
+    padding = Padding(given[0], inverted=not reader.ones_show(given[0])) if padded else None
+    return _without_masks(reader, match, named, padding)
+
+
+def random_padding(padding: Padding, sizes: Sizes, view: View, share: float, seed: int) -> Tensor:
+    """Draw a padding mask that shows the first key, and this share of the others."""
+    size = view.shapes.shape(padding.node, sizes)
+    shown = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < share
+    shown[..., :1] = True
+    return (shown != padding.inverted).to(value(padding.node).dtype)
+
+
+def _is_input(view: View, node: fx.Node) -> bool:
+    return view.program.bindings[node.name].kind not in ("parameter", "buffer", "constant")
+
+
+def _hides_keys_alone(reader: MaskReader, named: Mask, given: fx.Node) -> bool:
+    """Tell whether hiding keys of the structure by an input of (B, S) gives the mask."""
+    example = value(given)
+    if given not in reader.inputs or example.dim() != 2 or example.is_floating_point():
+        return False
+    sizes = reader.view.shapes.captured
+    return all(_agrees(reader, named, given, sizes, seed) for seed in range(_TRIALS))
+
+
+def _agrees(reader: MaskReader, named: Mask, given: fx.Node, sizes: Sizes, seed: int) -> bool:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = reader.random_mask(given, sizes, generator, right=False)
+    try:
+        want = reader.visible(sizes, {given: drawn})
+    except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+        return False
+    shown = ((drawn != 0) == reader.ones_show(given))[:, None, None, :]
+    if want.shape[-1] != shown.shape[-1] or want.shape[0] not in (1, shown.shape[0]):
+        return False
+    got = structure(named, *want.shape[-2:]) & shown
+    alive = want.any(dim=-1, keepdim=True)
+    return torch.equal(*torch.broadcast_tensors(want & alive, got & alive))
+
+
+def _without_masks(reader: MaskReader, match: Match, named: Mask, padding: Padding | None) -> Match:
+    """Leave out the terms that only hide keys; what they add besides stays."""
+    hard = {t.node for t in reader.hard if t.op == "hide" or reader.soft_remainder(t) is None}
+    sides: list[Side] = []
+    for side in match.sides:
+        terms = [] if side.step.op == "multiply" else split_terms(side)
+        if not any(t.node in hard for t in terms):
+            sides.append(side)
+            continue
+        kept = [t.node for t in terms if t.node not in hard]
+        sides.extend(replace(side, step=replace(side.step, side=node)) for node in kept)
+    return replace(match, sides=tuple(sides), structure=named, padding=padding)
