@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from attnopt.artifacts import save as save
     from attnopt.calibrating import calibrate as calibrate
     from attnopt.frontend import capture as capture
+    from attnopt.lowering import lower as lower
     from attnopt.nouns import Choice as Choice
     from attnopt.nouns import Mask as Mask
     from attnopt.nouns import No as No
@@ -28,6 +29,7 @@ _HOMES = {
     "calibrate": "attnopt.calibrating",
     "capture": "attnopt.frontend",
     "load": "attnopt.artifacts",
+    "lower": "attnopt.lowering",
     "optimize": "attnopt.optimizing",
     "plan": "attnopt.planning",
     "save": "attnopt.artifacts",
@@ -53,6 +55,7 @@ __all__ = [
     "calibrate",
     "capture",
     "load",
+    "lower",
     "optimize",
     "plan",
     "save",

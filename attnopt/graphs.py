@@ -12,6 +12,8 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     result.output(result.graph_copy(graph, mapping))
     for old, new in mapping.items():
         new.meta = copy.copy(old.meta)
+        if old.op == "placeholder":  # fx renames what is called like a builtin, such as "input"
+            new.name, new.target = old.name, old.target
     return result, mapping
 
 

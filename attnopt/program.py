@@ -105,6 +105,19 @@ class _Cast(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a graph does not say of the module that it was captured from.
+
+    `transient` names the buffers that its state_dict leaves out, `tied` the names that share one
+    parameter; `generation_config` is there where the source had `generate()`.
+    """
+
+    transient: frozenset[str] = frozenset()
+    tied: tuple[tuple[str, ...], ...] = ()
+    generation_config: Any = None
+
+
+@dataclass(frozen=True)
 class Program:
     """A captured model.
 
@@ -123,6 +136,7 @@ class Program:
     parts: Mapping[str, "Program"] = field(default_factory=dict)
     uncaptured: tuple[Uncaptured, ...] = ()
     refused: tuple["No", ...] = ()
+    source: Source = field(default_factory=Source)
 
     @property
     def graph(self) -> fx.Graph:

@@ -41,6 +41,12 @@ class FullLayer(DynamicLayer):
         """Return the number of tokens seen, 0 included, without a branch."""
         return self.keys.shape[-2] if self.seen is None else self.seen
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is given as a negative one."""
+        super().crop(tokens_to_remove)
+        if self.seen is not None:
+            self.seen -= abs(tokens_to_remove)
+
 
 class LinearLayer(LinearAttentionLayer):
     """Convolution and recurrent states that are always present; zeros mean nothing was seen."""
@@ -176,6 +182,18 @@ class StateCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen."""
         return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is given as a negative one."""
+        if any(not layer.is_croppable for layer in self.layers):
+            raise ValueError("a recurrent state cannot forget tokens: no assisted decoding")
+        super().crop(tokens_to_remove)
+        self.seen -= abs(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers = []
+        self.seen = 0
 
 
 def cache_of_states(states: tuple[State, ...], tensors: Mapping[str, Tensor], seen: int) -> Any:

@@ -30,7 +30,7 @@ from attnopt.frontend.stateful import (
     trace_stateful,
 )
 from attnopt.nouns import No
-from attnopt.program import CallForm, Program
+from attnopt.program import CallForm, Program, Source
 
 
 def capture(
@@ -156,6 +156,7 @@ def by_parts(
         form=CallForm(_no_inputs, _no_outputs, route=run),
         history=(f"capture: {len(parts)} modules, because {why}",),
         config=example.config,
+        source=source_of(model),
         parts=parts,
         uncaptured=found.uncaptured,
     )
@@ -262,6 +263,7 @@ def two_steps(
             f"capture: decode, {later.trace.level}, {len(later.states)} states",
         ),
         config=example.config,
+        source=source_of(model),
         parts={"encode": encode, "decode": decode},
     )
 
@@ -293,6 +295,7 @@ def stateful_program(model: nn.Module, example: Example, made: Stateful) -> Prog
         states=made.states,
         history=(f"capture: whole, {result.level}, {len(made.states)} states",),
         config=example.config,
+        source=source_of(model),
     )
 
 
@@ -312,6 +315,7 @@ def plain_program(model: nn.Module, example: Example, result: Trace) -> Program:
         form=CallForm(inputs.flatten, Outputs(result.skeleton).unflatten),
         history=(f"capture: whole, {result.level}",),
         config=example.config,
+        source=source_of(model),
     )
 
 
@@ -321,6 +325,21 @@ def source_weights(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def source_of(model: nn.Module) -> Source:
+    """Return what the graph of a model will not say."""
+    transient = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in vars(module)["_non_persistent_buffers_set"]
+    }
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = tuple(tuple(found) for found in names.values() if len(found) > 1)
+    config = getattr(model, "generation_config", None) if may_generate(model) else None
+    return Source(frozenset(transient), tied, config)
 
 
 def empty_graph() -> fx.GraphModule:

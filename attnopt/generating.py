@@ -1,0 +1,79 @@
+"""Lowered causal language models: `generate()` of Transformers over a program's own state."""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from attnopt.backends import Backend
+from attnopt.frontend.caches import StateCache
+from attnopt.lowering import Runs
+from attnopt.program import Program
+
+
+class LoweredLanguageModel(Runs, PreTrainedModel, GenerationMixin):
+    """A program as a language model that generates; its cache holds the program's states."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, program: Program, backend: Backend):
+        super().__init__(copy.deepcopy(program.config))
+        self.generation_config = copy.deepcopy(program.source.generation_config)
+        self.hold(program, backend)
+        inputs = {b.name for b in program.bindings.values() if b.kind == "input"}
+        self.accepted = inputs | {"past_key_values", "use_cache", "return_dict"}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call the program as its source is called; without a cache it starts anew."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        result = self.run((), {name: x for name, x in given.items() if x is not None})
+        if use_cache is False:
+            result.past_key_values = None
+        return result
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of a step that the captured graph has."""
+        mixin: Any = GenerationMixin
+        prepared = mixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        return {name: x for name, x in prepared.items() if name in self.accepted}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        """Start from an empty state of the program."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a lowered model "
+                "keeps its own state; leave cache_implementation out"
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
+        return False
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a lowered model is made for running."""
+        raise TypeError("a lowered model is made for running: save the program it came from")

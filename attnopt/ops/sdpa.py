@@ -1,0 +1,294 @@
+"""The canonical attention by way of scaled_dot_product_attention: the fast copy of the reference.
+
+Masks are chosen by the sizes of a call. One query needs no structure, only the keys that it sees;
+as many queries as keys need the kernel's own causal mode; the rest gets a narrow mask, made once
+per forward, for each block of queries and the keys that the block can see. What the kernel cannot
+say (a soft cap, sinks) runs by the reference.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnopt.ops.attention import attention_reference
+from attnopt.ops.structure import visible_keys
+
+# A block has at least this many queries, and blocks pay where they skip this share of the scores.
+_BLOCK = 128
+_LEAST_SKIPPED = 0.3
+_REMEMBERED = 8
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What positions hide, as the options of the canonical op say it."""
+
+    causal: bool = False
+    window: int | None = None
+    right: int | None = None
+    prefix: int | None = None
+    chunk: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether this is nothing, or causal and nothing else."""
+        return self == Structure(causal=self.causal)
+
+    @property
+    def ends(self) -> bool:
+        """Tell whether no query sees a key after its own."""
+        return self.causal or (self.window is not None and self.right is None)
+
+    def needed(self, queries: int, keys: int) -> "Structure":
+        """Leave out what hides nothing at these sizes."""
+        if self.prefix is not None and self.prefix >= keys:
+            return Structure()
+        found = self if self.chunk is None or self.chunk < keys else replace(self, chunk=None)
+        if found.window is None:
+            return found
+        reach = keys if found.right is None else keys - 1
+        if found.window >= reach and (found.right is None or found.right >= keys - 1):
+            return replace(found, causal=found.ends, window=None, right=None)
+        return found
+
+    def first_key(self, position: int) -> int:
+        """Return the first key that a query at this position sees."""
+        first = 0
+        if self.window is not None:
+            first = position - self.window + (1 if self.right is None else 0)
+        if self.chunk is not None:
+            first = max(first, position - position % self.chunk)
+        return max(first, 0)
+
+    def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """Return the structure as booleans, true = visible."""
+        return visible_keys(
+            queries, keys, causal=self.causal, window=self.window, right=self.right,
+            prefix=self.prefix, chunk=self.chunk, device=device,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """All that says which keys a query sees and with what bias."""
+
+    structure: Structure
+    padding: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def is_structure(self) -> bool:
+        """Tell whether positions alone decide."""
+        return self.padding is None and self.mask is None and self.bias is None
+
+    def keys_from(self, first: int) -> "Hidden":
+        """Return the same for the keys from a number on."""
+        return self.part(slice(None), slice(first, None))
+
+    def part(self, queries: slice, keys: slice) -> "Hidden":
+        """Return the same for some queries and keys; the structure stays that of the whole."""
+        cut = [_part(x, queries, keys) for x in (self.padding, self.mask, self.bias)]
+        return Hidden(self.structure, *cut)
+
+
+Memo = dict[Hashable, tuple[Any, Any]]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memo: Memo | None = None,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    k_map: Sequence[int] | None = None,
+    v_map: Sequence[int] | None = None,
+    **structure: Any,
+) -> Tensor:
+    """Return what `attention_reference` returns first; `memo` keeps masks for later layers."""
+    if sinks is not None or softcap is not None:
+        return attention_reference(
+            q, k, v, bias=bias, mask=mask, padding=padding, sinks=sinks, scale=scale,
+            softcap=softcap, k_map=_listed(k_map), v_map=_listed(v_map), **structure,
+        )[0]  # fmt: skip
+    k, v = _heads(q, k, k_map, v, v_map)
+    queries, keys = q.shape[2], k.shape[2]
+    hidden = Hidden(Structure(**structure).needed(queries, keys), padding, mask, bias)
+    if queries == 1:
+        first = hidden.structure.first_key(keys - 1)
+        if first:
+            k, v, hidden = k[:, :, first:], v[:, :, first:], hidden.keys_from(first)
+        return _one_query(q, k, v, hidden, scale, memo)
+    if hidden.is_structure and hidden.structure.is_plain:
+        if not hidden.structure.causal:
+            return _kernel(q, k, v, None, scale)
+        if queries == keys:
+            return _kernel(q, k, v, None, scale, True)
+    if torch.compiler.is_compiling():
+        return _kernel(q, k, v, _mask(q, queries, keys, hidden), scale)
+    blocks = _blocks(queries, keys, hidden.structure)
+    if blocks:
+        return _by_blocks(q, k, v, hidden, scale, memo, blocks)
+    made = _remembered(memo, q, k, hidden, lambda: _mask(q, queries, keys, hidden))
+    return _kernel(q, k, v, made, scale)
+
+
+def _listed(head_map: Sequence[int] | None) -> list[int] | None:
+    return None if head_map is None else list(head_map)
+
+
+def _heads(
+    q: Tensor, k: Tensor, k_map: Sequence[int] | None, v: Tensor, v_map: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Give keys and values equally many heads, in groups that the kernel knows."""
+    k = k if k_map is None else k[:, list(k_map)]
+    v = v if v_map is None else v[:, list(v_map)]
+    if k.shape[1] == v.shape[1]:
+        return k, v
+    most = max(k.shape[1], v.shape[1])
+    if most % min(k.shape[1], v.shape[1]):
+        most = q.shape[1]
+    return _repeated(k, most), _repeated(v, most)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False
+) -> Tensor:
+    """Call the kernel; widths of keys and values that differ are made equal with zeros."""
+    width, out = q.shape[-1], v.shape[-1]
+    if out < width:
+        v = F.pad(v, (0, width - out))
+    elif out > width:
+        scale = width**-0.5 if scale is None else scale
+        q, k = F.pad(q, (0, out - width)), F.pad(k, (0, out - width))
+    found = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return found[..., :out] if out < width else found
+
+
+def _one_query(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scale: float | None, memo: Memo | None
+) -> Tensor:
+    """Attend with one query, which sees every key that is left."""
+    free = replace(hidden, structure=Structure())
+    if free.is_structure:
+        return _kernel(q, k, v, None, scale)
+    made = _remembered(memo, q, k, free, lambda: _mask(q, 1, k.shape[2], free))
+    return _kernel(q, k, v, made, scale)
+
+
+def _mask(q: Tensor, queries: int, keys: int, hidden: Hidden) -> Tensor | None:
+    """Return all that is hidden as one additive mask."""
+    return _joined(q, hidden, hidden.structure.mask(queries, keys, q.device))
+
+
+def _joined(q: Tensor, hidden: Hidden, seen: Tensor | None) -> Tensor | None:
+    for more in (hidden.padding, hidden.mask):
+        if more is not None:
+            seen = more if seen is None else seen & more
+    bias = None if hidden.bias is None else hidden.bias.to(q.dtype)
+    if seen is None:
+        return bias
+    if bias is not None:
+        return bias.masked_fill(~seen, -torch.inf)
+    return torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+
+
+def _part(x: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
+    """Cut a tensor that broadcasts to (B, H, T, S)."""
+    if x is None:
+        return None
+    x = x if x.dim() < 2 or x.shape[-2] == 1 else x[..., queries, :]
+    return x if x.dim() < 1 or x.shape[-1] == 1 else x[..., keys]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries, and the keys that any of them sees."""
+
+    queries: slice
+    keys: slice
+
+
+def _blocks(queries: int, keys: int, structure: Structure) -> list[_Block]:
+    """Cut the queries into blocks where that skips enough keys; nothing where it does not."""
+    plain = structure.prefix is None and structure.chunk is None
+    if not plain or not (structure.ends or structure.right is not None):
+        return []
+    size = max(_BLOCK, (structure.window or 0) // 2)
+    before = keys - queries
+    found: list[_Block] = []
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        last = before + stop + (0 if structure.right is None else structure.right)
+        first = structure.first_key(before + start)
+        found.append(_Block(slice(start, stop), slice(first, min(last, keys))))
+    done = sum((b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start) for b in found)
+    return found if done <= (1 - _LEAST_SKIPPED) * queries * keys else []
+
+
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scale: float | None, memo: Memo | None,
+    blocks: list[_Block],
+) -> Tensor:  # fmt: skip
+    """Attend block by block; the result lies in memory as (B, T, H, E)."""
+    masks = _remembered(memo, q, k, hidden, lambda: _block_masks(q, k, hidden, blocks))
+    found = [
+        _kernel(q[:, :, b.queries], k[:, :, b.keys], v[:, :, b.keys], mask, scale).transpose(1, 2)
+        for b, mask in zip(blocks, masks, strict=True)
+    ]
+    return torch.cat(found, dim=1).transpose(1, 2)
+
+
+def _block_masks(q: Tensor, k: Tensor, hidden: Hidden, blocks: list[_Block]) -> list[Tensor | None]:
+    before = k.shape[2] - q.shape[2]
+    made: dict[Hashable, Tensor | None] = {}
+    masks: list[Tensor | None] = []
+    for block in blocks:
+        position = before + block.queries.start - block.keys.start
+        sizes = (block.queries.stop - block.queries.start, block.keys.stop - block.keys.start)
+        if (position, *sizes) not in made:
+            made[position, *sizes] = _placed(hidden.structure, position, *sizes, q.device)
+        seen = made[position, *sizes]
+        masks.append(_joined(q, hidden.part(block.queries, block.keys), seen))
+    return masks
+
+
+def _placed(
+    structure: Structure, position: int, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """Return the structure of queries of which the first is at `position` of the keys."""
+    whole = max(keys, position + queries)
+    seen = structure.mask(whole - position, whole, device)
+    return None if seen is None else seen[:queries, :keys]
+
+
+def _remembered(memo: Memo | None, q: Tensor, k: Tensor, hidden: Hidden, make: Any) -> Any:
+    """Return a mask made before from the same tensors at the same sizes, or make it.
+
+    The tensors are kept with it, so that none of their numbers can be another tensor's.
+    """
+    if memo is None or torch.compiler.is_compiling():
+        return make()
+    parts = (hidden.padding, hidden.mask, hidden.bias)
+    key = (q.shape[2], k.shape[2], q.dtype, hidden.structure, *map(id, parts))
+    if key not in memo:
+        while len(memo) >= _REMEMBERED:
+            memo.pop(next(iter(memo)))
+        memo[key] = (make(), parts)
+    return memo[key][0]

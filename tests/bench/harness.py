@@ -1,0 +1,136 @@
+"""Time things side by side: interleaved rounds, medians, and intervals of their ratios.
+
+Everything that is compared runs in one process, one after the other in every round, so that what
+slows the machine slows all of them. A ratio is that of the medians; its interval comes from
+resampling whole rounds.
+"""
+
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+LEAST_ROUNDS: Final = 7
+MOST_ROUNDS: Final = 60
+WIDTH: Final = 0.02
+"""Rounds stop where every ratio's interval is this wide to either side."""
+SHORTEST: Final = 0.02
+"""A sample repeats a call for at least this many seconds."""
+RESAMPLES: Final = 2000
+RESULTS: Final = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A ratio with its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the rounds of one comparison gave: seconds a call, in order of the rounds."""
+
+    seconds: Mapping[str, tuple[float, ...]]
+
+    def median(self, name: str) -> float:
+        """Return the median seconds of a call."""
+        return statistics.median(self.seconds[name])
+
+    def speedup(self, of: str, over: str) -> Interval:
+        """Return how many times faster one thing is than another."""
+        pairs = torch.tensor([self.seconds[over], self.seconds[of]], dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randint(pairs.shape[1], (RESAMPLES, pairs.shape[1]), generator=generator)
+        medians = pairs[:, draws].median(dim=-1).values
+        low, high = (medians[0] / medians[1]).quantile(torch.tensor([0.025, 0.975]).double())
+        return Interval(self.median(over) / self.median(of), float(low), float(high))
+
+
+def compare(
+    calls: Mapping[str, Callable[[], Any]], *, base: str, most: int = MOST_ROUNDS
+) -> Timing:
+    """Time calls in interleaved rounds until their ratios to `base` are known well enough."""
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for number in range(most):
+        for name in order if number % 2 == 0 else reversed(order):
+            seconds[name].append(_sample(calls[name], repeats[name]))
+        timing = Timing({name: tuple(found) for name, found in seconds.items()})
+        if number + 1 >= LEAST_ROUNDS and all(
+            _known(timing.speedup(name, base)) for name in calls if name != base
+        ):
+            break
+    return timing
+
+
+def _known(interval: Interval) -> bool:
+    return max(interval.high - interval.ratio, interval.ratio - interval.low) <= (
+        WIDTH * interval.ratio
+    )
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    """Warm up, and return how often to call for a sample that is long enough."""
+    call()
+    once = min(_sample(call, 1) for _ in range(3))
+    return max(1, round(SHORTEST / once))
+
+
+def _sample(call: Callable[[], Any], repeats: int) -> float:
+    gc.disable()
+    _finish()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _finish()
+    seconds = (time.perf_counter() - start) / repeats
+    gc.enable()
+    return seconds
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """Say where and how this was measured."""
+    import transformers
+
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write rows and the machine to results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    place = RESULTS / f"{name}.json"
+    place.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return place
+
+
+def as_row(interval: Interval) -> dict[str, float]:
+    """Return an interval as plain numbers."""
+    return {name: round(x, 4) for name, x in asdict(interval).items()}
