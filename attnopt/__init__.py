@@ -55,7 +55,6 @@ __all__ = [
     "calibrate",
     "capture",
     "load",
-    "lower",
     "optimize",
     "plan",
     "save",
