@@ -55,6 +55,7 @@ __all__ = [
     "calibrate",
     "capture",
     "load",
+    "lower",
     "optimize",
     "plan",
     "save",
