@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
+from attnopt.graphs import in_dtype
+
 if TYPE_CHECKING:
     from attnopt.nouns import NearMiss, No, Site
 
@@ -177,7 +179,8 @@ class Program:
             replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in self.states
         )
         parts = {name: part.cast(dtype) for name, part in self.parts.items()}
-        cast = replace(self, weights=_Cast(self.weights, dtype), parts=parts)
+        module = in_dtype(self.graph_module, dtype)
+        cast = replace(self, graph_module=module, weights=_Cast(self.weights, dtype), parts=parts)
         return cast.with_states(states) if states else cast
 
     def run(self, values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from attnopt.graphs import other_dtype
 from attnopt.program import Program
 
 
@@ -43,6 +44,11 @@ class Run(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; placeholders of weights stay empty."""
         return self.values.get(n.name) if n.op == "placeholder" else super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call an op; casts back to low precision go to float32."""
+        wide = other_dtype((args, kwargs), torch.float32)
+        return super().call_function(target, *wide)
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """Return the values of a node's arguments; weights come from where they are stored."""

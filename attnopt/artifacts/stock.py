@@ -64,6 +64,8 @@ def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Modu
     """Return a model of a stock class that holds the given weights."""
     from transformers import initialization
 
+    dtypes = [t.dtype for t in weights.values() if t.is_floating_point()]
+    config.dtype = max(set(dtypes), key=dtypes.count)
     with initialization.no_init_weights():
         model: Any = cls._from_config(config)
     model.tie_weights()
