@@ -32,6 +32,8 @@ WINDOWS = (1024, 4096, 8192)
 
 
 def check(name: str, attention: str, task: str, **options: Any) -> None:
+    if not zoo.offers(name, attention, task):
+        pytest.skip("no such attention in Transformers")
     pad = "left" if task == "lm" else "right"
     model, kwargs, count = zoo.build(name, attention, task=task, pad=pad, **options)
     expected = zoo_facts.expected(name, model.config, kwargs, task)
@@ -149,3 +151,11 @@ def test_the_table_has_a_row_for_every_declared_site(name: str) -> None:
 
 def test_a_fact_that_is_not_settled_is_never_compared() -> None:
     assert all(getattr(Expected(), name) is ANY for name in ("heads", "scale", "mask"))
+
+
+def test_what_transformers_does_not_have_is_known() -> None:
+    assert zoo.offers("gemma2", "eager", "lm")
+    assert not zoo.offers("gemma2", "sdpa", "lm")
+    assert zoo.offers("llama", "sdpa")
+    assert zoo.keeps_cache("gpt2")
+    assert not zoo.keeps_cache("openai_gpt")

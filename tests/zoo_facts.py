@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+import zoo
 from site_facts import ANY, Expected
 from zoo_table import ZOO
 
@@ -35,7 +36,7 @@ def expected(
 def _with_call(name: str, facts: Expected, *, padded: bool, lm: bool) -> Expected:
     """Add what depends on the call: padding, and the cache of the decoder's self-attention."""
     own_causal = facts.kind == "self" and facts.mask not in (NONE, ANY)
-    cached = (True if own_causal else ANY) if lm else False
+    cached = (True if own_causal else ANY) if lm and zoo.keeps_cache(name) else False
     if ZOO[name].family in ("decoder", "encoder", "hybrid") and facts.padded is ANY:
         facts = replace(facts, padded=padded if name not in MASKLESS else ANY)
     return facts if facts.cached is not ANY else replace(facts, cached=cached)
@@ -317,8 +318,8 @@ RULES: Final[dict[str, Rule]] = {
     "deepseek_v3": latent,
     "detr": detr,
     "diffllama": diffllama,
-    # The bias is computed from the values, and masked together with the causal part.
-    "doge": lambda c: tuple(replace(one, mask=(one.mask, Mask("dense"))) for one in decoder(c)),
+    # The bias is computed from the values.
+    "doge": lambda c: decoder(c, bias="dense"),
     "falcon_mq": lambda c: decoder(c, kv_heads=1),
     "falcon_new": lambda c: decoder(c, kv_heads=c.num_kv_heads),
     "flava_image": encoder,

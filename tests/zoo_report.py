@@ -130,12 +130,25 @@ def rewritten_sites(program: Any, exact: Any) -> int:
     return max(len(program.sites) - len(declined), 0)
 
 
-def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
-    for entry in options.only or zoo.ZOO:
-        for attention in options.attention:
-            for task in options.task:
-                if task == "base" or entry in zoo.LM:
-                    yield entry, attention, task
+Case = tuple[str, str, str]
+
+
+def cases(options: argparse.Namespace) -> tuple[list[Case], list[Case]]:
+    """List what there is to measure, and what Transformers does not have."""
+    asked = [
+        (entry, attention, task)
+        for entry in options.only or zoo.ZOO
+        for attention in options.attention
+        for task in options.task
+        if task == "base" or entry in zoo.LM
+    ]
+    return [c for c in asked if zoo.offers(*c)], [c for c in asked if not zoo.offers(*c)]
+
+
+def skipped(missing: Sequence[Case]) -> str:
+    """Say in one line which entries have no such attention."""
+    names = dict.fromkeys(f"{entry} {attention}" for entry, attention, _ in missing)
+    return f"no such attention in Transformers, skipped: {', '.join(names) or 'none'}"
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
@@ -168,14 +181,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.json:
         print(COLUMNS, flush=True)
     rows = []
-    for entry, attention, task in cases(options):
+    present, missing = cases(options)
+    for entry, attention, task in present:
         rows.append(measure(entry, attention, task, mutants=not options.no_mutants))
         if not options.json:
             print("\n".join([rows[-1].line(), *rows[-1].details()]), flush=True)
     if options.json:
         print(json.dumps([asdict(row) | {"good": row.good} for row in rows], indent=1))
     else:
-        print("\n".join(summary(rows)))
+        print("\n".join([*summary(rows), skipped(missing)]))
     return int(not all(row.good for row in rows))
 
 
