@@ -36,6 +36,8 @@ from site_facts import all_mismatches
 import attnopt
 
 DRAWS: Final = 2
+MORE_DRAWS: Final = 40
+"""Where two draws differ too much: the largest of few errors is chance, of many it is not."""
 ATTEMPTS: Final = 5
 SLACK_PER_SIZE: Final = 10.0
 """One size alone has few numbers; all sizes together are judged without slack."""
@@ -167,6 +169,7 @@ def _compared(case: Case, compiled: Compiled) -> tuple[list[Problem], int]:
     """Run the module, its float64 copy and the rewritten one at every size."""
     reference = exactly(copy.deepcopy(case.module).double())
     pooled, problems, narrowed = Gaps(), [], 0
+    sizes: list[Size] = []
     for size in case.sizes:
         one = Gaps()
         try:
@@ -179,11 +182,17 @@ def _compared(case: Case, compiled: Compiled) -> tuple[list[Problem], int]:
             category = "narrow" if REFUSED_SIZE in str(error) else "crash"
             problems.append(Problem(category, f"at {size}: {shown(error)}"))
             continue
+        sizes.append(size)
         problem, at_one = _judged(case, one, size)
         narrowed += at_one
         problems += [problem] if problem else []
     if not {problem.category for problem in problems} - {"narrow"}:
         problem, _ = _judged(case, pooled, None)
+        if problem:
+            for size in sizes:
+                for number in range(DRAWS, MORE_DRAWS):
+                    _measure(case, compiled, reference, case.inputs(size, number), (pooled,))
+            problem, _ = _judged(case, pooled, None)
         problems += [problem] if problem else []
     return problems, narrowed
 
