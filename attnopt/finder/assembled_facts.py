@@ -11,6 +11,7 @@ from attnopt.finder.blurred import Blurred, aligned, inside
 from attnopt.finder.contraction import Contraction, read_contraction
 from attnopt.finder.ops import kind
 from attnopt.finder.pieces import CARRYING, Between, carried, own_factor
+from attnopt.finder.projections import columns, parameter_rows
 from attnopt.finder.provenance import View, weight_of
 from attnopt.nouns import Mask, Projection, Site
 
@@ -82,7 +83,7 @@ def _projections(
     found: dict[str, Projection] = {}
     for name, held in (("q", q), ("k", k), ("v", v)):
         if held.root.contraction is not None:
-            projection = facts.parameter_rows(view, held.root, held.heads)
+            projection = parameter_rows(view, held.root, held.heads)
             if projection is not None:
                 found[name] = projection
     if len(v.heads) == len(q.heads):
@@ -114,7 +115,7 @@ def _output(view: View, reading: Reading) -> Projection | None:
         given[c.node] = aligned(held, kept, c, view.shapes.shape(c.node, view.shapes.captured))
     after = Blurred(view, given)
     for node, operand in _read_next(view, given):
-        return facts.columns(view, node, operand, after.numbers(operand), len(v.heads), width)
+        return columns(view, node, operand, [after.numbers(operand)], len(v.heads), width)
     return None
 
 

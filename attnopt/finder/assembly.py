@@ -265,7 +265,8 @@ class _Assembly:
             taken |= moved
             both = x in self.qk.lhs_labels and x in self.qk.rhs_labels
             if not both:
-                rows |= moved
+                # Where queries share an axis with heads, only their number varies.
+                rows |= moved & _varying_axes(root.node) or moved
         summed = [line_of(numbers, labels.index(x)) for x in self.qk.summed]
         channels = {a for line in summed if line is not None for a in moved_axes(root, line)}
         inside = {
@@ -280,7 +281,10 @@ class _Assembly:
         if channels & inside or tokens or root.node.op != "placeholder":
             # Heads lie within the axis of the channels.
             return replace(root, channels=tuple(sorted(channels)))
-        free = [i for i in sorted(taken - rows) if i != 0]
+        outer = sorted(taken - rows - channels)
+        # The batch comes first; where the length does, it comes next, if two axes are left.
+        batch = outer[0] if 0 in outer or len(outer) > 1 else 0
+        free = [i for i in sorted(taken - rows) if i != batch]
         return replace(root, channels=tuple(free)) if free else root
 
     # ------------------------------------------------------------------------------- scores
@@ -470,6 +474,12 @@ class _Assembly:
             stride //= size
             coordinates[role] = ((index // stride) % size).view(found.shape)
         return read_layout(coordinates)
+
+
+def _varying_axes(node: fx.Node) -> set[int]:
+    """List the axes of an input whose size is not fixed."""
+    sizes: tuple[Any, ...] = value(node).shape if node.op == "placeholder" else ()
+    return {i for i, size in enumerate(sizes) if isinstance(size, torch.SymInt)}
 
 
 def _fitted(factors: Factors, size: int) -> Factors:

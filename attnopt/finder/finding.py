@@ -14,9 +14,13 @@ from attnopt.finder.grouping import Piece, group
 from attnopt.finder.masks import name_masks
 from attnopt.finder.match import Match
 from attnopt.finder.mixers import find_mixers
+from attnopt.finder.norms import qk_norm
 from attnopt.finder.ops import module_path
+from attnopt.finder.projections import projections
 from attnopt.finder.provenance import View
 from attnopt.finder.reading import match_anchor, match_canonical, match_fused
+from attnopt.finder.rope import rope
+from attnopt.finder.scale import scale_before
 from attnopt.finder.scores import Anchor, Walker, find_anchors, is_canonical, is_fused
 from attnopt.nouns import NearMiss, No, Site
 from attnopt.program import Program
@@ -120,8 +124,8 @@ def read_site(view: View, pieces: list[Match], name: str) -> Site:
     match = max(pieces, key=lambda m: m.q.layout.size("T") * m.k.layout.size("S"))
     named = name_masks(view, match)
     cached = _is_cached(view, match)
-    scale = match.scale * facts.scale_before(view, match.q) * facts.scale_before(view, match.k)
-    norm = facts.qk_norm(view, match)
+    scale = match.scale * scale_before(view, match.q) * scale_before(view, match.k)
+    norm = qk_norm(view, match)
     by_head = any(s.step.op == "multiply" and "S" not in s.own_layout().roles for s in match.sides)
     notes = [*named.notes]
     if len(pieces) > 1:
@@ -142,11 +146,11 @@ def read_site(view: View, pieces: list[Match], name: str) -> Site:
         bias=named.bias,
         softcap=match.softcap,
         sinks=match.sinks is not None,
-        rope=facts.rope(view, match, cached),
+        rope=rope(view, match, cached),
         qk_norm=norm,
         cached=cached,
         grid=facts.grid(view, match),
-        projections=facts.projections(view, match),
+        projections=projections(view, match),
         notes=tuple(notes),
     )
 

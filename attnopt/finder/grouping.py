@@ -12,6 +12,7 @@ from attnopt.finder.match import Match
 from attnopt.finder.ops import CONTRACTIONS, kind
 from attnopt.finder.provenance import View, weight_of
 from attnopt.finder.scores import Anchor
+from attnopt.finder.walking import projecting
 from attnopt.nouns import No
 
 Piece = Match | Reading
@@ -40,8 +41,8 @@ def group(
 def _queries(view: View, piece: Piece) -> tuple[str, frozenset[fx.Node]]:
     """Return the module of a piece, and what projects its queries."""
     if isinstance(piece, Match):
-        return piece.module, facts.projecting(view, piece.q.product)
-    return piece.module, facts.projecting(view, piece.q.node)
+        return piece.module, projecting(view, piece.q.product)
+    return piece.module, projecting(view, piece.q.node)
 
 
 def _meeting(

@@ -6,7 +6,7 @@ masks, and must split into structure AND padding. Soft terms are biases, not mas
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
@@ -40,6 +40,7 @@ _BROADCASTING = frozenset(
     "expand expand_as unsqueeze slice view reshape broadcast_to to _to_copy".split()
 )
 _FILLING = frozenset("masked_fill where full full_like new_full mul scalar_tensor slice".split())
+_MOVES = LAYOUT - frozenset("getitem gather index take_along_dim constant_pad_nd pad".split())
 _PADDING_TRIALS = 8
 _LARGEST_SQUARE = 8200
 _LARGEST_INTEGER = 65536
@@ -48,13 +49,26 @@ _LARGEST_POSITION = 1e9
 
 @dataclass(frozen=True)
 class Term:
-    """A part of what is added to, or hides, the scores."""
+    """A part of what is added to, or hides, the scores.
+
+    `under` is what data decide, where this term only writes a mask over it.
+    """
 
     node: fx.Node
     op: str
     when: bool
     factor: float
     layout: Layout
+    under: fx.Node | None = None
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """Return where the term's own subgraph ends: at what the mask is written over."""
+        return () if self.under is None else (self.under,)
+
+    def nodes(self) -> list[fx.Node]:
+        """List the term's own subgraph, in order of execution."""
+        return [n for n in ancestors([self.node], self.ends) if n not in self.ends]
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,12 @@ class MaskReader:
         self.hard: list[Term] = []
         self.soft: list[Term] = []
         for term in terms:
-            (self.hard if self._decidable(term.node) else self.soft).append(term)
+            under = None if self._decidable(term.node) else self._under_mask(term)
+            if under is not None:
+                self.hard.append(replace(term, under=under))
+                self.soft.append(replace(term, node=under))
+            else:
+                (self.hard if self._decidable(term.node) else self.soft).append(term)
         self.inputs = self._mask_inputs()
 
     def read(self) -> Named:
@@ -166,6 +185,24 @@ class MaskReader:
             return False
         return "data" not in flags or all(_is_key_mask(n) for n in self._data_inputs(node))
 
+    def _under_mask(self, term: Term) -> fx.Node | None:
+        """Return the data that a decidable mask is written over; None where there is no such."""
+        node, masked = term.node, False
+        while term.op == "add":
+            under = next((x for x in _fills(node) if self._is_mask(*x[:2])), None)
+            if under is not None:
+                node, masked = under[2], True
+            elif kind(node) in _MOVES | TRANSPARENT and isinstance(args(node)[0], fx.Node):
+                node = args(node)[0]
+            else:
+                break
+        return node if masked else None
+
+    def _is_mask(self, condition: fx.Node, fill: Any) -> bool:
+        """Tell whether writing `fill` where `condition` is hides keys that positions decide."""
+        number = self.view.scalars.scalar(fill, uniform=True)
+        return number is not None and number <= HARD and self._decidable(condition)
+
     def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in leaves([node]) if "data" in self.view.origins.of(n)]
 
@@ -191,10 +228,12 @@ class MaskReader:
         return bool(names & {"input_ids", "decoder_input_ids"})
 
     def _mask_inputs(self) -> list[fx.Node]:
-        found = leaves([t.node for t in self.hard])
+        found = {n for t in self.hard for n in leaves([t.node], t.ends)} - {
+            t.under for t in self.hard
+        }
         return [
             n
-            for n in found
+            for n in sorted(found)
             if self.program.bindings[n.name].kind == "input"
             and self.program.bindings[n.name].name.split(".")[-1]
             not in ("position_ids", "cache_position")
@@ -206,11 +245,8 @@ class MaskReader:
         """Return which keys are visible, as (B or 1, H or 1, T, S) booleans."""
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
-        def leaf(node: fx.Node) -> Tensor:
-            return inputs[node] if node in inputs else self._default(node, sizes)
-
         for term in self.hard:
-            (found,) = evaluate([term.node], leaf, sizes=sizes)
+            found = self._value(term, sizes, inputs)
             hidden = found != 0 if term.op == "hide" else found * term.factor <= HARD
             hidden = hidden == term.when
             own = broadcast_layout(term.layout, tuple(hidden.shape))
@@ -223,6 +259,18 @@ class MaskReader:
             )
             visible = visible & shown_by(self.match.structure, queries, keys)
         return visible
+
+    def _value(self, term: Term, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
+        """Evaluate a term, with zeros for what its mask is written over."""
+
+        def leaf(node: fx.Node) -> Tensor:
+            if node in term.ends:
+                return torch.zeros(self.view.shapes.shape(node, sizes), dtype=value(node).dtype)
+            return inputs[node] if node in inputs else self._default(node, sizes)
+
+        (found,) = evaluate([term.node], leaf, sizes=sizes, stop=term.ends)
+        assert isinstance(found, Tensor)
+        return found
 
     def _default(self, node: fx.Node, sizes: Sizes) -> Tensor:
         binding = self.program.bindings[node.name]
@@ -249,10 +297,11 @@ class MaskReader:
         operand = self.match.q if role == "T" else self.match.k
         found = self.view.shapes.shape(operand.product, sizes)
         held = self._layout_of(operand)
-        axes = [i for i, a in enumerate(held.axes) if any(f.role == role for f in a)]
         total = 1
-        for i in axes:
-            total *= found[i]
+        for size, axis in zip(found, held.axes, strict=True):
+            if any(f.role == role for f in axis):
+                # Heads or the batch may share the axis.
+                total *= size // _product(f.size for f in axis if f.role != role)
         return total
 
     def _layout_of(self, operand: Operand) -> Layout:
@@ -364,7 +413,7 @@ class MaskReader:
         """Collect the integers in the mask's own subgraph, and their neighbours."""
         named = self.match.structure
         found = _integers([n for n in (named.window, named.right, named.prefix) if n is not None])
-        for node in ancestors([t.node for t in self.hard]):
+        for node in {n for term in self.hard for n in term.nodes()}:
             if node.op == "placeholder" and not is_size(node):
                 binding = self.program.bindings[node.name]
                 if binding.kind in ("buffer", "constant"):
@@ -385,7 +434,7 @@ class MaskReader:
         if not found:
             return True
         most = _LARGEST_INTEGER if found[1] is not None else _LARGEST_SQUARE // 2
-        nodes = [n for n in ancestors([t.node for t in self.hard]) if kind(n) not in _FILLING]
+        nodes = [n for t in self.hard for n in t.nodes() if kind(n) not in _FILLING]
         given: list[Any] = [a for n in nodes for a in (*args(n), *n.kwargs.values())]
         return not any(is_number(a) and most < abs(a) < _LARGEST_POSITION for a in given)
 
@@ -462,31 +511,49 @@ class MaskReader:
     def soft_remainder(self, term: Term) -> Bias | None:
         """Return the bias in a term that positions decide; None where it only hides."""
         sizes = self.view.shapes.captured
-        given = self._all_visible(sizes)
         try:
-            (found,) = evaluate(
-                [term.node],
-                lambda n: given[n] if n in given else self._default(n, sizes),
-                sizes=sizes,
-            )
+            found = self._value(term, sizes, self._all_visible(sizes))
         except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
             return "dense"
         soft = found[(found * term.factor > HARD)]
         if soft.numel() == 0 or not (soft != 0).any():
             return None
-        # Linear in the distance of the key, with a slope of its own for each head.
-        line = found.double()
-        line = line.reshape(-1, line.shape[-1]) if line.dim() else line.reshape(1, 1)
-        seen = line > HARD
-        step = (line[:, 1:] - line[:, :-1]).abs()
-        both = seen[:, 1:] & seen[:, :-1]
-        for row, ok in zip(step, both, strict=True):
-            kept = row[ok]
-            if kept.numel() > 1 and (kept - kept[0]).abs().max() > 1e-4 * max(
-                1.0, float(kept.max())
-            ):
-                return "dense"
-        return "alibi"
+        rounding = max(_precision(n) for n in term.nodes())
+        return "alibi" if _has_slopes(found.double(), rounding) else "dense"
+
+
+def _precision(node: fx.Node) -> float:
+    """Return the relative rounding of a node's numbers; 0 for integers and booleans."""
+    example = value(node)
+    real = isinstance(example, Tensor) and example.is_floating_point()
+    return float(torch.finfo(example.dtype).eps) if real else 0.0
+
+
+def _has_slopes(bias: Tensor, rounding: float) -> bool:
+    """Tell whether each row is linear in the distance of the key, with a slope of its own."""
+    rows = bias.reshape(-1, bias.shape[-1]) if bias.dim() else bias.reshape(1, 1)
+    seen = rows > HARD
+    step = (rows[:, 1:] - rows[:, :-1]).abs()
+    for row, values, kept in zip(step, rows, seen[:, 1:] & seen[:, :-1], strict=True):
+        climbs = row[kept]
+        if climbs.numel() < 2:
+            continue
+        largest = values[values > HARD].abs().max()
+        allowed = max(1e-4 * max(1.0, float(climbs.max())), 2 * rounding * float(largest))
+        if (climbs - climbs[0]).abs().max() > allowed:
+            return False
+    return True
+
+
+def _fills(node: fx.Node) -> list[tuple[fx.Node, Any, fx.Node]]:
+    """List how a node may be read as (condition, what is written, over what)."""
+    given = args(node)
+    read = {
+        "masked_fill": [(1, 2, 0)],
+        "where": [(0, 1, 2), (0, 2, 1)],
+    }.get(kind(node), [])
+    found = [(given[c], given[f], given[o]) for c, f, o in read if len(given) == 3]
+    return [x for x in found if isinstance(x[0], fx.Node) and isinstance(x[2], fx.Node)]
 
 
 def _is_key_mask(node: fx.Node) -> bool:

@@ -58,14 +58,8 @@ def line_of(numbers: Tensor, axis: int) -> Tensor | None:
 
 def moved_axes(root: Root, line: Tensor) -> set[int]:
     """List the axes of a root that a line of its elements moves along."""
-    rest = line - root.base
-    moved: set[int] = set()
-    for axis in range(len(root.shape)):
-        stride = count(root.shape[axis + 1 :])
-        index = (rest // stride) % root.shape[axis]
-        if (index != index[0]).any():
-            moved.add(axis)
-    return moved
+    indices = (root.index(line, axis) for axis in range(len(root.shape)))
+    return {axis for axis, index in enumerate(indices) if (index != index[0]).any()}
 
 
 def count(sizes: tuple[int, ...]) -> int:

@@ -6,6 +6,7 @@ arithmetic with side operands (rotary, norms, scales) passes the numbers of what
 arrives says which head and channel of which root every element is, in whatever way it was spelled.
 """
 
+import math
 import operator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,16 +113,21 @@ class Root:
     channels: tuple[int, ...]
     contraction: Contraction | None
 
+    @property
+    def end(self) -> int:
+        """Return the number after the last element."""
+        return self.base + math.prod(self.shape)
+
+    def index(self, numbers: Tensor, axis: int) -> Tensor:
+        """Return where along an axis the elements with these numbers are."""
+        return (numbers - self.base) // math.prod(self.shape[axis + 1 :]) % self.shape[axis]
+
     def place(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Split element numbers into (row, channel), each a single running number."""
-        rest = numbers - self.base
-        row = torch.zeros_like(rest)
-        channel = torch.zeros_like(rest)
+        row = torch.zeros_like(numbers)
+        channel = torch.zeros_like(numbers)
         for axis, size in enumerate(self.shape):
-            stride = 1
-            for later in self.shape[axis + 1 :]:
-                stride *= later
-            index = (rest // stride) % size
+            index = self.index(numbers, axis)
             if axis in self.channels:
                 channel = channel * size + index
             else:
@@ -219,13 +225,50 @@ class Provenance:
                 return chosen[-1 if second else 0]
         return None
 
+    def step_back(self, node: fx.Node, place: int) -> tuple[fx.Node, int] | None:
+        """Return the input that an element comes from, and its place there; None at a root.
+
+        A place is a running number over all elements, those of several outputs one after another.
+        """
+        found: dict[fx.Node, Tensor | tuple[Tensor, ...]] = {}
+        sources: list[tuple[fx.Node, int]] = []
+        start = 0
+        for source in dict.fromkeys(self._sources(node, second=False)):
+            sources.append((source, start))
+            found[source], start = self._counted(source, start)
+        if not sources:
+            return None
+        if kind(node) == "view_as_real":
+            return sources[0][0], place // 2
+        at = int(_line(self._passed(node, found))[place])
+        if at < 0:
+            return None
+        source, start = max((x for x in sources if x[1] <= at), key=lambda x: x[1])
+        return source, at - start
+
+    def _counted(self, node: fx.Node, start: int) -> tuple[Tensor | tuple[Tensor, ...], int]:
+        """Number the elements of a node from `start`; return the end, too."""
+        example = value(node)
+        counted: list[Tensor] = []
+        for one in example if isinstance(example, tuple | list) else (example,):
+            sizes = tuple(at_sizes(s, self.sizes) for s in one.shape)
+            end = start + math.prod(sizes)
+            counted.append(torch.arange(start, end).reshape(sizes))
+            start = end
+        return (tuple(counted) if isinstance(example, tuple | list) else counted[0]), start
+
     def _step(self, node: fx.Node, second: bool) -> Tensor | tuple[Tensor, ...]:
         sources = self._sources(node, second)
         if not sources:
             return self._new_root(node)
-        found = [self._numbers[(n, second)] for n in sources]
+        return self._passed(node, {n: self._numbers[(n, second)] for n in sources})
+
+    def _passed(
+        self, node: fx.Node, found: dict[fx.Node, Tensor | tuple[Tensor, ...]]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the numbers of a node from those of its sources."""
         name = kind(node)
-        first = found[0]
+        first = next(iter(found.values()))
         if name == "view_as_complex":
             assert isinstance(first, Tensor)
             return first[..., 0]
@@ -233,7 +276,7 @@ class Provenance:
             assert isinstance(first, Tensor)
             return torch.stack([first, first + 1], dim=-1)
         if name in LAYOUT or name in JOINING:
-            return self._move(node, dict(zip(sources, found, strict=True)))
+            return self._move(node, found)
         if isinstance(value(node), tuple | list):
             return (first,) * len(value(node)) if isinstance(first, Tensor) else first
         assert isinstance(first, Tensor)
@@ -288,6 +331,13 @@ class Provenance:
         return numbers
 
 
+def _line(numbers: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return all numbers of a node in one row."""
+    return (
+        numbers.flatten() if isinstance(numbers, Tensor) else torch.cat([_line(x) for x in numbers])
+    )
+
+
 def run_layout(node: fx.Node, given: Any, named: Any) -> Any:
     """Run a layout op on numbers; views of what is not contiguous are copies then."""
     if kind(node) in ("view", "_unsafe_view") and isinstance(given[1], list | tuple):
@@ -312,10 +362,19 @@ def _channel_axes(
 
 def weight_of(contraction: Contraction, origins: Origins) -> fx.Node | None:
     """Return the operand of a contraction that is a learned weight, if just one is."""
-    lhs, rhs = origins.is_learned(contraction.lhs), origins.is_learned(contraction.rhs)
-    if rhs and (not lhs or kind(contraction.node) in ("linear", "addmm", "conv1d", "conv2d")):
-        return contraction.rhs
-    return contraction.lhs if lhs and not rhs else None
+    lhs, rhs = contraction.lhs, contraction.rhs
+    learned = [x for x in (lhs, rhs) if origins.is_learned(x)]
+    if len(learned) == 2:
+        if kind(contraction.node) in ("linear", "addmm", "conv1d", "conv2d"):
+            return rhs
+        # Learned queries are repeated for each row of the batch; a weight has fixed sizes.
+        learned = [x for x in learned if not _varies_in_size(x) and not origins.is_projected(x)]
+        return learned[0] if len(learned) == 1 else None
+    return learned[0] if learned else None
+
+
+def _varies_in_size(node: fx.Node) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in value(node).shape)
 
 
 @dataclass

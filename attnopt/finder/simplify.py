@@ -26,7 +26,8 @@ def simplify(view: View, match: Match) -> Match:
     The names are exact for queries that see a key; what the rest gives is up to the proof.
     """
     reader = MaskReader(view, match)
-    if not reader.hard:
+    if not reader.hard or any(t.under is not None for t in reader.hard):
+        # A mask that is written over data stays with them.
         return match
     named, padded, notes = reader.name_hard()
     if named.kind == "dense" or notes or not reader.covers_its_constants():
