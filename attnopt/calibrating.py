@@ -97,7 +97,8 @@ def calibrate(program: Program, data: Any) -> Statistics:
             f"({', '.join(program.parts)}), and statistics are gathered in one graph so far"
         )
     wanted = [p.parameter for s in program.sites for p in s.projections.values()]
-    inputs = inputs_of(program, wanted)
+    wide = program.cast(torch.float32)
+    inputs = inputs_of(wide, wanted)
     grams: dict[fx.Node, Gram] = {}
     batches = list(batches_of(program, data))
     tokens = 0
@@ -105,7 +106,7 @@ def calibrate(program: Program, data: Any) -> Statistics:
         kept = kept_tokens(batch)
         tokens += int(kept.sum()) if kept is not None else 0
 
-        for node, value in Run(program, batch).seen(inputs.values()):
+        for node, value in Run(wide, batch).seen(inputs.values()):
             rows = rows_of(value, kept)
             if node not in grams:
                 size = rows.shape[1] + 1

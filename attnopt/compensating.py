@@ -47,9 +47,10 @@ def _gather(
     source: Program, rewritten: Program, places: Mapping[str, str], stats: Statistics
 ) -> None:
     """Run both programs side by side and keep the moments of every projection."""
-    before, after = inputs_of(source, places), inputs_of(rewritten, places)
-    order = {node: i for i, node in enumerate(rewritten.graph.nodes)}
-    runs = [(Run(source, b), Run(rewritten, b), kept_tokens(b)) for b in stats.batches]
+    old_wide, new_wide = source.cast(torch.float32), rewritten.cast(torch.float32)
+    before, after = inputs_of(old_wide, places), inputs_of(new_wide, places)
+    order = {node: i for i, node in enumerate(new_wide.graph.nodes)}
+    runs = [(Run(old_wide, b), Run(new_wide, b), kept_tokens(b)) for b in stats.batches]
     for number, name in enumerate(sorted(places, key=lambda n: order[after[n]]), 1):
         moments = _Moments()
         for old, new, kept in runs:
@@ -59,7 +60,7 @@ def _gather(
         stats.refits[places[name]] = moments.means()
         solved = _solve(rewritten.weights[name], source.weights[name], *moments.means())
         for _, new, _ in runs:
-            new.weights[name] = solved
+            new.weights[name] = solved.float()
         debug.advance("refit", number, len(places))
 
 

@@ -19,7 +19,7 @@ from attnopt.planning import checked_goal, search
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program
 from attnopt.rewriting import apply
-from attnopt.verifying import verify
+from attnopt.verifying import in_float32, verify
 
 
 def optimize(
@@ -119,7 +119,7 @@ def measure(rewritten: Program, reference: Program, rows: Tensor) -> dict[str, A
         found["stock"] = str(stock)
         return found
     with torch.no_grad():
-        want = rewritten.cast(torch.float32)(input_ids=ids).logits
+        want = in_float32(rewritten)(input_ids=ids).logits
         got = stock(input_ids=ids).logits
     scale = float(want.double().square().mean().sqrt())
     found["stock_error"] = float((got - want).abs().max()) / scale

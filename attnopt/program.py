@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
-from attnopt.graphs import in_dtype
-
 if TYPE_CHECKING:
     from attnopt.nouns import NearMiss, No, Site
 
@@ -173,15 +171,13 @@ class Program:
         merged = ChainMap(dict(weights), self.weights)  # type: ignore[arg-type]  # only read
         return replace(self, weights=merged)
 
-    def cast(self, dtype: torch.dtype) -> "Program":
-        """Return a program that computes in another floating dtype."""
-        states = tuple(
-            replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in self.states
-        )
-        parts = {name: part.cast(dtype) for name, part in self.parts.items()}
-        module = in_dtype(self.graph_module, dtype)
-        cast = replace(self, graph_module=module, weights=_Cast(self.weights, dtype), parts=parts)
-        return cast.with_states(states) if states else cast
+    def cast(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Program":
+        """Return a program that computes in another floating dtype, its graph a copy."""
+        from attnopt.lowering import retargeted
+
+        parts = {name: part.cast(dtype, device) for name, part in self.parts.items()}
+        cast = retargeted(self, dtype, torch.device(device))
+        return replace(cast, weights=_Cast(self.weights, dtype), parts=parts)
 
     def run(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """Run the graph on tensors by placeholder name; weights are bound by the program."""

@@ -6,20 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graphs import other_dtype
+from attnopt.ops import attention
+from attnopt.ops.sdpa import Memo, attend
 from attnopt.program import Program
 
 
 class Run(fx.Interpreter):
-    """One call of a program in float32, which can be stopped at any node and continued.
+    """One call of a program, which can be stopped at any node and continued.
 
     What `weights` holds takes the place of the program's own weights from then on.
     """
 
     def __init__(self, program: Program, batch: Mapping[str, Any]) -> None:
         super().__init__(program.graph_module, graph=program.graph)
-        self.program = program.cast(torch.float32)
-        self.values = self.program.form.flatten((), dict(batch))
+        self.program = program
+        self.values = program.form.flatten((), dict(batch))
+        self.masks: Memo = {}
         self.weights: dict[str, Tensor] = {}
         self._rest = iter(list(program.graph.nodes))
 
@@ -46,9 +48,11 @@ class Run(fx.Interpreter):
         return self.values.get(n.name) if n.op == "placeholder" else super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call an op; casts back to low precision go to float32."""
-        wide = other_dtype((args, kwargs), torch.float32)
-        return super().call_function(target, *wide)
+        """Call an op, attention by the kernels of scaled_dot_product_attention."""
+        if target is attention:
+            q, k, v = args
+            return attend(q, k, v, self.masks, **kwargs)
+        return super().call_function(target, args, kwargs)
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """Return the values of a node's arguments; weights come from where they are stored."""
@@ -57,7 +61,7 @@ class Run(fx.Interpreter):
             if given.op == "placeholder" and given.name not in self.values:
                 name = self.program.bindings[given.name].name
                 if name in self.weights:
-                    return self.weights[name].float()
+                    return self.weights[name]
                 return self.program.weights[name]
             return self.env[given]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnopt import debug
+from attnopt.lowering import lower
 from attnopt.program import Program
 
 
@@ -97,7 +98,7 @@ def verify(program: Any, reference: Any, data: Any, *, max_drop: float | None = 
 
 def losses(program: Any, rows: Tensor, stage: str, *, tokens: int = 4096) -> Tensor:
     """Return the mean loss of each row in nats per token."""
-    run = program.cast(torch.float32) if isinstance(program, Program) else program
+    run = in_float32(program) if isinstance(program, Program) else program
     parts = rows.split(max(tokens // rows.shape[1], 1))
     found: list[Tensor] = []
     with torch.no_grad():
@@ -109,6 +110,13 @@ def losses(program: Any, rows: Tensor, stage: str, *, tokens: int = 4096) -> Ten
             found.append(per_token.double().mean(1))
             debug.advance(f"verify {stage}", number, len(parts))
     return torch.cat(found)
+
+
+def in_float32(program: Program) -> Any:
+    """Return something callable that runs a program in float32, fast where that is possible."""
+    if program.parts:
+        return program.cast(torch.float32)
+    return lower(program, "eager").to(torch.float32)
 
 
 def _rows(data: Any) -> Tensor:
