@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from attnopt.frontend import cleanup
 from attnopt.frontend.calls import Example, Inputs, Outputs
 from attnopt.frontend.exporting import Attempt, Trace, dry_run, trace
+from attnopt.frontend.recurrences import go_on
 from attnopt.frontend.skeletons import CacheLayers, Made, Slot, put_together
 from attnopt.nouns import No
 from attnopt.program import Binding, CallForm, Carry, Role, State
@@ -142,6 +143,8 @@ def _example_states(
 def with_states(result: Trace, forms: list[Any], argument: str) -> Stateful | No:
     """Turn the cache\'s inputs and outputs of a trace into a State table, and its past explicit."""
     outputs = _state_outputs(result.skeleton, argument)
+    places = [(state_name(i, n), o) for i, layer in enumerate(outputs) for n, o in layer.items()]
+    go_on(result.graph_module, dict(places))
     names = {node.name: node for node in result.graph_module.graph.nodes}
     states: list[State] = []
     for layer, form in enumerate(forms):
