@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -94,11 +94,29 @@ class LayerForm:
     kind: Kind
     tensors: dict[str, Tensor]
     count: int = 1
+    # A class that keeps recurrent states in a list of its own, not in a layer.
+    listed_in: type[DynamicCache] | None = None
+
+
+def empty_cache(config: Any) -> DynamicCache:
+    """Return a cache with nothing in it, as generation starts with."""
+    return DynamicCache(config=config)
 
 
 def read_layers(cache: Any) -> list[LayerForm]:
     """Return what each layer of a filled cache stores; raise TypeError for an unknown layer."""
-    return [_read_layer(layer) for layer in cache.layers]
+    forms = [_read_layer(layer) for layer in cache.layers]
+    forms += [LayerForm("empty", {}) for _ in range(len(forms), len(_listed(cache)))]
+    for index, stored in enumerate(_listed(cache)):
+        if isinstance(stored, Tensor):
+            forms[index] = LayerForm("linear", {"recurrent_0": stored}, listed_in=type(cache))
+    return forms
+
+
+def _listed(cache: Any) -> list[Any]:
+    """Return the recurrent states that a cache keeps in a list of its own, by layer."""
+    found: list[Any] = getattr(cache, "linear_cache", [])
+    return found
 
 
 def read_both_halves(cache: EncoderDecoderCache) -> list[LayerForm]:
@@ -132,11 +150,13 @@ def build_cache(
     forms: list[LayerForm], tensor_of: Callable[[int, str], Tensor], seen: Any = None
 ) -> DynamicCache:
     """Return a cache of these layers; `tensor_of(layer, name)` gives the tensors."""
-    cache = DynamicCache()
+    cache = next((f.listed_in for f in forms if f.listed_in), DynamicCache)()
     cache.layer_class_to_replicate = None
     for index, form in enumerate(forms):
         values = {name: tensor_of(index, name) for name in form.tensors}
         cache.layers.append(_build_layer(form, values, seen))
+        if form.listed_in is not None:
+            cast("Any", cache).set_linear_cache(index, values["recurrent_0"])
     return cache
 
 
@@ -228,6 +248,9 @@ def cached_tensor(cache: Any, state: State) -> Tensor | None:
         cache = cache.cross_attention_cache if crossed else cache.self_attention_cache
     if state.layer >= len(cache.layers):
         return None
+    listed = _listed(cache)[state.layer : state.layer + 1]
+    if state.role == "recurrent" and listed and isinstance(listed[0], Tensor):
+        return listed[0]
     layer = cache.layers[state.layer]
     role: Role = state.role
     if role in ("conv", "recurrent"):
@@ -253,6 +276,5 @@ def tokens_seen(cache: Any) -> int:
         cache = cache.self_attention_cache
     if isinstance(cache, StateCache):
         return cache.seen
-    if not cache.layers or all(hasattr(layer, "recurrent_states") for layer in cache.layers):
-        return 0
-    return int(cache.get_seq_length())
+    layers = [layer for layer in cache.layers if not hasattr(layer, "recurrent_states")]
+    return max((int(layer.get_seq_length()) for layer in layers), default=0)

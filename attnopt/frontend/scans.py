@@ -60,7 +60,60 @@ def _rglru(
     return states.type(hidden_states.dtype), states[:, -1]
 
 
+def _griffin_block(
+    self: Any,
+    input_states: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor,
+    use_cache: bool = True,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Run a Griffin block from its convolution's state, which the source drops for many tokens."""
+    x_BCT = self.linear_x(input_states).transpose(1, 2)
+    kept = self.conv1d_width - 1
+    before = self.conv1d_state if use_cache else None
+    before = x_BCT.new_zeros(*x_BCT.shape[:2], kept) if before is None else before
+    full = torch.cat([before, x_BCT], dim=-1)
+    self.conv1d_state = full[..., full.shape[-1] - kept :]
+    if not use_cache:
+        self.conv1d_state = self.rg_lru.recurrent_states = None
+    filters = self.conv_1d
+    mixed = functional.conv1d(full, filters.weight, filters.bias, groups=filters.groups)
+    gate = self.act_fn(self.linear_y(input_states))
+    states = self.rg_lru(mixed.transpose(1, 2), position_ids)
+    return self.linear_out(states * gate), None
+
+
+def _lightning(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any,
+    attention_mask: Tensor | None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run MiniMax's linear attention: H heads, D and E channels of keys and of values."""
+    mixed = self.act_fn(self.qkv_proj(hidden_states))
+    if attention_mask is not None:
+        mixed = (mixed * attention_mask[:, :, None]).to(mixed.dtype)
+    heads = mixed.unflatten(-1, (self.num_attention_heads, 3 * self.head_dim))
+    q_BTHD, k_BTHD, v_BTHE = heads.split(self.head_dim, dim=-1)
+    new_BTHDE = k_BTHD.unsqueeze(-1) * v_BTHE.unsqueeze(-2)
+    cache = past_key_values
+    before = None if cache is None else cache.get_linear_cache(self.layer_idx)
+    before = torch.zeros_like(new_BTHDE[:, 0]) if before is None else before
+    decay = torch.exp(-self.slope_rate).to(new_BTHDE.dtype).expand_as(new_BTHDE)
+    states_BTHDE = linear_recurrence(decay, new_BTHDE, before)
+    read = torch.matmul(q_BTHD.unsqueeze(-2), states_BTHDE).squeeze(-2).flatten(2)
+    gated = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(read)
+    if cache is not None:
+        cache.set_linear_cache(self.layer_idx, states_BTHDE[:, -1])
+    return self.out_proj(gated), states_BTHDE[:, -1]
+
+
 SCANS: Final[Mapping[str, Callable[..., Any]]] = {
     "mamba_selective_scan": _selective_scan,
     "RecurrentGemmaRglru._rnn_scan": _rglru,
+    "RecurrentGemmaRecurrentBlock.forward": _griffin_block,
+    "MiniMaxLightningAttention.forward": _lightning,
 }
