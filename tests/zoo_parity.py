@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, MoeModelOutputWithPast
 from zoo_table import V
 
+import attnopt
+
 DRAWS: Final = 8
 MUTANT_DRAWS: Final = 2
 PREFILL_AND_STEPS: Final = (12, 1, 1, 2)
@@ -28,8 +30,10 @@ OUTPUTS: Final = (
 NEEDS_POSITIONS: Final = ("bamba",)
 """A stock decode step of these numbers its tokens from 0 where no positions are given."""
 
-STEPS: Final = {"minimax": (13, 1, 1, 1), "prophetnet": (9, 1, 1, 1)}
-"""The stock models of these step by one token only."""
+STEPS: Final = {"prophetnet": (9, 1, 1, 1), "jamba": (13, 1, 1, 1)}
+"""The stock models of these step by one token only; jamba forgets its past in longer steps."""
+FORGETFUL: Final = ("minimax",)
+"""A stock step of these masks as if it had no past: only the programs run in pieces."""
 ENCODED: Final = {"switch_transformers": MoeModelOutputWithPast}
 """What the stock model takes as encoder_outputs."""
 
@@ -88,7 +92,8 @@ def _like(key: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
 def run(subject: Subject, model: Callable[..., Any], call: Call) -> Named:
     """Call a model, or feed it in pieces, and name the outputs that are compared."""
     torch.manual_seed(0)
-    if subject.task == "base":
+    whole = subject.name in FORGETFUL and not isinstance(model, attnopt.Program)
+    if subject.task == "base" or whole:
         return compared(model(**call))
     if subject.family == "encdec":
         return _decoder_pieces(subject, model, call)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ from attnopt.frontend import cleanup
 from attnopt.frontend.calls import Example, Inputs, Outputs
 from attnopt.frontend.exporting import Attempt, Trace, dry_run, trace
 from attnopt.frontend.recurrences import go_on
+from attnopt.frontend.remembering import Kept, observed, remembering, with_kept
 from attnopt.frontend.skeletons import CacheLayers, Made, Slot, put_together
 from attnopt.nouns import No
 from attnopt.program import Binding, CallForm, Carry, Role, State
@@ -54,9 +56,10 @@ def trace_stateful(
     """Trace a causal language model with its cache as inputs and outputs."""
     argument = cache_argument(source, example)
     assert argument is not None
-    forms = _cache_forms(source, example, argument)
-    if isinstance(forms, No):
-        return forms
+    found = _cache_forms(source, example, argument)
+    if isinstance(found, No):
+        return found
+    forms, kept = found
     with_state = _stateful_example(source, example, argument)
     states, state_axes = _example_states(forms, with_state.tensors["input_ids"].shape[0])
     given = {**with_state.tensors, **states}
@@ -67,9 +70,8 @@ def trace_stateful(
         from attnopt.frontend.caches import build_cache
 
         cache = build_cache(forms, lambda layer, name: tensors[state_name(layer, name)])
-        return replace(
-            with_state, skeleton={**with_state.skeleton, argument: cache, "use_cache": True}
-        ).call(module, tensors)
+        run = partial(_with(with_state, argument, cache).call, module, tensors)
+        return run() if kept is None else remembering(module, cache, kept, run)
 
     result = trace(source, call, given, dynamic if axes else {}, attempts)
     if isinstance(result, No):
@@ -86,15 +88,28 @@ def _dynamic(tensor: Tensor) -> tuple[int, ...]:
     return (0, 1) if tensor.dim() > 1 else (0,)
 
 
-def _cache_forms(source: nn.Module, example: Example, argument: str) -> list[Any] | No:
-    """Run the source once from an empty cache and see what its layers store."""
-    from attnopt.frontend.caches import read_layers
+Forms = tuple[list[Any], tuple[Kept, ...] | None]
 
-    cached = replace(example, skeleton={**example.skeleton, "use_cache": True})
-    result = dry_run(source, cached.call, example.tensors)
-    if isinstance(result, No):
-        return result
+
+def _with(example: Example, argument: str, cache: Any) -> Example:
+    given = {**example.skeleton, "use_cache": True}
+    return replace(example, skeleton=given if cache is None else {**given, argument: cache})
+
+
+def _cache_forms(source: nn.Module, example: Example, argument: str) -> Forms | No:
+    """Run the source once from an empty cache and see what its layers store.
+
+    The second result has what its modules keep, or is None where the cache keeps everything.
+    """
+    from attnopt.frontend.caches import empty_cache, read_layers
+
+    seen = _observe(source, _with(example, argument, None))
+    if isinstance(seen, No):
+        return seen
+    result, kept = seen
     cache = getattr(result, argument, None)
+    if cache is None and kept:
+        return _forms_beside(source, example, argument, empty_cache(example.config))
     if cache is None:
         return No("the forward returns no cache")
     try:
@@ -103,7 +118,29 @@ def _cache_forms(source: nn.Module, example: Example, argument: str) -> list[Any
         return No(f"a cache of an unknown kind: {error}")
     if not any(form.tensors for form in forms):
         return No("the model keeps its state outside of the cache")
-    return forms
+    return forms, None
+
+
+def _forms_beside(source: nn.Module, example: Example, argument: str, cache: Any) -> Forms | No:
+    """Give the source a cache that it does not return, and see what its modules keep beside it."""
+    from attnopt.frontend.caches import read_layers
+
+    seen = _observe(source, _with(example, argument, cache))
+    if isinstance(seen, No):
+        return seen
+    _, kept = seen
+    forms = with_kept(read_layers(cache), kept)
+    if not any(form.kind == "full" for form in forms):
+        return No("the forward returns no cache")
+    return forms, tuple(kept)
+
+
+def _observe(source: nn.Module, example: Example) -> tuple[Any, dict[Kept, Tensor]] | No:
+    def run(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
+        return observed(module, lambda: example.call(module, tensors))
+
+    seen: tuple[Any, dict[Kept, Tensor]] | No = dry_run(source, run, example.tensors)
+    return seen
 
 
 def _stateful_example(source: nn.Module, example: Example, argument: str) -> Example:

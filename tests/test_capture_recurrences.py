@@ -1,0 +1,100 @@
+"""Causal language models with recurrent layers carry their states in the program."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_capture_zoo import build, decode, error_of, left_padded, with_positions
+from torch import fx
+
+import attnopt
+from attnopt.frontend.recurrences import go_on
+from attnopt.ops import linear_recurrence
+
+Call = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def stepped(model: Any, call: Call, prompt: int) -> torch.Tensor:
+    """Return the logits of a stock model that is given one cache, and then one token at a time."""
+    cache = transformers.DynamicCache(config=model.config)
+    logits, at, length = [], 0, call["input_ids"].shape[1]
+    for end in range(prompt, length + 1):
+        piece = {
+            "input_ids": call["input_ids"][:, at:end],
+            "attention_mask": call["attention_mask"][:, :end],
+        }
+        logits.append(model(**piece, past_key_values=cache).logits)
+        at = end
+    return torch.cat(logits, 1)
+
+
+def gemma() -> Any:
+    """Return a small model of recurrent blocks and one attention."""
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2, lru_width=16,
+        num_hidden_layers=3, num_key_value_heads=1, head_dim=8, attention_window_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.RecurrentGemmaForCausalLM(config).eval()
+
+
+# Over a second: it captures a model.
+def test_states_that_modules_keep_are_carried_and_left_alone() -> None:
+    model = gemma()
+    ids = torch.randint(1, 32, (2, 16), generator=torch.Generator().manual_seed(0))
+    call = left_padded({"input_ids": ids}, 16)
+    block = model.model.layers[0].temporal_block
+    block.conv1d_state = before = torch.zeros(1, 16, 3)
+    program = attnopt.capture(model, kwargs=call)
+    assert block.conv1d_state is before
+    assert block.rg_lru.recurrent_states is None
+    assert [s.role for s in program.states] == ["conv", "recurrent"] * 2 + ["key", "value"]
+    assert all(site.cached for site in program.sites)
+    seen = call["attention_mask"].bool()
+    want = stepped(model, call, 13)[seen]
+    for cuts in ((13, 1, 1, 1), (5, 1, 10), (16,)):
+        assert error_of(decode(program, call, cuts)[seen], want) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jamba", "minimax"])
+def test_a_step_of_one_token_is_that_of_the_source(name: str) -> None:
+    model, kwargs = build(name, "eager", task="lm")
+    program = attnopt.capture(model, kwargs=kwargs)
+    assert "whole, dynamic," in program.history[0]
+    assert "recurrent" in {s.role for s in program.states}
+    call = with_positions(left_padded(kwargs, 16))
+    if name == "minimax":
+        call["attention_mask"][:] = 1
+    seen = call["attention_mask"].bool()
+    want = decode(model, call, (13, 1, 1, 1))
+    for cuts in ((13, 1, 1, 1), (5, 1, 10)):
+        assert error_of(decode(program, call, cuts)[seen], want[seen]) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_stock_cache_with_a_list_of_states_is_taken_over() -> None:
+    model, kwargs = build("minimax", "eager", task="lm")
+    program = attnopt.capture(model, kwargs=kwargs)
+    ids = kwargs["input_ids"]
+    stock = model(input_ids=ids[:, :7]).past_key_values
+    result = program(input_ids=ids[:, 7:8], past_key_values=stock)
+    assert result.past_key_values.get_seq_length() == 8
+    assert error_of(result.logits, model(input_ids=ids[:, :8]).logits[:, 7:]) < 1e-5
+
+
+def test_a_recurrence_from_zeros_goes_on_from_a_state_that_is_not_read() -> None:
+    graph = fx.Graph()
+    decay, new, state = (graph.placeholder(n) for n in ("decay", "new", "state"))
+    first = graph.call_function(torch.ops.aten.select.int, (new, 1, 0))
+    zeros = graph.call_function(torch.ops.aten.zeros_like.default, (first,))
+    states = graph.call_function(linear_recurrence, (decay, new, zeros))
+    graph.output((graph.call_function(torch.ops.aten.select.int, (states, 1, -1)),))
+    zeros.meta["val"] = state.meta["val"] = torch.zeros(2, 3)
+    module = fx.GraphModule({}, graph)
+    go_on(module, {"state": 0})
+    ones = torch.ones(2, 5, 3)
+    assert torch.equal(module(ones, ones, 2 * ones[:, 0])[0], 7 * ones[:, 0])
+    assert states.args == (decay, new, state)
