@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from attnopt.artifacts import load as load
     from attnopt.artifacts import save as save
+    from attnopt.backends.dynamo import compile_report as compile_report
     from attnopt.calibrating import calibrate as calibrate
     from attnopt.frontend import capture as capture
     from attnopt.lowering import lower as lower
@@ -28,6 +29,7 @@ _HOMES = {
     "apply": "attnopt.rewriting",
     "calibrate": "attnopt.calibrating",
     "capture": "attnopt.frontend",
+    "compile_report": "attnopt.backends.dynamo",
     "load": "attnopt.artifacts",
     "lower": "attnopt.lowering",
     "optimize": "attnopt.optimizing",
@@ -54,6 +56,7 @@ __all__ = [
     "apply",
     "calibrate",
     "capture",
+    "compile_report",
     "load",
     "lower",
     "optimize",

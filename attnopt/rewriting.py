@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -129,17 +130,30 @@ class _Copy:
 
 
 def _apply_exact(program: Program) -> Program:
+    return rewrite_exactly(program, {})[0]
+
+
+def rewrite_exactly(
+    program: Program, proved: dict[str, No | None], *, largest_proof: int | None = None
+) -> tuple[Program, frozenset[str]]:
+    """Rewrite every site that can be proved equal; return the names of those done whole, too.
+
+    `proved` holds what is known of structures and takes what is found out. A proof on more scores
+    than `largest_proof` is not made, and the site is refused.
+    """
     findings = find_sites(program)
-    view = findings.view
-    proved: dict[str, No | None] = {}
     refused = [No(r.why, f"{r.module} ({r.anchor.name})") for r in findings.unread]
+    left = {r.anchor for r in findings.unread}
     rewritten = _Copy(*copied(program.graph))
     for number, match in enumerate(findings.matches, 1):
         debug.advance("prove", number, len(findings.matches))
         refusal = exact.refuse(match)
         if refusal is None:
-            refusal = _rewrite(view, rewritten, match, proved)
+            refusal = _too_large(match, largest_proof)
+        if refusal is None:
+            refusal = _rewrite(findings.view, rewritten, match, proved)
         if refusal is not None:
+            left.add(match.anchor)
             refused.append(No(refusal.why, f"{match.module} ({refusal.where})"))
             debug.log(4, f"exact refuses {match.module}: {refusal}")
     _loosen_views(rewritten.graph)
@@ -147,9 +161,19 @@ def _apply_exact(program: Program) -> Program:
     rewritten.graph.lint()
     module = fx.GraphModule(program.graph_module, rewritten.graph)
     debug.dump(30, "exact", module)
-    done = len(findings.matches) + len(findings.unread) - len(refused)
-    result = program.with_graph(module, note=f"exact: {done} sites")
-    return replace(result, refused=(*program.refused, *refused))
+    count = len(findings.matches) + len(findings.unread) - len(refused)
+    result = program.with_graph(module, note=f"exact: {count} sites")
+    named = zip(findings.sites, findings.groups, strict=True)
+    whole = (site.name for site, pieces in named if not any(p.anchor in left for p in pieces))
+    return replace(result, refused=(*program.refused, *refused)), frozenset(whole)
+
+
+def _too_large(match: Match, most: int | None) -> No | None:
+    """Refuse a proof on more scores than allowed."""
+    count = math.prod(match.scores_layout.size(role) for role in "BHTS")
+    if most is None or count <= most:
+        return None
+    return No(f"a proof on {count:,} scores would take too long", match.anchor.name)
 
 
 def _loosen_views(graph: fx.Graph) -> None:

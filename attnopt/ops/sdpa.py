@@ -115,7 +115,10 @@ def attend(
     v_map: Sequence[int] | None = None,
     **structure: Any,
 ) -> Tensor:
-    """Return what `attention_reference` returns first; `memo` keeps masks for later layers."""
+    """Return what `attention_reference` returns first; `memo` keeps masks for later layers.
+
+    Without a memo, as in a graph to be compiled, no loop depends on the sizes.
+    """
     if sinks is not None or softcap is not None:
         return attention_reference(
             q, k, v, bias=bias, mask=mask, padding=padding, sinks=sinks, scale=scale,
@@ -134,7 +137,7 @@ def attend(
             return _kernel(q, k, v, None, scale)
         if queries == keys:
             return _kernel(q, k, v, None, scale, True)
-    if torch.compiler.is_compiling():
+    if memo is None or torch.compiler.is_compiling():
         return _kernel(q, k, v, _mask(q, queries, keys, hidden), scale)
     blocks = _blocks(queries, keys, hidden.structure)
     if blocks:

@@ -1,0 +1,96 @@
+"""Bring a graph that dynamo captured to the form of the frontend's own captures, and back.
+
+The differences are small: constants are attributes, and an empty cache is a tensor of no elements
+that the first keys are joined to.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.frontend.cleanup import drop_asserts, remove_dead
+
+aten = torch.ops.aten
+
+_PASSED_ON = (
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+    aten.detach_.default,
+    aten.alias.default,
+)
+
+
+def normalize(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    """Clean a graph and make its constants inputs, in place; return the constants by name."""
+    drop_asserts(graph_module)
+    for node in list(graph_module.graph.nodes):
+        if node.target in _PASSED_ON:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+        elif node.target is aten.cat.default:
+            _drop_empty_pieces(node)
+        elif node.op != "placeholder":
+            _name_modules(node)
+    remove_dead(graph_module)
+    constants = _constants_as_inputs(graph_module)
+    graph_module.recompile()
+    return constants
+
+
+def constants_as_attributes(graph_module: fx.GraphModule, constants: dict[str, Tensor]) -> None:
+    """Undo what `normalize` did to constants, in place."""
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        if node.name not in constants:
+            continue
+        name = f"constant_{node.name}"
+        graph_module.register_buffer(name, constants[node.name], persistent=False)
+        with graph_module.graph.inserting_before(node):
+            made = graph_module.graph.get_attr(name)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _drop_empty_pieces(node: fx.Node) -> None:
+    """Leave out of a concatenation what adds nothing: tensors of one axis and no elements."""
+    pieces: Any = node.args[0]
+    kept = [p for p in pieces if tuple(p.meta["val"].shape) != (0,)]
+    if len(kept) == 1:
+        node.replace_all_uses_with(kept[0])
+    elif len(kept) < len(pieces):
+        node.update_arg(0, kept)
+
+
+def _constants_as_inputs(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    graph = graph_module.graph
+    constants: dict[str, Tensor] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        value: Any = graph_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            continue
+        with graph.inserting_before(next(iter(graph.nodes))):
+            made = graph.placeholder(f"constant_{len(constants)}")
+        made.meta = dict(node.meta)
+        constants[made.name] = value
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+    return constants
+
+
+def _name_modules(node: fx.Node) -> None:
+    """Name modules relative to the compiled one, with dots."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        node.meta["nn_module_stack"] = {
+            key: (_dotted(path), cls) for key, (path, cls) in stack.items()
+        }
+
+
+def _dotted(path: str) -> str:
+    path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]", r".\1\2\3", path)
+    return re.sub(r"^L\.(self|fn|mod)\.?", "", path).strip(".")
