@@ -243,7 +243,8 @@ class Provenance:
         at = int(_line(self._passed(node, found))[place])
         if at < 0:
             return None
-        source, start = max((x for x in sources if x[1] <= at), key=lambda x: x[1])
+        # Of sources that start together all but the last are empty.
+        source, start = max((x for x in reversed(sources) if x[1] <= at), key=lambda x: x[1])
         return source, at - start
 
     def _counted(self, node: fx.Node, start: int) -> tuple[Tensor | tuple[Tensor, ...], int]:
