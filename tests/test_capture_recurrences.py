@@ -75,6 +75,19 @@ def test_a_step_of_one_token_is_that_of_the_source(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_model_of_recurrences_alone_carries_its_states() -> None:
+    model, kwargs = build("mamba", "eager", task="lm")
+    program = attnopt.capture(model, kwargs=kwargs)
+    assert {s.role for s in program.states} == {"conv", "recurrent"}
+    ids, cache, logits = kwargs["input_ids"], None, []
+    for piece in ids.split((9, 1, 1, 5), dim=1):
+        result = program(input_ids=piece, cache_params=cache)
+        cache = result.cache_params
+        logits.append(result.logits)
+    assert error_of(torch.cat(logits, 1), model(input_ids=ids).logits) < 1e-5
+
+
+@pytest.mark.slow
 def test_a_stock_cache_with_a_list_of_states_is_taken_over() -> None:
     model, kwargs = build("minimax", "eager", task="lm")
     program = attnopt.capture(model, kwargs=kwargs)

@@ -36,13 +36,20 @@ def go_on(graph_module: fx.GraphModule, outputs: Mapping[str, int]) -> None:
 
 def _recurrence(node: fx.Node) -> fx.Node | None:
     """Return the recurrence whose last state a node is."""
-    while _is_last(node) or _is_whole(node) or node.target in _COPIES:
+    while _is_last(node) or _is_whole(node) or _is_same(node):
         node = node.all_input_nodes[0]
     return node if node.target is linear_recurrence else None
 
 
 def _is_last(node: fx.Node) -> bool:
     return node.target is _aten.select.int and node.args[1:] == (1, -1)
+
+
+def _is_same(node: fx.Node) -> bool:
+    """Say whether a node copies its operand, or casts it to the dtype that it has."""
+    if node.target is not _aten.to.dtype:
+        return node.target in _COPIES
+    return node.meta["val"].dtype is node.all_input_nodes[0].meta["val"].dtype
 
 
 def _is_whole(node: fx.Node) -> bool:

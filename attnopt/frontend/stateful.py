@@ -60,7 +60,8 @@ def trace_stateful(
     if isinstance(found, No):
         return found
     forms, kept = found
-    with_state = _stateful_example(source, example, argument)
+    masked = _PAST if any(form.kind == "full" for form in forms) else 0
+    with_state = _stateful_example(example, argument, masked)
     states, state_axes = _example_states(forms, with_state.tensors["input_ids"].shape[0])
     given = {**with_state.tensors, **states}
     dynamic = {**{n: _dynamic(t) for n, t in with_state.tensors.items()}, **state_axes}
@@ -143,15 +144,15 @@ def _observe(source: nn.Module, example: Example) -> tuple[Any, dict[Kept, Tenso
     return seen
 
 
-def _stateful_example(source: nn.Module, example: Example, argument: str) -> Example:
-    """Lengthen the mask by the example past, and make the positions explicit."""
+def _stateful_example(example: Example, argument: str, masked: int) -> Example:
+    """Lengthen the mask by the past tokens in it, and make the positions explicit."""
     tensors = dict(example.tensors)
     ids = tensors["input_ids"]
     if ids.shape[1] < 2:
         ids = tensors["input_ids"] = ids.repeat(1, 4)
     batch, length = ids.shape
     skeleton = {k: v for k, v in example.skeleton.items() if k not in (argument, "use_cache")}
-    mask = torch.ones(batch, _PAST + length, dtype=torch.long, device=ids.device)
+    mask = torch.ones(batch, masked + length, dtype=torch.long, device=ids.device)
     if "attention_mask" in example.signature.parameters:
         tensors["attention_mask"], skeleton["attention_mask"] = mask, Slot("attention_mask")
     if "position_ids" in example.signature.parameters:
@@ -364,7 +365,8 @@ class StatefulCalls:
             raise ValueError(f"argument {self.tokens} is missing: the captured call had it")
         past = carry.past_length if carry else 0
         if self.tokens == "input_ids":
-            self._default_mask_and_positions(given, ids, past)
+            self._default_mask(given, ids, past if any(s.grows for s in self.states) else 0)
+            self._default_positions(given, ids, past)
         tensors = self.inputs.tensors_of(given)
         self.inputs.check(tensors)
         for state in self.states:
@@ -395,7 +397,7 @@ class StatefulCalls:
         stored = {s.name: cached_tensor(cache, s) for s in self.states}
         return Carry({n: t for n, t in stored.items() if t is not None}, tokens_seen(cache))
 
-    def _default_mask_and_positions(self, given: dict[str, Any], ids: Tensor, past: int) -> None:
+    def _default_mask(self, given: dict[str, Any], ids: Tensor, past: int) -> None:
         batch, length = ids.shape
         if "attention_mask" in self.inputs.shapes:
             mask = given.get("attention_mask")
@@ -407,6 +409,9 @@ class StatefulCalls:
                     f"({past} past and {length} new tokens)"
                 )
             given["attention_mask"] = mask
+
+    def _default_positions(self, given: dict[str, Any], ids: Tensor, past: int) -> None:
+        batch = ids.shape[0]
         if "position_ids" in self.inputs.shapes:
             positions = given.get("position_ids")
             if positions is None:
