@@ -90,8 +90,8 @@ def cut(documents: Sequence[str], tokenizer: Any, *, rows: int, length: int, see
     """Tokenize documents in an order drawn from the seed, and cut the stream into rows."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     stream: list[int] = []
-    for index in order.tolist():
-        stream.extend(_tokens(documents[index], tokenizer))
+    for index in range(len(documents)):
+        stream.extend(_tokens(documents[int(order[index])], tokenizer))
         if len(stream) >= rows * length:
             break
     whole = len(stream) // length

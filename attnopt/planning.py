@@ -94,7 +94,7 @@ def _options(program: Program, names: Sequence[str] | None) -> dict[str, list[_O
             continue
         options: list[_Option] = []
         for name in names or registry.names():
-            module = registry.load(name)
+            module: Any = registry.load(name)
             if module.exact or not hasattr(module, "candidates"):
                 continue
             for config in module.candidates(site):
@@ -140,7 +140,7 @@ def _same(wanted: _Option, held: Sequence[_Option]) -> _Option | None:
 
 
 def _explained(option: _Option, statistics: Statistics) -> Choice:
-    module = registry.load(option.rewrite)
+    module: Any = registry.load(option.rewrite)
     why = f"leaves {option.cache:g} elements of cache a token"
     if hasattr(module, "damage"):
         why += f"; predicted error {module.damage(option.site, statistics, option.config):.4f}"

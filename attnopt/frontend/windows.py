@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_stock_div = torch.div
+_stock_div: Any = torch.div
 
 
 def divide(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
@@ -25,7 +25,8 @@ def divide(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
 def _missing(config: Any, mask: Tensor, tokens: Tensor | None, *, least: int = 0) -> Any:
     """Return how many tokens, `least` or more, fill the last window of those in the mask."""
     length = mask.shape[1]
-    torch._check(tokens is None or tokens.shape[1] == length)
+    same = tokens is None or tokens.shape[1] == length
+    torch._check(same)  # pyright: ignore[reportPrivateUsage]
     windows = config.attention_window
     window = windows if isinstance(windows, int) else max(windows)
     return (length + least + window - 1) // window * window - length
