@@ -8,7 +8,7 @@ from torch import fx
 
 from attnopt import debug
 from attnopt.finder import facts
-from attnopt.finder.assembled import Reading, match_assembled
+from attnopt.finder.assembled import Reading, match_assembled, read_factor
 from attnopt.finder.assembled_facts import read_assembled_site
 from attnopt.finder.grouping import Piece, group
 from attnopt.finder.masks import name_masks
@@ -92,7 +92,7 @@ def _find(program: Program) -> Findings:
             debug.log(3, f"{found.module}: attention at {node.name}")
     groups = group(view, pieces, anchors)
     names = _names([g[0].module for g in groups])
-    sites = tuple(_read(view, g, name) for g, name in zip(groups, names, strict=True))
+    sites = tuple(_read(view, g, name, anchors) for g, name in zip(groups, names, strict=True))
     misses.extend(find_mixers(view, {p.module for p in pieces}))
     return Findings(view, tuple(groups), sites, tuple(misses))
 
@@ -111,12 +111,34 @@ def _candidates(
             yield node, match_canonical(view, node)
 
 
-def _read(view: View, pieces: tuple[Piece, ...], name: str) -> Site:
+def _read(
+    view: View, pieces: tuple[Piece, ...], name: str, anchors: Mapping[fx.Node, Anchor]
+) -> Site:
     """Read a site from its pieces, by structure where any of them was."""
     readings = [p for p in pieces if isinstance(p, Reading)]
     if readings:
         return read_assembled_site(view, readings, name, softmaxes=len(pieces))
-    return read_site(view, [p for p in pieces if isinstance(p, Match)], name)
+    matches = [p for p in pieces if isinstance(p, Match)]
+    site = read_site(view, matches, name)
+    if len(matches) == 1 and site.heads == 1 and matches[0].anchor in anchors:
+        return _with_heads(view, site, anchors[matches[0].anchor])
+    return site
+
+
+def _with_heads(view: View, site: Site, anchor: Anchor) -> Site:
+    """Tell heads from batch rows where data decide which tokens the queries and keys are."""
+    reading = read_factor(view, anchor, "its heads are told apart by structure")
+    if isinstance(reading, No) or reading.q.root.contraction is None or len(reading.q.heads) == 1:
+        return site
+    read = read_assembled_site(view, [reading], site.name, softmaxes=1)
+    return replace(
+        site,
+        heads=read.heads,
+        kv_heads=read.kv_heads,
+        padded=site.padded or read.padded,
+        projections=read.projections,
+        notes=(*site.notes, reading.why),
+    )
 
 
 def read_site(view: View, pieces: list[Match], name: str) -> Site:

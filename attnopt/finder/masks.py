@@ -391,7 +391,7 @@ class MaskReader:
             follow[old_past] = before
         sources = self.view.shapes.sources
         return {
-            s: size if sources[s][1] == 0 else follow.get(size, size)
+            s: size if s not in sources or sources[s][1] == 0 else follow.get(size, size)
             for s, size in captured.items()
         }
 
@@ -404,7 +404,7 @@ class MaskReader:
             for size, axis in pairs:
                 if any(f.role == role for f in axis) and isinstance(size, torch.SymInt):
                     used |= size.node.expr.free_symbols
-        queries = [s for s in used if s != past and s in self.view.shapes.captured]
+        queries = [s for s in used if s != past and s in self.view.shapes.sources]
         if not queries:
             return None
         return queries, past if past in used or past is not None else None

@@ -83,6 +83,7 @@ def _region(view: View, scores: fx.Node) -> _Region:
             found.products.append((contraction, factor * contraction.factor))
         elif kind(node) in CARRYING and view.origins.is_data(node):
             found.nodes.append(node)
+            found.sides.extend(_hiding(node))
             todo.extend((n, factor * own_factor(node)) for n in carried(node))
         elif kind(node) not in CONSTANT:
             found.sides.append(node)
@@ -103,6 +104,12 @@ def carried(node: fx.Node) -> list[fx.Node]:
     else:
         given = tensor_inputs(node)
     return [n for n in given if isinstance(n, fx.Node) and is_tensor(n)]
+
+
+def _hiding(node: fx.Node) -> list[fx.Node]:
+    """List the condition on which a node writes another value."""
+    at = {"where": 0, "masked_fill": 1}.get(kind(node))
+    return [args(node)[at]] if at is not None else []
 
 
 def own_factor(node: fx.Node) -> float:

@@ -1,0 +1,79 @@
+"""Branches of Transformers on values, spelled without them while tracing.
+
+Which tokens are global, or whether any is padding, is asked of the data; what is computed here is
+the same for either answer. Sizes that data decide stay symbols, and lengths of lists too.
+"""
+
+import builtins
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def size_of(x: Any) -> Any:
+    """Return the length of a value; that of a tensor may be a symbol."""
+    return x.shape[0] if isinstance(x, Tensor) else builtins.len(x)
+
+
+Indices = tuple[Tensor, ...]
+
+
+def _global_indices(is_index_global_attn: Tensor) -> tuple[Any, Indices, Indices, Indices]:
+    """Return how many slots global tokens need, where they are, and which slots are in use.
+
+    There is one slot more than needed, so that no size is 1: it is masked like other free slots.
+    """
+    counts = is_index_global_attn.long().sum(dim=1)
+    slots = counts.max().item() + 1
+    torch._check(slots >= 2)
+    tokens = is_index_global_attn.nonzero(as_tuple=True)
+    used = torch.arange(slots, device=counts.device) < counts.unsqueeze(-1)
+    places = used.nonzero(as_tuple=True)
+    torch._check(places[0].shape[0] == tokens[0].shape[0])
+    return slots, tokens, places, used.logical_not().nonzero(as_tuple=True)
+
+
+def _hash_vectors(
+    self: Any,
+    vectors: Tensor,
+    num_hashes: int,
+    attention_mask: Tensor | None,
+    increase_num_buckets: bool = False,
+) -> Tensor:
+    """Give padding a bucket of its own, without asking first whether there is any."""
+    factors = [self.num_buckets] if isinstance(self.num_buckets, int) else self.num_buckets
+    shape = (self.num_attention_heads, vectors.shape[-1], num_hashes, sum(factors) // 2)
+    rotations = _drawn(self.hash_seed, shape, vectors)
+    rotated = torch.einsum("bmtd,mdhr->bmhtr", vectors, rotations)
+    buckets = torch.zeros_like(rotated[..., 0], dtype=torch.long)
+    count = 1
+    for part, factor in zip(rotated.split([f // 2 for f in factors], -1), factors, strict=True):
+        buckets = buckets + count * torch.cat([part, -part], dim=-1).argmax(dim=-1)
+        count *= factor
+    extra = torch.tensor(int(increase_num_buckets), device=vectors.device)
+    if attention_mask is not None:
+        kept = attention_mask.to(torch.bool)
+        buckets = torch.where(kept[:, None, None, :], buckets, count)
+        extra = extra.maximum(kept.logical_not().any().long())
+    offsets = torch.arange(num_hashes, device=vectors.device) * (count + extra)
+    return (buckets + offsets.view(1, 1, -1, 1)).flatten(start_dim=2, end_dim=3)
+
+
+def _drawn(seed: int | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Draw the rotations once where the seed is fixed: they are a constant of the graph then."""
+    if seed is None:
+        return torch.randn(shape, device=like.device, dtype=like.dtype)
+    with _disable_current_modes():
+        state = torch.Generator(like.device).manual_seed(seed)
+        drawn = torch.randn(shape, dtype=like.dtype, device=like.device, generator=state)
+    return drawn.clone()
+
+
+BRANCHES: Final[Mapping[str, Callable[..., Any]]] = {
+    "LSHSelfAttention._hash_vectors": _hash_vectors,
+    "LongformerSelfAttention._get_global_attn_indices": staticmethod(_global_indices),
+    "LEDEncoderSelfAttention._get_global_attn_indices": staticmethod(_global_indices),
+}
