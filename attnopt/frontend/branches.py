@@ -18,6 +18,13 @@ def size_of(x: Any) -> Any:
     return x.shape[0] if isinstance(x, Tensor) else builtins.len(x)
 
 
+def plans_blocks(config: Any, tokens: int) -> bool:
+    """Tell whether a model chooses blocks of keys for this number of tokens, and no other."""
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return False
+    return bool(tokens > (5 + 2 * config.num_random_blocks) * config.block_size)
+
+
 Indices = tuple[Tensor, ...]
 
 

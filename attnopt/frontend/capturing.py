@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
+from attnopt.frontend.branches import plans_blocks
 from attnopt.frontend.calls import Example, Inputs, Outputs, take_call_apart
 from attnopt.frontend.encoderdecoder import (
     decode_example,
@@ -17,7 +18,7 @@ from attnopt.frontend.encoderdecoder import (
     trace_decode,
     trace_encode,
 )
-from attnopt.frontend.exporting import FIRST, Attempt, Trace, branches_on_values, trace
+from attnopt.frontend.exporting import FIRST, Attempt, Trace, branches_on_values, judged, trace
 from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
 from attnopt.frontend.lengths import with_lengths
 from attnopt.frontend.modules import capture_parts, with_parts
@@ -186,12 +187,21 @@ def whole(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]
         if may_generate(model):
             refused = (No(f"captured without its cache: {stateful.why}", stateful.where),)
         example = without_cache(example)
-    result = best_of(example, axes, lambda e, a, t: trace(model, e.call, e.tensors, a, t))
+    result = _traced(model, example, axes)
     if isinstance(result, No):
         return result
     program = plain_program(model, example, result)
     notes = tuple(str(no) for no in refused)
     return replace(program, refused=refused, history=(*program.history, *notes))
+
+
+def _traced(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]) -> Trace | No:
+    tokens = example.tensors.get("input_ids")
+    if tokens is not None and plans_blocks(example.config, tokens.shape[-1]):
+        rows = {name: found[:1] for name, found in axes.items()}
+        result = trace(model, example.call, example.tensors, rows, (FIRST,))
+        return result if isinstance(result, No) else judged(result, axes)
+    return best_of(example, axes, lambda e, a, t: trace(model, e.call, e.tensors, a, t))
 
 
 Traced = TypeVar("Traced", Trace, Stateful)
@@ -225,8 +235,14 @@ def _as_given(
     for dynamic in (rows, {}) if on_values else (axes, rows, {}):
         result = trial(example, dynamic, (FIRST,) if on_values else ())
         if not isinstance(result, No):
-            return result
+            return _judged(result, axes)
     return why
+
+
+def _judged(result: Traced, axes: Mapping[str, tuple[int, ...]]) -> Traced:
+    if isinstance(result, Stateful):
+        return replace(result, trace=judged(result.trace, axes))
+    return judged(result, axes)
 
 
 def may_generate(model: nn.Module) -> bool:

@@ -133,6 +133,13 @@ def _try(
     return replace(made, attempt=attempt)
 
 
+def judged(trace: Trace, axes: Mapping[str, tuple[int, ...]]) -> Trace:
+    """Say of a trace which of these axes it fixes."""
+    own = tuple(f for f in trace.fixed if f.startswith("only where"))
+    fixed = (*_fixed(trace.shapes, axes, trace.bounds), *own)
+    return replace(trace, fixed=fixed, level=_level(axes, fixed))
+
+
 def branches_on_values(reason: No) -> bool:
     """Say whether a trace failed at a branch on values, which other sizes do not change."""
     return reason.why.startswith("GuardOnDataDependentSymNode")

@@ -4,6 +4,7 @@ A loop over experts takes values to run; one over tokens or chunks is unrolled, 
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Generator, Mapping
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from attnopt.frontend.branches import BRANCHES, size_of
 from attnopt.frontend.experts import EXPERTS
 from attnopt.frontend.landmarks import LANDMARKS
 from attnopt.frontend.pooling import POOLING
@@ -21,6 +23,7 @@ from attnopt.frontend.windows import WINDOWS, divide
 _HOME = "transformers.models."
 # Functions and methods of the files that define a source, with what computes the same.
 _LOOPLESS: Final[Mapping[str, Callable[..., Any]]] = {
+    **BRANCHES,
     **EXPERTS,
     **LANDMARKS,
     **POOLING,
@@ -37,6 +40,7 @@ def without_loops(source: nn.Module) -> Generator[None]:
         for home in sorted(h for h in homes if h.startswith(_HOME)):
             for path, value in _LOOPLESS.items():
                 stack.enter_context(_replaced(sys.modules[home], path, value))
+            stack.enter_context(_added(sys.modules[home], "len", size_of))
         stack.enter_context(_replaced(nn, "Module.to", _to))
         stack.enter_context(_replaced(torch, "div", divide))
         yield
@@ -47,7 +51,7 @@ def _replaced(home: ModuleType, path: str, value: object) -> Generator[None]:
     """Replace a function, or a method of a class, where the file has it."""
     prefix, _, name = path.rpartition(".")
     owner = getattr(home, prefix, None) if prefix else home
-    original = getattr(owner, name, None)
+    original = inspect.getattr_static(owner, name, None)
     if original is None:
         yield
         return
@@ -56,6 +60,16 @@ def _replaced(home: ModuleType, path: str, value: object) -> Generator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _added(home: ModuleType, name: str, value: object) -> Generator[None]:
+    """Give a file a name of its own for a builtin."""
+    setattr(home, name, value)
+    try:
+        yield
+    finally:
+        delattr(home, name)
 
 
 _stock_to = nn.Module.to

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import sympy
 import torch
@@ -24,6 +24,7 @@ _PAST = 5
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 
 
+@final
 @dataclass(frozen=True)
 class Stateful:
     """A trace whose cache became states."""
