@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils import _python_dispatch
 
 
 def size_of(x: Any) -> Any:
@@ -35,11 +35,11 @@ def _global_indices(is_index_global_attn: Tensor) -> tuple[Any, Indices, Indices
     """
     counts = is_index_global_attn.long().sum(dim=1)
     slots = counts.max().item() + 1
-    torch._check(slots >= 2)
+    torch._check(slots >= 2)  # pyright: ignore[reportPrivateUsage]
     tokens = is_index_global_attn.nonzero(as_tuple=True)
     used = torch.arange(slots, device=counts.device) < counts.unsqueeze(-1)
     places = used.nonzero(as_tuple=True)
-    torch._check(places[0].shape[0] == tokens[0].shape[0])
+    torch._check(places[0].shape[0] == tokens[0].shape[0])  # pyright: ignore[reportPrivateUsage]
     return slots, tokens, places, used.logical_not().nonzero(as_tuple=True)
 
 
@@ -73,7 +73,7 @@ def _drawn(seed: int | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Draw the rotations once where the seed is fixed: they are a constant of the graph then."""
     if seed is None:
         return torch.randn(shape, device=like.device, dtype=like.dtype)
-    with _disable_current_modes():
+    with _python_dispatch._disable_current_modes():  # pyright: ignore[reportPrivateUsage]
         state = torch.Generator(like.device).manual_seed(seed)
         drawn = torch.randn(shape, dtype=like.dtype, device=like.device, generator=state)
     return drawn.clone()
