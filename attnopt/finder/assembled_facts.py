@@ -115,7 +115,10 @@ def _output(view: View, reading: Reading) -> Projection | None:
         given[c.node] = aligned(held, kept, c, view.shapes.shape(c.node, view.shapes.captured))
     after = Blurred(view, given)
     for node, operand in _read_next(view, given):
-        return columns(view, node, operand, [after.numbers(operand)], len(v.heads), width)
+        held = after.numbers(operand)
+        # Tokens that were written over hold other numbers.
+        held = held.masked_fill(held >= len(v.heads) * width, -1)
+        return columns(view, node, operand, [held], len(v.heads), width)
     return None
 
 
