@@ -100,6 +100,12 @@ def test_scores_that_stand_beside_others_are_one_site():
     assert site.projections["o"].parameter == "o.weight"
 
 
+def test_scores_too_many_to_number_leave_the_mask_unnamed(monkeypatch):
+    monkeypatch.setattr("attnopt.finder.assembled._LARGEST", 100)
+    (site,) = captured(Written()).sites
+    assert (site.heads, site.scale, str(site.mask)) == (3, 0.3, "dense")
+
+
 def test_exact_refuses_with_the_reason_and_changes_nothing():
     module = Written()
     program = captured(module)

@@ -22,6 +22,9 @@ from attnopt.finder.structures import name_structure
 from attnopt.nouns import Mask, No
 
 
+_LARGEST = 1 << 24
+
+
 @dataclass(frozen=True)
 class Held:
     """An operand, its root, and the channels of the root that each head holds."""
@@ -92,6 +95,10 @@ class _Reader:
         """Read operands and mask."""
         try:
             sides = [self._sides(c) for c in self.between.products]
+            if self._is_too_large():
+                return Reading(
+                    self.between, self.origin, *sides[0], self._values(), Mask("dense"), why
+                )
             swapped = self._swapped(sides)
             q, k = sides[0][::-1] if swapped else sides[0]
             v = self._values()
@@ -99,6 +106,11 @@ class _Reader:
             return Reading(self.between, self.origin, q, k, v, mask, why)
         except _RefusalError as refused:
             return No(str(refused), self.between.anchor.weights.name)
+
+    def _is_too_large(self) -> bool:
+        """Tell whether numbering every score takes too much memory: queries come first then."""
+        scores = self.between.anchor.scores
+        return math.prod(self.view.shapes.shape(scores, self.origin.sizes)) > _LARGEST
 
     def _sides(self, c: Contraction) -> tuple[Held, Held]:
         return (
