@@ -21,7 +21,6 @@ from attnopt.finder.scores import Anchor
 from attnopt.finder.structures import name_structure
 from attnopt.nouns import Mask, No
 
-
 _LARGEST = 1 << 24
 
 
