@@ -28,6 +28,11 @@ class LoweredLanguageModel(Runs, PreTrainedModel, GenerationMixin):
         inputs = {b.name for b in program.bindings.values() if b.kind == "input"}
         self.accepted = inputs | {"past_key_values", "use_cache", "return_dict"}
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Take a config with any choice of how experts run: the graph has made it already."""
+        return True
+
     def forward(
         self,
         input_ids: Tensor | None = None,
