@@ -1,5 +1,6 @@
 """Make a graph ready to run: no op without effect, masks chosen by the call, attention inlined."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,7 +116,9 @@ def _extracted(graph_module: fx.GraphModule, targets: list[fx.Node]) -> fx.Graph
     return made
 
 
-def inline_attention(graph_module: fx.GraphModule, *, remember: bool) -> None:
+def inline_attention(
+    graph_module: fx.GraphModule, *, remember: bool, kernel: Callable[..., Tensor] = attend
+) -> None:
     """Call the kernels directly, in place; with `remember`, layers share the masks they make."""
     graph = graph_module.graph
     nodes = graph.find_nodes(op="call_function", target=attention)
@@ -128,7 +131,7 @@ def inline_attention(graph_module: fx.GraphModule, *, remember: bool) -> None:
     for node in nodes:
         kept = {k: x for k, x in node.kwargs.items() if x is not None}
         with graph.inserting_before(node):
-            made = graph.call_function(attend, (*node.args, memo), kept)
+            made = graph.call_function(kernel, (*node.args, memo), kept)
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         graph.erase_node(node)

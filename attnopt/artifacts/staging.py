@@ -19,7 +19,10 @@ _EXCHANGE = 2
 
 @contextmanager
 def staged(target: Path) -> Generator[Path]:
-    """Yield an empty directory that takes the target's place at the end, if all went well."""
+    """Yield an empty directory that takes the target's place at the end, if all went well.
+
+    One that the caller moved elsewhere takes no place.
+    """
     recovered(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
@@ -27,8 +30,9 @@ def staged(target: Path) -> Generator[Path]:
     staging.mkdir()
     try:
         yield staging
-        _flush(staging)
-        _commit(staging, target)
+        if staging.is_dir():
+            _flush(staging)
+            _commit(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
