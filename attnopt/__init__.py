@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from attnopt.artifacts import load as load
     from attnopt.artifacts import save as save
     from attnopt.backends.dynamo import compile_report as compile_report
+    from attnopt.backends.ort import export_onnx as export_onnx
     from attnopt.calibrating import calibrate as calibrate
     from attnopt.frontend import capture as capture
     from attnopt.lowering import lower as lower
@@ -30,6 +31,7 @@ _HOMES = {
     "calibrate": "attnopt.calibrating",
     "capture": "attnopt.frontend",
     "compile_report": "attnopt.backends.dynamo",
+    "export_onnx": "attnopt.backends.ort",
     "load": "attnopt.artifacts",
     "lower": "attnopt.lowering",
     "optimize": "attnopt.optimizing",
@@ -57,6 +59,7 @@ __all__ = [
     "calibrate",
     "capture",
     "compile_report",
+    "export_onnx",
     "load",
     "lower",
     "optimize",

@@ -1,0 +1,91 @@
+"""The canonical attention in the ops of every ONNX opset: two products around a softmax.
+
+Axis letters as in `attnopt.ops.attention`; G query heads share a key head. A mask is added as
+numbers and made once for all layers of the same sizes. Queries sit at the end of the keys, which
+the `is_causal` of the standard op does not say where keys of the past are concatenated.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.ops.structure import visible_keys
+
+Memo = dict[Hashable, tuple[Any, ...]]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memo: Memo,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    k_map: Sequence[int] | None = None,
+    v_map: Sequence[int] | None = None,
+    **structure: Any,
+) -> Tensor:
+    """Return what `attention_reference` returns first; `memo` keeps masks for later layers."""
+    k = k if k_map is None else k[:, list(k_map)]
+    v = v if v_map is None else v[:, list(v_map)]
+    scores = _grouped(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    hidden, sees = _hidden(q, k, memo, (padding, mask), structure)
+    if hidden is not None:
+        scores = scores + hidden
+    found = _grouped(_weights(scores, sinks), v)
+    return found if sees is None else torch.where(sees, found, 0.0)
+
+
+def _grouped(x: Tensor, y: Tensor) -> Tensor:
+    """Multiply (B, H, T, N) by (B, H / G, N, M), whose heads are not repeated for it."""
+    batch, heads, tokens, width = x.shape
+    if heads == y.shape[1]:
+        return x @ y
+    rows = x.reshape(batch, y.shape[1], heads // y.shape[1] * tokens, width)
+    return (rows @ y).reshape(batch, heads, tokens, y.shape[-1])
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+
+
+def _hidden(
+    q: Tensor, k: Tensor, memo: Memo, masks: tuple[Tensor | None, ...], structure: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what to add to the scores, and which queries see a key at all (None: each does)."""
+    queries, keys = q.shape[2], k.shape[2]
+    key = (str(queries), str(keys), q.dtype, *sorted(structure.items()), *map(id, masks))
+    if key not in memo:
+        seen = visible_keys(queries, keys, **structure, device=q.device)
+        for more in masks:
+            if more is not None:
+                seen = more if seen is None else seen & more
+        # The masks are kept with it, so that none of their numbers can be another tensor's.
+        memo[key] = (*_as_numbers(seen, q.dtype, some=any(m is not None for m in masks)), masks)
+    hidden, sees, _ = memo[key]
+    return hidden, sees
+
+
+def _as_numbers(
+    seen: Tensor | None, dtype: torch.dtype, *, some: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return a mask to add; its least number is finite, so that a row of it gives no NaN."""
+    if seen is None:
+        return None, None
+    least = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=seen.device)
+    hidden = torch.where(seen, torch.zeros_like(least), least)
+    return hidden, seen.any(dim=-1, keepdim=True) if some else None

@@ -1,0 +1,182 @@
+"""Whether ONNX Runtime computes what the program does: prefill, then greedy decoding.
+
+The program decodes greedily; the file gets the same tokens call by call, so that a difference of
+logits is one of arithmetic, and equal choices at every step are equal texts.
+"""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnopt import debug
+from attnopt.backends.ort import session
+from attnopt.backends.ort.signature import Signature
+from attnopt.program import Program
+
+# How much logits may differ, relative to the largest of them (or to 1): float32, many layers.
+_AGREES = 1e-4
+_TIMEOUT = 3600.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt: the lengths of its calls, its rows, and how far the last row is padded."""
+
+    name: str
+    calls: tuple[int, ...]
+    rows: int = 1
+    padded: int = 0
+
+
+CASES = (
+    Case("a prompt", calls=(11,)),
+    Case("one token", calls=(1,)),
+    Case("a prompt in two calls", calls=(4, 5)),
+    Case("two rows, one padded on the left", calls=(7,), rows=2, padded=3),
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A case as it came out; `equal` of `tokens` decoded tokens are the same in every row."""
+
+    case: str
+    tokens: int
+    equal: int
+    largest_logit: float
+    max_delta_logit: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all tokens are equal and no logit is off by more than rounding."""
+        allowed = _AGREES * max(1.0, self.largest_logit)
+        return self.equal == self.tokens and self.max_delta_logit <= allowed
+
+
+@dataclass(frozen=True)
+class Parity:
+    """All cases; or, where the file could not be run, why."""
+
+    cases: tuple[Compared, ...]
+    failure: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the file ran and agrees in every case."""
+        return not self.failure and all(c.agrees for c in self.cases)
+
+    def content(self) -> dict[str, Any]:
+        """Return this as JSON values."""
+        cases = [{**asdict(c), "agrees": c.agrees} for c in self.cases]
+        return {"accepted": self.accepted, "failure": self.failure, "cases": cases}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A case that the program decoded: its tokens, its mask, the size of each call, its logits."""
+
+    tokens: Tensor
+    mask: Tensor
+    sizes: tuple[int, ...]
+    logits: Tensor
+
+
+def compare(model: Any, program: Program, signature: Signature, file: Path, steps: int) -> Parity:
+    """Decode with a model of the program, and have ONNX Runtime compute the same."""
+    cases = [c for c in CASES if not c.padded or "attention_mask" in signature.inputs]
+    steps = min(steps, _room(program.config) - max(sum(c.calls) for c in cases))
+    runs: list[Run] = []
+    for number, case in enumerate(cases, 1):
+        runs.append(_decoded(model, program, signature, case, steps))
+        debug.advance("parity", number, len(cases))
+    logits = run_onnxruntime(file, runs)
+    if isinstance(logits, str):
+        return Parity((), logits)
+    pairs = zip(cases, runs, logits, strict=True)
+    return Parity(tuple(_compared(case, run, found) for case, run, found in pairs))
+
+
+def _room(config: Any) -> int:
+    """Return how many tokens a model takes."""
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((int(n) for n in (getattr(text, x, None) for x in names) if n), 10**9)
+
+
+def _decoded(model: Any, program: Program, signature: Signature, case: Case, steps: int) -> Run:
+    """Decode greedily with the program."""
+    tokens = _prompt(program.config, case)
+    mask = torch.ones(case.rows, tokens.shape[1] + steps, dtype=torch.long)
+    mask[-1, : case.padded] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    sizes, logits = (*case.calls, *[1] * steps), list[Tensor]()
+    start, cache = 0, None
+    for size in sizes:
+        stop = start + size
+        given = {
+            "input_ids": tokens[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }
+        with torch.no_grad():
+            result = model(**{n: given[n] for n in signature.inputs}, past_key_values=cache)
+        logits.append(result.logits)
+        start, cache = stop, result.past_key_values
+        if stop == tokens.shape[1] and len(logits) < len(sizes):
+            tokens = torch.cat([tokens, result.logits[:, -1:].argmax(-1)], dim=1)
+    return Run(tokens, mask, sizes, torch.cat(logits, dim=1))
+
+
+def _prompt(config: Any, case: Case) -> Tensor:
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    chance = torch.Generator().manual_seed(sum(case.calls))
+    return torch.randint(vocabulary, (case.rows, sum(case.calls)), generator=chance)
+
+
+def run_onnxruntime(file: Path, runs: list[Run]) -> list[Tensor] | str:
+    """Return the logits of every run, or how the process failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        calls, results = Path(folder) / "calls.npz", Path(folder) / "logits.npz"
+        given: dict[str, Any] = {}
+        for number, run in enumerate(runs):
+            given[f"tokens.{number}"] = run.tokens.numpy()
+            given[f"mask.{number}"] = run.mask.numpy()
+            given[f"sizes.{number}"] = np.array(run.sizes)
+        np.savez(calls, **given)
+        words = [sys.executable, "-P", str(session.__file__), str(file), str(calls), str(results)]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return f"ONNX Runtime took more than {_TIMEOUT:.0f} s"
+        if done.returncode != 0:
+            return _told(done.returncode, done.stderr)
+        with np.load(results, allow_pickle=False) as found:
+            return [torch.from_numpy(found[f"logits.{n}"]) for n in range(len(runs))]
+
+
+def _told(status: int, errors: str) -> str:
+    ended = f"by signal {-status}" if status < 0 else f"with status {status}"
+    lines = errors.strip().splitlines()
+    return f"ONNX Runtime ended {ended}: {lines[-1] if lines else 'it said nothing'}"
+
+
+def _compared(case: Case, run: Run, found: Tensor) -> Compared:
+    """Compare the tokens of all decoding calls, and the logits wherever a token is."""
+    steps = len(run.sizes) - len(case.calls)
+    same = (found.argmax(-1) == run.logits.argmax(-1)).all(0)[found.shape[1] - steps :]
+    valid = run.mask.bool()
+    delta = (found - run.logits)[valid].abs().amax()
+    return Compared(
+        case=case.name,
+        tokens=steps,
+        equal=int(same.sum()),
+        largest_logit=float(run.logits[valid].abs().amax()),
+        max_delta_logit=float(delta) if bool(delta.isfinite()) else float("inf"),
+    )

@@ -1,0 +1,62 @@
+"""A program's graph as a module of its own, as `torch.export` takes it."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attnopt.backends.ort.attention import attend
+from attnopt.backends.ort.signature import Signature
+from attnopt.frontend.cleanup import remove_dead
+from attnopt.inlining import inline_attention
+from attnopt.program import Program
+
+
+def standalone(program: Program, signature: Signature, weights: nn.Module) -> fx.GraphModule:
+    """Return a module that takes the signature's inputs; it reads its weights from a module."""
+    graph_module = program.cast(torch.float32).graph_module
+    inline_attention(graph_module, remember=True, kernel=attend)
+    graph = graph_module.graph
+    _read_past_length(graph, signature)
+    for node in graph.find_nodes(op="placeholder"):
+        binding = program.bindings[node.name]
+        if binding.kind in ("parameter", "buffer", "constant"):
+            with graph.inserting_before(node), warnings.catch_warnings():
+                # The graph changes its owner below: only then is the weight beneath it.
+                warnings.simplefilter("ignore", UserWarning)
+                _replace(node, graph.get_attr(binding.name))
+    made = fx.GraphModule(weights, graph)
+    _order(made, [*signature.inputs, *(s.placeholder for s in signature.states)])
+    remove_dead(made)
+    made.recompile()
+    return made.eval()
+
+
+def _read_past_length(graph: fx.Graph, signature: Signature) -> None:
+    placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    length = placeholders.get("past_length")
+    if length is None:
+        return
+    state = signature.states[0]
+    with graph.inserting_after(list(placeholders.values())[-1]):
+        size: Any = torch.ops.aten.sym_size.int
+        _replace(length, graph.call_function(size, (placeholders[state.placeholder], state.grows)))
+
+
+def _replace(old: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def _order(graph_module: fx.GraphModule, names: list[str]) -> None:
+    """Put the inputs at the front, in the order of the signature."""
+    graph = graph_module.graph
+    nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    first = next(iter(graph.nodes))
+    for name in names:
+        if nodes[name] is not first:
+            first.prepend(nodes[name])
+        else:
+            first = first.next

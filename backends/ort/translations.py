@@ -1,0 +1,28 @@
+"""Ops that torch.onnx has no translation of, in those of ONNX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return a translation for each op that is registered in this process."""
+    grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return {} if grouped is None else {grouped.default: _grouped_mm}
+
+
+def _grouped_mm(input: Any, weight: Any, offs: Any) -> Any:  # noqa: A002  # the op's own names
+    """Multiply the rows of each expert by its matrix: rows are sorted, `offs` are their ends."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    ends = op.Cast(offs, to=7)  # int64
+    start = op.Constant(value_ints=[0])
+    parts: list[Any] = []
+    for expert in range(int(weight.shape[0])):
+        end = op.Slice(ends, [expert], [expert + 1])
+        rows = op.Slice(input, start, end, [0])
+        parts.append(op.MatMul(rows, op.Gather(weight, op.Constant(value_int=expert), axis=0)))
+        start = end
+    return op.Concat(*parts, axis=0)

@@ -1,0 +1,98 @@
+"""Write a model for another runtime, and prove there that it computes the same.
+
+attnopt export examples/models/code-llama --to onnx -o onnx
+
+Exit status: 0 accepted, 2 usage, 3 cannot be exported yet, 4 the runtime computes something else
+(kept as OUT.rejected/model.onnx.rejected), 5 refused for safety, 6 resources or a missing package.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnopt.cli import _source
+from attnopt.cli._errors import CommandError, Exit
+from attnopt.cli._output import Output
+
+if TYPE_CHECKING:
+    from attnopt.backends.ort import Export
+
+_TARGETS = ("onnx",)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the target, the place and how much is compared."""
+    _source.configure(parser)
+    parser.add_argument("--to", metavar="TARGET", required=True, help="onnx (more: not yet)")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the files go")
+    parser.add_argument("--opset", type=int, default=21, help="opset of ONNX (default 21)")
+    parser.add_argument(
+        "--steps", type=int, default=64, help="tokens to decode and compare (default 64)"
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Export, compare, and say with the status whether the two agree."""
+    if arguments.to not in _TARGETS:
+        raise CommandError(
+            "AO110", f"--to {arguments.to} is not served yet; there is {', '.join(_TARGETS)}"
+        )
+    if arguments.steps < 1:
+        raise CommandError("AO111", "--steps needs at least 1 token to compare")
+    source = _source.resolve(arguments)
+    with output.progress() as stages, stages.stage("export"):
+        made = _export(arguments, source)
+    if output.json:
+        output.document("attnopt.export/1", {**made.content(), "out": str(made.path.parent)})
+    else:
+        _summary(output, made)
+    return Exit.ACCEPTED if made.accepted else Exit.GATE
+
+
+def _export(arguments: argparse.Namespace, source: _source.Source) -> "Export":
+    from attnopt.artifacts.saving import refuse_foreign
+    from attnopt.backends.ort import check_installed, export_onnx
+
+    try:
+        check_installed()
+        refuse_foreign(Path(arguments.out).absolute())
+        program = _source.capture(source)
+        with _source.quiet_libraries():
+            return export_onnx(program, arguments.out, opset=arguments.opset, steps=arguments.steps)
+    except ModuleNotFoundError as error:
+        raise CommandError("AO603", str(error), Exit.RESOURCES) from error
+    except NotImplementedError as error:
+        raise CommandError("AO203", str(error), Exit.NOTHING) from error
+    except OSError as error:
+        raise CommandError(
+            "AO602", f"cannot write {arguments.out}: {error}", Exit.RESOURCES
+        ) from error
+    except ValueError as error:
+        raise CommandError("AO114", " ".join(str(error).split())) from error
+
+
+def _summary(output: Output, made: "Export") -> None:
+    dtype = made.content()["source_dtype"]
+    cast = "" if dtype == "float32" else f", cast from {dtype}"
+    output.line(
+        f"{made.name}: {made.attentions} attentions with an explicit mask, opset {made.opset}, "
+        f"weights in float32{cast}"
+    )
+    output.line()
+    rows = [
+        (c.case, f"{c.equal}/{c.tokens}", f"{c.largest_logit:.3g}", f"{c.max_delta_logit:.1e}")
+        for c in made.parity.cases
+    ]
+    if rows:
+        headings = ("against the program", "tokens equal", "largest logit", "max |delta logit|")
+        output.table(headings, rows, foldable={"against the program"})
+        output.line()
+    for line in _verdict(made):
+        output.line(line)
+
+
+def _verdict(made: "Export") -> list[str]:
+    if made.accepted:
+        return [f"saved as {made.path}: ONNX Runtime computes the same"]
+    why = made.parity.failure or "ONNX Runtime computes something else"
+    return [f"REJECTED: {why}", f"kept as {made.path}"]

@@ -1,0 +1,231 @@
+"""`attnopt.export_onnx` and `attnopt export`: the file, its names, and the comparison when it runs.
+
+An export takes seconds, most of them in torch.onnx; so two exports serve all fast tests.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from dha_models import decoder
+
+import attnopt
+from attnopt.cli import main
+from attnopt.ops import attention_reference
+
+pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+import onnx
+
+from attnopt.backends.ort import Export, parity, standalone
+from attnopt.backends.ort.attention import attend
+
+# Libraries of the exporter warn of their own ways.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+STEPS = 64
+
+
+@pytest.fixture(scope="module")
+def program() -> attnopt.Program:
+    return attnopt.capture(decoder("llama_gqa"))
+
+
+@pytest.fixture(scope="module")
+def made(program: attnopt.Program, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    return attnopt.export_onnx(program, tmp_path_factory.mktemp("onnx") / "out")
+
+
+def shapes(values: Any) -> dict[str, list[int | str]]:
+    return {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values
+    }
+
+
+def test_prefill_and_decoding_agree_with_the_program(made: Export):
+    assert made.accepted
+    assert [(c.equal, c.tokens) for c in made.parity.cases] == [(STEPS, STEPS)] * 4
+    assert max(c.max_delta_logit for c in made.parity.cases) < 1e-5
+
+
+def test_inputs_and_outputs_have_the_names_of_onnxruntime_genai(made: Export):
+    graph = onnx.load(made.path, load_external_data=False).graph
+    past = ["batch", 4, "past", 4]
+    assert shapes(graph.input) == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total"],
+        "position_ids": ["batch", "sequence"],
+        **{f"past_key_values.{n}.{x}": past for n in (0, 1) for x in ("key", "value")},
+    }
+    present = ["batch", 4, "past + sequence", 4]
+    assert shapes(graph.output) == {
+        "logits": ["batch", "sequence", 61],
+        **{f"present.{n}.{x}": present for n in (0, 1) for x in ("key", "value")},
+    }
+
+
+def test_the_file_is_portable_and_says_nothing_of_the_machine(made: Export):
+    model = onnx.load(made.path, load_external_data=False)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", made.opset)]
+    assert (model.producer_name, model.ir_version <= 10) == ("attnopt", True)
+    text = made.path.read_bytes()
+    assert str(Path(attnopt.__file__).parents[1]).encode() not in text
+    assert b".py" not in text
+
+
+def test_weights_lie_beside_the_file_in_float32(made: Export):
+    model = onnx.load(made.path, load_external_data=False)
+    outside = [t for t in model.graph.initializer if t.external_data]
+    assert {e.value for t in outside for e in t.external_data if e.key == "location"} == {
+        "model.onnx.data"
+    }
+    assert {t.data_type for t in outside} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    report = json.loads((made.path.parent / "attnopt/export.json").read_text())
+    assert (report["schema"], report["dtype"]) == ("attnopt.export/1", "float32")
+
+
+def test_one_mask_serves_all_layers(made: Export):
+    nodes = onnx.load(made.path, load_external_data=False).graph.node
+    assert sum(n.op_type == "LessOrEqual" for n in nodes) == 1
+
+
+def test_a_file_that_computes_something_else_is_rejected(
+    program: attnopt.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """The mask starts at the top left, as the standard op's `is_causal` does: wrong at decode."""
+    folder = tmp_path / "model"
+    decoder("llama_gqa").save_pretrained(folder)
+
+    def wrong(q: Any, k: Any, v: Any, memo: Any, **options: Any) -> Any:
+        del options["causal"]
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        return attend(q, k, v, memo, mask=seen, **options)
+
+    monkeypatch.setattr(standalone, "attend", wrong)
+    words = ["export", str(folder), "--to", "onnx", "-o", str(tmp_path / "out"), "--steps", "3"]
+    assert main(words) == 4
+    kept = tmp_path / "out.rejected/model.onnx.rejected"
+    shown = capsys.readouterr().out
+    assert "REJECTED: ONNX Runtime computes something else" in shown
+    assert f"kept as {kept}" in " ".join(shown.split())
+    assert kept.is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_crash_of_the_runtime_is_reported_and_ends_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = tmp_path / "crash.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.setattr(parity.session, "__file__", str(script))
+    assert parity.run_onnxruntime(tmp_path / "model.onnx", []) == (
+        "ONNX Runtime ended by signal 11: it said nothing"
+    )
+
+
+def test_a_file_that_is_none_is_reported(tmp_path: Path):
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    told = parity.run_onnxruntime(tmp_path / "model.onnx", [])
+    assert isinstance(told, str)
+    assert re.match("ONNX Runtime ended with status 1: .*(INVALID_PROTOBUF|Protobuf)", told)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": True, "window": 3},
+        {"window": 2, "right": 1},
+        {"causal": True, "prefix": 3},
+        {"causal": True, "chunk": 4},
+        {"softcap": 2.0, "scale": 0.7},
+        {"k_map": [0, 1, 1, 0], "v_map": [1, 0, 0, 1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (5, 9)])
+@pytest.mark.parametrize("extra", [(), ("padding",), ("mask", "bias"), ("padding", "sinks")])
+def test_the_attention_of_the_file_is_the_reference(
+    options: dict[str, Any], queries: int, keys: int, extra: tuple[str, ...]
+):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, queries, 6), torch.randn(2, 2, keys, 6), torch.randn(2, 1, keys, 5)
+    v = torch.randn(2, 2, keys, 5) if "v_map" in options else v
+    masks = {
+        "padding": torch.arange(keys).view(1, 1, 1, -1) >= torch.tensor([0, 4]).view(2, 1, 1, 1),
+        "mask": torch.rand(2, 4, queries, keys) > 0.4,
+        "bias": torch.randn(4, queries, keys),
+        "sinks": torch.randn(4),
+    }
+    given = {**options, **{name: masks[name] for name in extra}}
+    want = attention_reference(q, k, v, **given)[0]
+    torch.testing.assert_close(attend(q, k, v, {}, **given), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (["--to", "gguf"], 2, "AO110 --to gguf is not served yet; there is onnx"),
+        (["--to", "onnx", "--opset", "9"], 2, "opset 9; there is 18 to 23"),
+        (["--to", "onnx", "--steps", "0"], 2, "--steps needs at least 1"),
+        (["--to", "onnx"], 3, "cannot export Blocks to ONNX yet: only a causal language model"),
+        ([], 2, "--to"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_line(
+    words: list[str], status: int, told: str, tmp_path: Path, capsys: Any
+):
+    assert main(["export", "cli_models:blocks", "-o", str(tmp_path / "out"), *words]) == status
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("AO")
+    assert told in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["export", "cli_models:blocks", "--to", "onnx", "-o", str(tmp_path / "out")]
+    assert main(words) == 6
+    err = capsys.readouterr().err
+    assert err == (
+        "AO603 ONNX export needs onnx, onnxscript, onnxruntime: pip install attnopt[onnx]\n"
+    )
+
+
+def test_a_folder_of_somebody_else_is_left_alone(program: attnopt.Program, tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="did not write"):
+        attnopt.export_onnx(program, tmp_path)
+
+
+def test_a_state_that_is_no_cache_is_refused(program: attnopt.Program, tmp_path: Path):
+    states = (dataclasses.replace(program.states[0], role="conv"), *program.states[1:])
+    with pytest.raises(NotImplementedError, match="neither the keys nor the values"):
+        attnopt.export_onnx(program.with_states(states), tmp_path / "out")
+
+
+# Soft caps and windows, sinks, learned positions, ALiBi, unlike widths of keys and values.
+FAMILIES = ("gemma2", "gpt_oss", "gpt2", "bloom", "deepseek_v3", "mistral", "falcon_mq")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_zoo_agrees_in_onnxruntime(name: str, tmp_path: Path):
+    model, _, _ = zoo.build(name, task="lm", attn="eager")
+    made = attnopt.export_onnx(attnopt.capture(model), tmp_path / "out", steps=24)
+    assert made.accepted, made.parity
+
+
+@pytest.mark.slow
+def test_a_model_in_bfloat16_is_cast_and_says_so(tmp_path: Path):
+    program = attnopt.capture(decoder("llama").to(torch.bfloat16))
+    made = attnopt.export_onnx(program, tmp_path / "out", opset=23)
+    assert (made.accepted, made.opset, made.dtype) == (True, 23, torch.bfloat16)
