@@ -100,7 +100,7 @@ def _applicable(sites: Sequence["Site"]) -> tuple[Applicable, ...]:
     found: list[Applicable] = []
     for name in passes.names():
         rewrite = passes.load(name)
-        answers = {site.name: rewrite.fits(site, rewrite.Config()) for site in sites}
+        answers = {site.name: passes.answer(rewrite, site) for site in sites}
         fits = tuple(site for site, answer in answers.items() if answer)
         refusals = {site: str(answer) for site, answer in answers.items() if not answer}
         found.append(Applicable(name, rewrite.exact, rewrite.tier, fits, refusals))

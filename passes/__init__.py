@@ -93,6 +93,18 @@ def load(name: str) -> Pass:
     return cast(Pass, module)
 
 
+def answer(rewrite: Any, site: "Site") -> "Literal[True] | No":
+    """Say whether a pass has anything to do at a site, with the strongest setting it would try."""
+    if not hasattr(rewrite, "candidates"):
+        return rewrite.fits(site, rewrite.Config())  # type: ignore[no-any-return]
+    configs = rewrite.candidates(site)
+    if not configs:
+        from attnopt.nouns import No
+
+        return No("nothing to save here: no cache of several heads", site.name)
+    return rewrite.fits(site, configs[-1])  # type: ignore[no-any-return]
+
+
 def describe(name: str) -> Description:
     """Read a pass's one-line summary and its constants from its source."""
     spec = importlib.util.find_spec(_module_name(name))

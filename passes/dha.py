@@ -48,9 +48,14 @@ def fits(site: Site, config: Config) -> Literal[True] | No:
 
 
 def candidates(site: Site) -> tuple[Config, ...]:
-    """List the settings worth trying at a site, the weakest first."""
-    heads = site.kv_heads
-    return tuple(Config(n) for n in range(heads, 0, -1) if heads % n == 0)
+    """List the settings worth trying at a site that keeps a cache, the weakest first."""
+    if not site.cached or site.kv_heads == 1:
+        return ()
+    return tuple(Config(n) for n in _divisors(site.kv_heads))
+
+
+def _divisors(heads: int) -> tuple[int, ...]:
+    return tuple(n for n in range(heads, 0, -1) if heads % n == 0)
 
 
 def _unreadable(site: Site) -> No | None:
@@ -77,7 +82,7 @@ def _unlinear(site: Site) -> No | None:
 
 def _indivisible(site: Site, config: Config) -> No | None:
     if config.kv_heads < 1 or site.kv_heads % config.kv_heads:
-        allowed = ", ".join(str(c.kv_heads) for c in candidates(site))
+        allowed = ", ".join(map(str, _divisors(site.kv_heads)))
         why = f"{config.kv_heads} does not divide {site.kv_heads} key heads; choose {allowed}"
         return No(why, site.name)
     return None

@@ -36,6 +36,7 @@ def clean(graph_module: fx.GraphModule) -> None:
     inline_regions(graph_module)
     drop_asserts(graph_module)
     drop_copies(graph_module)
+    name_dtypes(graph_module)
     read_sizes_from_inputs(graph_module)
     remove_dead(graph_module)
     graph_module.recompile()
@@ -70,6 +71,19 @@ def drop_copies(graph_module: fx.GraphModule) -> None:
         ):
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+
+
+def name_dtypes(graph_module: fx.GraphModule) -> None:
+    """Cast to a dtype by name instead of like a tensor, whose values play no part in it."""
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.type_as.default):
+        with graph.inserting_before(node):
+            cast = graph.call_function(
+                torch.ops.aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+            )
+        cast.meta = node.meta
+        node.replace_all_uses_with(cast)
+        graph.erase_node(node)
 
 
 def read_sizes_from_inputs(graph_module: fx.GraphModule) -> None:
