@@ -4,9 +4,11 @@ import contextlib
 import inspect
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -16,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
+import attnopt
 from attnopt.frontend import cleanup
 from attnopt.frontend.loops import without_loops
 from attnopt.frontend.skeletons import Slot, take_apart
@@ -420,13 +423,16 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
+_NOT_THE_USERS = tuple(f"{Path(m.__file__ or '').parent}{os.sep}" for m in (torch, attnopt))
+
+
 def user_line(error: BaseException) -> str:
     """Return the innermost source line that is neither torch's nor ours, as file:line."""
     found = ""
     step = error.__traceback__
     while step is not None:
         filename = step.tb_frame.f_code.co_filename
-        if "/torch/" not in filename and "/attnopt/" not in filename and "<" not in filename:
+        if not filename.startswith(("<", *_NOT_THE_USERS)):
             found = f"{filename}:{step.tb_lineno}"
         step = step.tb_next
     return found
