@@ -185,13 +185,24 @@ def _loosen_views(graph: fx.Graph) -> None:
 
 
 def _rewrite(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:
-    """Rewrite a site with its masks said by name, or else as they are; return the last refusal."""
-    simple = simplify(view, match)
-    refusal = _replace(view, rewritten, simple, proved)
-    if refusal is not None and simple is not match:
-        debug.log(4, f"{match.module}: the mask by name is refused: {refusal}")
-        refusal = _replace(view, rewritten, match, proved)
+    """Rewrite a site by the first reading that is proved; return the last one's refusal."""
+    refusal: No | None = None
+    for reading in _readings(view, match):
+        refusal = _replace(view, rewritten, reading, proved)
+        if refusal is None:
+            break
+        debug.log(4, f"{match.module}: a reading of the mask is refused: {refusal}")
     return refusal
+
+
+def _readings(view: View, match: Match) -> list[Match]:
+    """List how a match may be said: its masks by name or as they are, blind queries either way."""
+    simple = simplify(view, match)
+    found = [simple] if simple is match else [simple, match]
+    hides = any(s.step.op in ("hide", "add") for s in match.sides)
+    if not hides or match.mean_if_blind:
+        return found
+    return [replace(m, mean_if_blind=mean) for m in found for mean in (False, True)]
 
 
 def _replace(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:

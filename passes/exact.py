@@ -90,6 +90,8 @@ def emit(writer: Writer, match: Match) -> fx.Node:
     options.update({name: x for name, x in named.items() if x is not None})
     if match.softcap is not None:
         options["softcap"] = match.softcap
+    if match.mean_if_blind:
+        options["mean_if_blind"] = True
     options.update(options_of(match.structure))
     for name, operand in (("k_map", match.k), ("v_map", match.v)):
         heads = operand.heads

@@ -150,7 +150,8 @@ def defined(q: Tensor, k: Tensor, v: Tensor, rule: Rule, options: dict[str, Any]
     total = powers.sum(-1, keepdim=True)
     if options.get("sinks") is not None:
         total = total + options["sinks"].double().exp().view(1, -1, 1, 1)
-    weights = torch.where(total > 0, powers / total, 0.0)
+    mean = 1 / keys if options.get("mean_if_blind") else 0.0
+    weights = torch.where(total > 0, powers / total, mean)
     return torch.einsum("bhts,bhse->bhte", weights, v[:, v_map])
 
 
@@ -163,13 +164,18 @@ def problems() -> Iterator[Problem]:
         yield Problem(kind=kind, queries=queries, keys=keys, kv_heads=2)
         shown = {"padding": padding(2, keys)}
         yield Problem(kind=kind, queries=queries, keys=keys, options=shown)
+        mean = {"mean_if_blind": True, **shown}
+        yield Problem(kind=kind, queries=queries, keys=keys, options=mean)
         if queries > 1:
             bias = {"bias": draw(1, 4, queries, keys, seed=9), **shown}
             yield Problem(kind=kind, queries=queries, keys=keys, options=bias)
     for kind in KINDS:
         large = {"kind": kind, "batch": 1, "heads": 2, "kv_heads": 1, "dtype": torch.float32}
         yield Problem(queries=1000, keys=1000, **large)
-        yield Problem(queries=900, keys=1000, **large, options={"padding": padding(1, 1000)})
+        shown = {"padding": padding(1, 1000)}
+        yield Problem(queries=900, keys=1000, **large, options=shown)
+        mean = {"mean_if_blind": True, **shown}
+        yield Problem(queries=1000, keys=1000, **large, options=mean)
     yield Problem(kv_heads=2, options={"k_map": [0, 1, 0, 1], "v_map": [1, 1, 0, 1]})
     yield Problem(kv_heads=2, v_heads=4)
     yield Problem(heads=6, kv_heads=2, v_heads=3, kind=KINDS[1])
@@ -177,7 +183,12 @@ def problems() -> Iterator[Problem]:
     yield Problem(v_width=11, kind=KINDS[1], kv_heads=1)
     yield Problem(options={"softcap": 3.0, "scale": 0.4}, kind=KINDS[1])
     yield Problem(options={"sinks": draw(4, seed=5)}, kind=KINDS[3], queries=5, keys=9)
-    yield Problem(options={"mask": draw(2, 1, 7, 7, seed=4) > 0}, kind=KINDS[1])
+    sinks = {"sinks": draw(4, seed=5), "padding": padding(2, 9), "mean_if_blind": True}
+    yield Problem(options=sinks, kind=KINDS[3], queries=5, keys=9)
+    for mean in (False, True):
+        mask = {"mask": draw(2, 1, 7, 7, seed=4) > 0, "mean_if_blind": mean}
+        yield Problem(options=mask, kind=KINDS[1])
+        yield Problem(options={**mask, "padding": padding(2, 7)}, kind=KINDS[1], kv_heads=2)
     yield Problem(options={"bias": draw(7, 7, seed=4)})
 
 

@@ -49,14 +49,33 @@ class WindowInverted(Masked):
 
 
 class BiasPlusMask(Masked):
-    """A learned bias, the causal mask and the padding are added up before they join the scores."""
+    """A learned bias and the mask are added up before they join the scores."""
 
     def scores(self, scores, given):
         row, column = positions(scores)
         bias = self.distance((row - column).clamp(0, 63)).permute(2, 0, 1)[None]
+        seen = (column <= row) & given.bool()[:, None, None, :]
+        least = torch.finfo(scores.dtype).min
+        return scores + (bias + torch.zeros(seen.shape).masked_fill(~seen, least))
+
+
+class TwoFills(Masked):
+    """A blind query gives the mean of the keys before it: no structure says so."""
+
+    def scores(self, scores, given):
+        row, column = positions(scores)
         hidden = torch.zeros(scores.shape[-2:]).masked_fill(column > row, -torch.inf)
         padded = (1.0 - given[:, None, None, :].float()) * torch.finfo(scores.dtype).min
-        return scores + (bias + hidden + padded)
+        return scores + (hidden + padded)
+
+
+class SmallFill(Masked):
+    """A blind query sees its keys by their scores after all."""
+
+    def scores(self, scores, given):
+        row, column = positions(scores)
+        seen = (column <= row) & given.bool()[:, None, None, :]
+        return scores + torch.zeros(seen.shape).masked_fill(~seen, -1e4)
 
 
 class MovedChunks(Masked):
@@ -114,18 +133,43 @@ def test_a_named_mask_becomes_structure_and_padding(cls, ones, mask):
     assert "mask" not in options
     assert options["padding"].meta["val"].shape[1:3] == (1, 1)
     assert widest(exact) <= 13
+    assert_equal_for_padded(module, exact, ones)
+    assert exact.sites == program.sites
+
+
+def assert_equal_for_padded(module, exact, ones=1):
+    """Compare all queries for which the source gives numbers, those that see no key included."""
     x, given = torch.randn(3, 40, 32), torch.full((3, 40), ones)
     given[0, :7], given[1, 37:] = 1 - ones, 1 - ones
-    want, got = module(x, given), exact(x, given)
-    seen = torch.ones(3, 40, dtype=torch.bool)
-    seen[0, :7] = False
-    torch.testing.assert_close(got[seen], want[seen], rtol=1e-5, atol=1e-6)
-    assert exact.sites == program.sites
+    want = module(x, given)
+    for run in (exact, attnopt.lower(exact, backend="eager")):
+        got = run(x, given)
+        assert got.isfinite().all()
+        seen = want.isfinite()
+        torch.testing.assert_close(got[seen], want[seen], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cls", "mean"), [(CausalPadded, True), (WindowInverted, False), (BiasPlusMask, True)]
+)
+def test_what_a_blind_query_gives_is_kept(cls, mean):
+    assert node_of(rewritten(cls(), 0 if cls is WindowInverted else 1)[1]).kwargs.get(
+        "mean_if_blind", False
+    ) is mean
 
 
 def test_what_is_added_beside_a_mask_stays_a_bias():
     options = node_of(rewritten(BiasPlusMask())[1]).kwargs
     assert options["bias"].meta["val"].shape[:2] == (1, 4)
+
+
+@pytest.mark.parametrize("cls", [TwoFills, SmallFill])
+def test_a_mask_of_which_blind_queries_tell_more_stays_a_bias(cls):
+    module = cls()
+    exact = rewritten(module)[1]
+    assert not exact.refused
+    assert mask_of(node_of(exact).kwargs) == Mask("none")
+    assert_equal_for_padded(module, exact)
 
 
 @pytest.mark.parametrize("cls", [MovedChunks, FarWindow])

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 SAMPLE = (
     ("bert", "eager", "base"),
+    ("bridgetower_like_clip", "eager", "base"),
     ("falcon_new", "eager", "base"),
     ("gpt2", "sdpa", "base"),
     ("llama", "eager", "lm"),

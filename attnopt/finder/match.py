@@ -68,7 +68,8 @@ class Padding:
 class Match:
     """One attention, read: result = softmax(cap(q k * scale) + sides, masked) v.
 
-    `structure` and `padding` hide keys beside what the sides hide.
+    `structure` and `padding` hide keys beside what the sides hide. A query that sees no key gives
+    zeros, or with `mean_if_blind` the mean of the values.
     """
 
     module: str
@@ -89,6 +90,7 @@ class Match:
     scores_layout: Layout
     contraction: Contraction
     padding: Padding | None = None
+    mean_if_blind: bool = False
 
     @property
     def heads(self) -> int:

@@ -11,7 +11,6 @@ from attnopt.finder.evaluate import Sizes, ancestors, at_sizes, evaluate, is_siz
 from attnopt.finder.match import Match
 from attnopt.finder.ops import LAYOUT, TRANSPARENT, args, kind, value
 from attnopt.finder.provenance import View
-from attnopt.finder.simplify import random_padding
 from attnopt.nouns import No
 
 # Both sides compute in float64; what differs is the order of the same few operations.
@@ -70,10 +69,7 @@ def prove(
             got = _run(view, rewritten, list(copies), copies, sizes)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             return No(f"the replacement does not run: {error}", match.anchor.name)
-        # A query that sees no key has no answer to compare; the canonical op gives zeros there.
-        ones = {n: torch.ones_like(x) if n is match.v.node else x for n, x in values.items()}
-        blind = _run(view, rewritten, list(copies), {mapping[n]: x for n, x in ones.items()}, sizes)
-        refusal = _compare(want, got, blind == 0, match)
+        refusal = _compare(want, got, match)
         if refusal is not None:
             return refusal
     return None
@@ -96,11 +92,12 @@ def _run(
     return found
 
 
-def _compare(want: Tensor, got: Tensor, blind: Tensor, match: Match) -> No | None:
+def _compare(want: Tensor, got: Tensor, match: Match) -> No | None:
+    """Compare where the source gives numbers: blind queries may give it none."""
     where = match.anchor.name
     if want.shape != got.shape:
         return No(f"shape {tuple(got.shape)} instead of {tuple(want.shape)}", where)
-    seen = torch.isfinite(want) & ~blind
+    seen = torch.isfinite(want)
     if seen.double().mean() < _LEAST_SEEN:
         return No("too few queries see a key to compare the two", where)
     if not torch.isfinite(got[seen]).all():
@@ -125,7 +122,8 @@ def _random_inputs(
     }
     for node in inputs:
         if match.padding is not None and node is match.padding.node:
-            values[node] = random_padding(match.padding, sizes, view, _SHOWN[seed], seed)
+            shown = _random_mask(view.shapes.shape(node, sizes), generator, _SHOWN[seed])
+            values[node] = (shown != match.padding.inverted).to(value(node).dtype)
             continue
         known = None if node in operands else _position_value(view, node, sizes)
         values[node] = known if known is not None else _random(node, sizes, generator, _SHOWN[seed])
@@ -150,19 +148,36 @@ def _position_value(view: View, node: fx.Node, sizes: Sizes) -> Tensor | None:
 
 
 def _random(node: fx.Node, sizes: Sizes, generator: torch.Generator, shown: float) -> Tensor:
-    """Draw a tensor like a node's; a mask shows the first key to every query."""
+    """Draw a tensor like a node's."""
     example = value(node)
     shape = tuple(at_sizes(s, sizes) for s in example.shape)
     if example.dtype == torch.bool:
-        drawn = torch.rand(shape, generator=generator) < shown
-        if drawn.dim() and drawn.numel():
-            drawn[..., 0] = True
-        return drawn
+        return _random_mask(shape, generator, shown)
     if example.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     if example.is_complex():
         return torch.randn(shape, generator=generator, dtype=torch.complex128)
     return torch.randint(0, 2, shape, generator=generator)
+
+
+def _random_mask(size: tuple[int, ...], generator: torch.Generator, shown: float) -> Tensor:
+    """Draw which keys are seen: the first one, but by the first row of the batch.
+
+    There a query of many sees nothing, and without queries of its own the mask hides the first
+    keys, which leaves the first queries of a causal attention blind.
+    """
+    drawn = torch.rand(size, generator=generator) < shown
+    if not drawn.dim() or not drawn.numel():
+        return drawn
+    drawn[..., 0] = True
+    if drawn.dim() >= 2 and size[0] > 1:
+        first = drawn[0]
+        if first.dim() >= 2 and size[-2] > 1:
+            first[..., 0, :] = False
+        else:
+            first[..., : size[-1] // 3] = False
+            first[..., -1] = True
+    return drawn
 
 
 def signature(view: View, match: Match) -> str:
@@ -195,6 +210,7 @@ def signature(view: View, match: Match) -> str:
         match.scale,
         match.softcap,
         match.structure,
+        match.mean_if_blind,
     )
     operands = (match.q.layout, match.k.layout, match.v.layout, match.result_layout)
     inverted = match.padding.inverted if match.padding else None

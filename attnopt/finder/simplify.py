@@ -23,7 +23,7 @@ _TRIALS = 8
 def simplify(view: View, match: Match) -> Match:
     """Return the match with its masks said by name; the same match where they have none.
 
-    The names are exact for queries that see a key; what the rest gives is up to the proof.
+    The names are read off queries that see a key; what the rest gives is up to the proof.
     """
     reader = MaskReader(view, match)
     if not reader.hard or any(t.under is not None for t in reader.hard):
@@ -39,14 +39,6 @@ def simplify(view: View, match: Match) -> Match:
         return match
     padding = Padding(given[0], inverted=not reader.ones_show(given[0])) if padded else None
     return _without_masks(reader, match, named, padding)
-
-
-def random_padding(padding: Padding, sizes: Sizes, view: View, share: float, seed: int) -> Tensor:
-    """Draw a padding mask that shows the first key, and this share of the others."""
-    size = view.shapes.shape(padding.node, sizes)
-    shown = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < share
-    shown[..., :1] = True
-    return (shown != padding.inverted).to(value(padding.node).dtype)
 
 
 def _is_input(view: View, node: fx.Node) -> bool:

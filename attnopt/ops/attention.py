@@ -4,7 +4,9 @@ Axis letters: B batch, H query heads, T queries, S keys, D channels of q and k, 
 Scores are scaled, then capped (c tanh(x / c)), then biased, then masked; a learned sink is a logit
 of each head that joins the denominator only. Query head h reads key head `k_map[h]`, or h // (H /
 Hk) without a map; values likewise. With `causal` or `window` a query sits at position t + S - T.
-A row that sees no key gives zeros and a log-sum-exp of minus infinity.
+A row that sees no key is blind: it gives zeros, or with `mean_if_blind` the mean of all values, as
+sources do that hide with a finite number; its log-sum-exp is minus infinity. With sinks it gives
+zeros either way.
 """
 
 from typing import Any
@@ -28,6 +30,7 @@ def attention_reference(
     sinks: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    mean_if_blind: bool = False,
     causal: bool = False,
     window: int | None = None,
     right: int | None = None,
@@ -67,13 +70,15 @@ def attention_reference(
         total = total + torch.exp(sinks.to(dtype).view(1, heads, 1, 1) - top)
     seen = total > 0
     weights = weights / torch.where(seen, total, torch.ones_like(total))
+    if mean_if_blind:
+        weights = torch.where(seen, weights, 1.0 / scores.shape[-1])
     return (weights @ v_BHSE).to(v.dtype), lse
 
 
 def _per_query_head(x: Tensor, heads: int, head_map: list[int] | None) -> Tensor:
     """Repeat key or value heads so that each query head has its own."""
     if head_map is not None:
-        return x[:, head_map]
+        return x[:, list(head_map)]
     if x.shape[1] == heads or x.shape[1] == 1:
         return x
     return x.repeat_interleave(heads // x.shape[1], dim=1)
@@ -82,7 +87,7 @@ def _per_query_head(x: Tensor, heads: int, head_map: list[int] | None) -> Tensor
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, "
     "Tensor? padding=None, Tensor? sinks=None, float? scale=None, float? softcap=None, "
-    "bool causal=False, int? window=None, int? right=None, int? prefix=None, int? chunk=None, "
+    "bool mean_if_blind=False, bool causal=False, int? window=None, int? right=None, int? prefix=None, int? chunk=None, "
     "int[]? k_map=None, int[]? v_map=None)"
 )
 

@@ -6,7 +6,7 @@ per forward, for each block of queries and the keys that the block can see. What
 say (a soft cap, sinks) runs by the reference.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.ops.attention import attention_reference
-from attnopt.ops.structure import visible_keys
+from attnopt.ops.options import Options
+from attnopt.ops.structure import OPTIONS, seen_range, visible_keys
 
 # A block has at least this many queries, and blocks pay where they skip this share of the scores.
 _BLOCK = 128
@@ -66,10 +67,15 @@ class Structure:
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Return the structure as booleans, true = visible."""
-        return visible_keys(
-            queries, keys, causal=self.causal, window=self.window, right=self.right,
-            prefix=self.prefix, chunk=self.chunk, device=device,
-        )  # fmt: skip
+        return visible_keys(queries, keys, **self._options, device=device)
+
+    def range(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the first key that each query sees, and the one after its last."""
+        return seen_range(queries, keys, **self._options, device=device)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -104,29 +110,27 @@ def attend(
     k: Tensor,
     v: Tensor,
     memo: Memo | None = None,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    padding: Tensor | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    k_map: Sequence[int] | None = None,
-    v_map: Sequence[int] | None = None,
-    **structure: Any,
+    **options: Any,
 ) -> Tensor:
     """Return what `attention_reference` returns first; `memo` keeps masks for later layers.
 
     Without a memo, as in a graph to be compiled, no loop depends on the sizes.
     """
-    if sinks is not None or softcap is not None:
-        return attention_reference(
-            q, k, v, bias=bias, mask=mask, padding=padding, sinks=sinks, scale=scale,
-            softcap=softcap, k_map=_listed(k_map), v_map=_listed(v_map), **structure,
-        )[0]  # fmt: skip
-    k, v = _heads(q, k, k_map, v, v_map)
+    given = Options.read(options)
+    if given.sinks is not None or given.softcap is not None:
+        return attention_reference(q, k, v, **options)[0]
+    k, v = _in_groups(q, *given.heads_of(k, v))
+    structure = Structure(**given.structure).needed(q.shape[2], k.shape[2])
+    hidden = Hidden(structure, given.padding, given.mask, given.bias)
+    found = _attend(q, k, v, hidden, given.scale, memo)
+    return _mean_of_blind(found, q, k, v, hidden, memo) if given.mean_if_blind else found
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scale: float | None, memo: Memo | None
+) -> Tensor:
+    """Choose how a call's masks are said to the kernel; a blind query gives zeros."""
     queries, keys = q.shape[2], k.shape[2]
-    hidden = Hidden(Structure(**structure).needed(queries, keys), padding, mask, bias)
     if queries == 1:
         first = hidden.structure.first_key(keys - 1)
         if first:
@@ -146,16 +150,44 @@ def attend(
     return _kernel(q, k, v, made, scale)
 
 
-def _listed(head_map: Sequence[int] | None) -> list[int] | None:
-    return None if head_map is None else list(head_map)
+def _mean_of_blind(
+    found: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, memo: Memo | None
+) -> Tensor:
+    """Put the mean of the values where a query sees no key."""
+    if hidden.padding is None and hidden.mask is None and q.shape[2] <= k.shape[2]:
+        # Each query sees its own key at least.
+        return found
+    sees = _remembered(memo, q, k, hidden, lambda: _sees(q, k, hidden, memo), "sees")
+    if sees is None:
+        return found
+    mean = _repeated(v.mean(dim=2, keepdim=True), q.shape[1])
+    return torch.where(sees, found, mean)
 
 
-def _heads(
-    q: Tensor, k: Tensor, k_map: Sequence[int] | None, v: Tensor, v_map: Sequence[int] | None
-) -> tuple[Tensor, Tensor]:
+def _sees(q: Tensor, k: Tensor, hidden: Hidden, memo: Memo | None) -> Tensor | None:
+    """Return which queries see a key, as (B, 1, T, 1) or so; None where each is known to."""
+    queries, keys = q.shape[2], k.shape[2]
+    structure, padding = hidden.structure, hidden.padding
+    if hidden.mask is not None:
+        seen = structure.mask(queries, keys, q.device)
+        for more in (padding, hidden.mask):
+            if more is not None:
+                seen = more if seen is None else seen & more
+        assert seen is not None
+        sees = seen.any(dim=-1, keepdim=True)
+    else:
+        start, stop = structure.range(queries, keys, q.device)
+        if padding is None:
+            sees = (stop > start).unsqueeze(-1)
+        else:
+            before = F.pad(padding.long().cumsum(-1), (1, 0))
+            sees = (before[..., stop] > before[..., start]).transpose(-1, -2)
+    known = memo is not None and not torch.compiler.is_compiling()
+    return None if known and bool(sees.all()) else sees
+
+
+def _in_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Give keys and values equally many heads, in groups that the kernel knows."""
-    k = k if k_map is None else k[:, list(k_map)]
-    v = v if v_map is None else v[:, list(v_map)]
     if k.shape[1] == v.shape[1]:
         return k, v
     most = max(k.shape[1], v.shape[1])
@@ -281,7 +313,9 @@ def _placed(
     return None if seen is None else seen[:queries, :keys]
 
 
-def _remembered(memo: Memo | None, q: Tensor, k: Tensor, hidden: Hidden, make: Any) -> Any:
+def _remembered(
+    memo: Memo | None, q: Tensor, k: Tensor, hidden: Hidden, make: Any, what: str = "mask"
+) -> Any:
     """Return a mask made before from the same tensors at the same sizes, or make it.
 
     The tensors are kept with it, so that none of their numbers can be another tensor's.
@@ -289,7 +323,7 @@ def _remembered(memo: Memo | None, q: Tensor, k: Tensor, hidden: Hidden, make: A
     if memo is None or torch.compiler.is_compiling():
         return make()
     parts = (hidden.padding, hidden.mask, hidden.bias)
-    key = (q.shape[2], k.shape[2], q.dtype, hidden.structure, *map(id, parts))
+    key = (what, q.shape[2], k.shape[2], q.dtype, hidden.structure, *map(id, parts))
     if key not in memo:
         while len(memo) >= _REMEMBERED:
             memo.pop(next(iter(memo)))

@@ -5,12 +5,13 @@ numbers and made once for all layers of the same sizes. Queries sit at the end o
 the `is_causal` of the standard op does not say where keys of the past are concatenated.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnopt.ops.options import Options
 from attnopt.ops.structure import visible_keys
 
 Memo = dict[Hashable, tuple[Any, ...]]
@@ -21,30 +22,23 @@ def attend(
     k: Tensor,
     v: Tensor,
     memo: Memo,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    padding: Tensor | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    k_map: Sequence[int] | None = None,
-    v_map: Sequence[int] | None = None,
-    **structure: Any,
+    **options: Any,
 ) -> Tensor:
     """Return what `attention_reference` returns first; `memo` keeps masks for later layers."""
-    k = k if k_map is None else k[:, list(k_map)]
-    v = v if v_map is None else v[:, list(v_map)]
-    scores = _grouped(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    hidden, sees = _hidden(q, k, memo, (padding, mask), structure)
+    given = Options.read(options)
+    k, v = given.heads_of(k, v)
+    scale = q.shape[-1] ** -0.5 if given.scale is None else given.scale
+    scores = _grouped(q, k.transpose(-1, -2)) * scale
+    if given.softcap is not None:
+        scores = given.softcap * torch.tanh(scores / given.softcap)
+    if given.bias is not None:
+        scores = scores + given.bias
+    hidden, sees = _hidden(q, k, memo, (given.padding, given.mask), given.structure)
     if hidden is not None:
         scores = scores + hidden
-    found = _grouped(_weights(scores, sinks), v)
-    return found if sees is None else torch.where(sees, found, 0.0)
+    found = _grouped(_weights(scores, given.sinks), v)
+    # The least number hides all keys alike: a blind query gives the mean as it is.
+    return found if sees is None or given.mean_if_blind else torch.where(sees, found, 0.0)
 
 
 def _grouped(x: Tensor, y: Tensor) -> Tensor:
