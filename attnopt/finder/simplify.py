@@ -7,7 +7,7 @@ positions hide, and the padding mask has one element a key.
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from attnopt.finder.evaluate import Sizes, leaves
 from attnopt.finder.masks import MaskReader, split_terms

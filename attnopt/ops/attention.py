@@ -87,8 +87,8 @@ def _per_query_head(x: Tensor, heads: int, head_map: list[int] | None) -> Tensor
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, "
     "Tensor? padding=None, Tensor? sinks=None, float? scale=None, float? softcap=None, "
-    "bool mean_if_blind=False, bool causal=False, int? window=None, int? right=None, int? prefix=None, int? chunk=None, "
-    "int[]? k_map=None, int[]? v_map=None)"
+    "bool mean_if_blind=False, bool causal=False, int? window=None, int? right=None, "
+    "int? prefix=None, int? chunk=None, int[]? k_map=None, int[]? v_map=None)"
 )
 
 
