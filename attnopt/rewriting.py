@@ -17,7 +17,7 @@ from attnopt.calibrating import Statistics
 from attnopt.compensating import refit
 from attnopt.finder import find_sites
 from attnopt.finder.emit import Writer
-from attnopt.finder.match import Match, Operand, Side
+from attnopt.finder.match import Blind, Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
 from attnopt.finder.simplify import simplify
@@ -199,10 +199,11 @@ def _readings(view: View, match: Match) -> list[Match]:
     """List how a match may be said: its masks by name or as they are, blind queries either way."""
     simple = simplify(view, match)
     found = [simple] if simple is match else [simple, match]
-    hides = any(s.step.op in ("hide", "add") for s in match.sides)
-    if not hides or match.mean_if_blind:
+    if not any(s.step.op in ("hide", "add") for s in match.sides) or match.blind != "zeros":
         return found
-    return [replace(m, mean_if_blind=mean) for m in found for mean in (False, True)]
+    likely: tuple[Blind, ...] = ("zeros", "mean")
+    said = [replace(m, blind=blind) for m in found for blind in likely]
+    return [*said, replace(match, blind="least")]
 
 
 def _replace(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:

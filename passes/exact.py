@@ -5,6 +5,7 @@ scales and masks spread over many nodes. The result equals the source within rou
 proved to on random inputs before the graph is changed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,11 +79,15 @@ def emit(writer: Writer, match: Match) -> fx.Node:
         elif op == "hide":
             seen = _truth(writer, side.node)
             seen = writer.call(aten.logical_not.default, seen) if side.step.when else seen
-            mask = _both(writer, mask, _canonical_side(writer, side, seen))
+            seen = _canonical_side(writer, side, seen)
+            if match.blind == "least":
+                bias = _overwritten(writer, bias, seen, side)
+            else:
+                mask = _both(writer, mask, seen)
         else:
             term = _canonical_side(writer, side, side.node)
             term = term if side.factor == 1 else writer.call(aten.mul.Tensor, term, side.factor)
-            bias = term if bias is None else writer.call(aten.add.Tensor, bias, term)
+            bias = _sum(writer, bias, term)
     sinks = _sinks(writer, match.sinks)
     options: dict[str, Any] = {"scale": match.scale}
     padding = None if match.padding is None else _padding(writer, match.padding)
@@ -90,7 +95,7 @@ def emit(writer: Writer, match: Match) -> fx.Node:
     options.update({name: x for name, x in named.items() if x is not None})
     if match.softcap is not None:
         options["softcap"] = match.softcap
-    if match.mean_if_blind:
+    if match.blind == "mean":
         options["mean_if_blind"] = True
     options.update(options_of(match.structure))
     for name, operand in (("k_map", match.k), ("v_map", match.v)):
@@ -163,6 +168,20 @@ def _truth(writer: Writer, node: fx.Node) -> fx.Node:
 
 def _both(writer: Writer, a: fx.Node | None, b: fx.Node) -> fx.Node:
     return b if a is None else writer.call(aten.logical_and.default, a, b)
+
+
+def _sum(writer: Writer, a: fx.Node | None, b: fx.Node) -> fx.Node:
+    return b if a is None else writer.call(aten.add.Tensor, a, b)
+
+
+def _overwritten(writer: Writer, bias: fx.Node | None, seen: fx.Node, side: Side) -> fx.Node:
+    """Write the least number, or infinity, over what was added so far where a key is not seen."""
+    dtype = value(side.step.node).dtype
+    least = torch.finfo(dtype).min * min(side.factor, 1.0)
+    least = least if side.step.number > -math.inf else -math.inf
+    if bias is None:
+        bias = writer.call(aten.zeros_like.default, seen, dtype=dtype)
+    return writer.call(aten.where.ScalarOther, seen, bias, least)
 
 
 def _sinks(writer: Writer, side: Side | None) -> fx.Node | None:

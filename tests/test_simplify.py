@@ -69,6 +69,15 @@ class TwoFills(Masked):
         return scores + (hidden + padded)
 
 
+class Overwritten(Masked):
+    """The padding is written over the causal mask: a blind query gives the mean of padded keys."""
+
+    def scores(self, scores, given):
+        row, column = positions(scores)
+        scores = scores.masked_fill(column > row, -torch.inf)
+        return scores.masked_fill(given[:, None, None, :] == 0, torch.finfo(scores.dtype).min)
+
+
 class SmallFill(Masked):
     """A blind query sees its keys by their scores after all."""
 
@@ -162,7 +171,7 @@ def test_what_is_added_beside_a_mask_stays_a_bias():
     assert options["bias"].meta["val"].shape[:2] == (1, 4)
 
 
-@pytest.mark.parametrize("cls", [TwoFills, SmallFill])
+@pytest.mark.parametrize("cls", [TwoFills, Overwritten, SmallFill])
 def test_a_mask_of_which_blind_queries_tell_more_stays_a_bias(cls):
     module = cls()
     exact = rewritten(module)[1]

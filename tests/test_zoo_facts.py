@@ -18,6 +18,7 @@ SAMPLE = (
     "bert",
     "bloom",
     "deepseek_v3",
+    "detr",
     "falcon_new",
     "gemma2",
     "gpt_neo",

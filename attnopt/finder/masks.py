@@ -468,11 +468,18 @@ class MaskReader:
     def random_mask(
         self, node: fx.Node, sizes: Sizes, generator: torch.Generator, right: bool
     ) -> Tensor:
-        """Draw a mask input at random; with `right` only the end of each row is hidden."""
+        """Draw a mask input at random; with `right` only the end of each row is hidden.
+
+        Otherwise each row hides a run besides, which a mask of pooled tokens shows.
+        """
         example = value(node)
         size = self.view.shapes.shape(node, sizes)
         shown = torch.rand(size, generator=generator) < 0.7
-        if right:
+        if not right and len(size) > 1 and size[-1] > 1:
+            first = torch.randint(0, size[-1], (*size[:-1], 1), generator=generator)
+            place = torch.arange(size[-1])
+            shown &= (place < first) | (place >= first + size[-1] // 2)
+        elif right:
             last = torch.randint(1, size[-1] + 1, (*size[:-1], 1), generator=generator)
             shown = torch.arange(size[-1]) < last
         if self.ones_show(node):

@@ -1,6 +1,7 @@
 """A match: queries, keys, values, scores and result, each with the roles of its axes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
@@ -13,6 +14,10 @@ from attnopt.finder.scores import Step
 from attnopt.nouns import Mask
 
 NO_MASK = Mask("none")
+
+Blind = Literal["zeros", "mean", "least"]
+"""What a query that sees no key gives: zeros, the mean of all values, or what the softmax makes of
+scores of which the hidden ones are the least number, as where several masks are added up."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Padding:
 class Match:
     """One attention, read: result = softmax(cap(q k * scale) + sides, masked) v.
 
-    `structure` and `padding` hide keys beside what the sides hide. A query that sees no key gives
-    zeros, or with `mean_if_blind` the mean of the values.
+    `structure` and `padding` hide keys beside what the sides hide. A query that sees no key is
+    blind: see `Blind`.
     """
 
     module: str
@@ -90,7 +95,7 @@ class Match:
     scores_layout: Layout
     contraction: Contraction
     padding: Padding | None = None
-    mean_if_blind: bool = False
+    blind: Blind = "zeros"
 
     @property
     def heads(self) -> int:

@@ -210,7 +210,7 @@ def signature(view: View, match: Match) -> str:
         match.scale,
         match.softcap,
         match.structure,
-        match.mean_if_blind,
+        match.blind,
     )
     operands = (match.q.layout, match.k.layout, match.v.layout, match.result_layout)
     inverted = match.padding.inverted if match.padding else None

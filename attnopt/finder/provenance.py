@@ -72,8 +72,10 @@ class Origins:
 
     def is_learned(self, node: fx.Node) -> bool:
         """Tell whether a node is made of parameters and constants alone."""
-        flags = self.of(node)
-        return "parameter" in flags and flags <= {"parameter", "buffer", "constant"}
+        return "parameter" in self.of(node) and self._is_fixed(node)
+
+    def _is_fixed(self, node: fx.Node) -> bool:
+        return self.of(node) <= {"parameter", "buffer", "constant"}
 
     def is_data(self, node: fx.Node) -> bool:
         """Tell whether a node carries what the model computes about its inputs."""
@@ -81,13 +83,14 @@ class Origins:
         return bool(flags & {"data", "state"}) or ("parameter" in flags and "tokens" in flags)
 
     def is_projected(self, node: fx.Node) -> bool:
-        """Tell whether a learned tensor went through a learned contraction, as queries do."""
+        """Tell whether a fixed tensor went through a learned contraction, as queries do."""
         while kind(node) in TRANSPARENT | LAYOUT | ELEMENTWISE | NORMS:
             node = self._main(node)
         contraction = read_contraction(node)
-        return contraction is not None and all(
-            self.is_learned(x) for x in (contraction.lhs, contraction.rhs)
-        )
+        if contraction is None:
+            return False
+        both = (contraction.lhs, contraction.rhs)
+        return all(map(self._is_fixed, both)) and any(map(self.is_learned, both))
 
     def _main(self, node: fx.Node) -> fx.Node:
         tensors = [n for n in node.all_input_nodes if is_tensor(n)]

@@ -160,7 +160,7 @@ def match_canonical(view: View, node: fx.Node) -> Match | No:
     match = assemble(view, parts)
     if isinstance(match, No):
         return match
-    match = replace(match, mean_if_blind=bool(given.get("mean_if_blind")))
+    match = replace(match, blind="mean" if given.get("mean_if_blind") else "zeros")
     if isinstance(sinks, fx.Node):
         heads = Layout(((Factor("H", match.heads, 1),),))
         match = replace(match, sinks=Side(Step("sink", node, side=sinks), heads))

@@ -5,6 +5,7 @@ further tokens from the cache. Whether the cross-attention cache is filled is a 
 source's Python, so no single graph does both.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,11 @@ _ENCODER_ONLY = ("input_ids", "input_features", "input_values", "inputs_embeds",
 
 
 def has_two_steps(source: nn.Module, example: Example) -> bool:
-    """Say whether a call is the first step of cached encoder-decoder generation."""
+    """Say whether a call is the first step of cached encoder-decoder generation.
+
+    Where it leaves that to the config, so do the calls that are traced: some sources hand an
+    argument `use_cache` to their encoder, which refuses it.
+    """
     config = getattr(source, "config", None)
     if config is None or not getattr(config, "is_encoder_decoder", False):
         return False
@@ -43,8 +48,7 @@ def trace_encode(
     attempts: tuple[Attempt, ...] = (),
 ) -> Trace | No:
     """Trace the first call: the encoder, and the decoder from an empty cache."""
-    cached = replace(example, skeleton={**example.skeleton, "use_cache": True})
-    return trace(source, cached.call, example.tensors, axes, attempts)
+    return trace(source, example.call, example.tensors, axes, attempts)
 
 
 def trace_decode(
@@ -57,23 +61,20 @@ def trace_decode(
     probe = _first_call(source, example)
     if isinstance(probe, No):
         return probe
-    encoded, forms = probe
+    encoded, forms, output = probe
     given = _decode_tensors(example, encoded)
     states, state_axes = _decode_states(forms)
     skeleton = _decode_skeleton(example)
     dynamic = {n: _axes(t) for n, t in given.items()} | state_axes if axes else {}
 
     def call(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
-        from transformers.modeling_outputs import BaseModelOutput
-
         from attnopt.frontend.caches import build_both_halves
 
         cache = build_both_halves(forms, lambda layer, name: tensors[state_name(layer, name)])
         values = {
             **skeleton,
-            _ENCODED: BaseModelOutput(last_hidden_state=tensors[f"{_ENCODED}_last_hidden_state"]),
+            _ENCODED: output(last_hidden_state=tensors[f"{_ENCODED}_last_hidden_state"]),
             "past_key_values": cache,
-            "use_cache": True,
         }
         return replace(example, skeleton=values).call(module, tensors)
 
@@ -85,17 +86,29 @@ def _axes(tensor: Tensor) -> tuple[int, ...]:
     return (0, 1) if tensor.dim() > 1 else (0,)
 
 
-def _first_call(source: nn.Module, example: Example) -> tuple[Tensor, list[Any]] | No:
+def _first_call(source: nn.Module, example: Example) -> tuple[Tensor, list[Any], type[Any]] | No:
+    """Run the first call; return the encoder's states, the caches and the encoder's output class.
+
+    A source may read attributes of its encoder's result that only its own class has.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+    from transformers.utils import ModelOutput
+
     from attnopt.frontend.caches import read_both_halves
 
-    cached = replace(example, skeleton={**example.skeleton, "use_cache": True})
-    result = dry_run(source, cached.call, example.tensors)
+    seen: list[type[Any]] = []
+    encoder = source.get_encoder() if hasattr(source, "get_encoder") else None
+    with contextlib.ExitStack() as hooks:
+        if isinstance(encoder, nn.Module):
+            handle = encoder.register_forward_hook(lambda m, args, out: seen.append(type(out)))
+            hooks.callback(handle.remove)
+        result = dry_run(source, example.call, example.tensors)
     if isinstance(result, No):
         return result
     hidden = result.encoder_last_hidden_state
-    return torch.zeros(tuple(map(int, hidden.shape)), dtype=hidden.dtype), read_both_halves(
-        result.past_key_values
-    )
+    encoded = torch.zeros(tuple(map(int, hidden.shape)), dtype=hidden.dtype)
+    output = next((c for c in seen if issubclass(c, ModelOutput)), BaseModelOutput)
+    return encoded, read_both_halves(result.past_key_values), output
 
 
 def _decode_tensors(example: Example, encoded: Tensor) -> dict[str, Tensor]:
