@@ -72,10 +72,15 @@ def match_assembled(view: View, anchor: Anchor, why: No) -> Reading | No:
     return _Reader(view, found).read(f"its scores are assembled from pieces ({why})")
 
 
-def read_factor(view: View, anchor: Anchor, why: str) -> Reading | No:
-    """Read by structure what could be read element by element alone, but is a part of a whole."""
+def read_factor(
+    view: View, anchor: Anchor, why: str, visible: Tensor | None = None
+) -> Reading | No:
+    """Read by structure what could be read element by element alone, but is a part of a whole.
+
+    `visible` tells which scores no mask hides, for a mask that blocks of queries make.
+    """
     found = trace_between(view, anchor)
-    return found if isinstance(found, No) else _Reader(view, found).read(why)
+    return found if isinstance(found, No) else _Reader(view, found, visible).read(why)
 
 
 class _RefusalError(Exception):
@@ -85,8 +90,9 @@ class _RefusalError(Exception):
 class _Reader:
     """Follows the numbers of one piece's operands to its scores."""
 
-    def __init__(self, view: View, between: Between) -> None:
+    def __init__(self, view: View, between: Between, visible: Tensor | None = None) -> None:
         self.view = view
+        self.visible = visible
         self.between = between
         self.origin = Blurred(view)
 
@@ -170,6 +176,8 @@ class _Reader:
         count = [int(torch.tensor(s.root.shape).prod()) for s in sides[0]]
         self.seen = (self.rows[0] >= 0) & (self.rows[1] >= 0)
         self.seen &= (self.rows[0] < count[0]) & (self.rows[1] < count[1])
+        if self.visible is not None:
+            self.seen &= self.visible.movedim(self.between.anchor.axis, -1)
         for which in (0, 1):
             low = self.rows[which].masked_fill(~self.seen, 1 << 60).amin(-1)
             high = self.rows[which].masked_fill(~self.seen, -1).amax(-1)

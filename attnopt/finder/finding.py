@@ -11,7 +11,7 @@ from attnopt.finder import facts
 from attnopt.finder.assembled import Reading, match_assembled, read_factor
 from attnopt.finder.assembled_facts import read_assembled_site
 from attnopt.finder.grouping import Piece, group
-from attnopt.finder.masks import name_masks
+from attnopt.finder.masks import MaskReader, name_masks
 from attnopt.finder.match import Match
 from attnopt.finder.mixers import find_mixers
 from attnopt.finder.norms import qk_norm
@@ -120,9 +120,22 @@ def _read(
         return read_assembled_site(view, readings, name, softmaxes=len(pieces))
     matches = [p for p in pieces if isinstance(p, Match)]
     site = read_site(view, matches, name)
-    if len(matches) == 1 and site.heads == 1 and matches[0].anchor in anchors:
-        return _with_heads(view, site, anchors[matches[0].anchor])
+    if len(matches) == 1 and matches[0].anchor in anchors:
+        anchor = anchors[matches[0].anchor]
+        if site.heads == 1:
+            return _with_heads(view, site, anchor)
+        if site.mask.kind == "dense" and len(matches[0].scores_layout.factors("B")) > 1:
+            return _with_whole_mask(view, site, matches[0], anchor)
     return site
+
+
+def _with_whole_mask(view: View, site: Site, match: Match, anchor: Anchor) -> Site:
+    """Name the mask of an attention over blocks of tokens by the tokens that meet in it."""
+    visible = MaskReader(view, match).visible_scores()
+    if visible is None:
+        return site
+    reading = read_factor(view, anchor, "blocks of tokens", visible)
+    return site if isinstance(reading, No) else replace(site, mask=reading.mask)
 
 
 def _with_heads(view: View, site: Site, anchor: Anchor) -> Site:

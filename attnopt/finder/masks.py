@@ -246,9 +246,7 @@ class MaskReader:
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
         for term in self.hard:
-            found = self._value(term, sizes, inputs)
-            hidden = found != 0 if term.op == "hide" else found * term.factor <= HARD
-            hidden = hidden == term.when
+            hidden = self._is_hidden(term, sizes, inputs)
             own = broadcast_layout(term.layout, tuple(hidden.shape))
             visible = visible & ~_to_bhts(hidden, own, term.layout)
         if self.match.structure.kind != "none":
@@ -259,6 +257,25 @@ class MaskReader:
             )
             visible = visible & shown_by(self.match.structure, queries, keys)
         return visible
+
+    def visible_scores(self) -> Tensor | None:
+        """Return what no mask hides in the shape of the scores, where the masks are written there.
+
+        Padding hides nothing here.
+        """
+        if any(t.layout != self.match.scores_layout for t in self.hard):
+            return None
+        sizes = self.view.shapes.captured
+        held = tuple(_product(f.size for f in axis) for axis in self.match.scores_layout.axes)
+        visible = torch.ones(held, dtype=torch.bool)
+        for term in self.hard:
+            visible = visible & ~self._is_hidden(term, sizes, self._all_visible(sizes))
+        return visible
+
+    def _is_hidden(self, term: Term, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
+        found = self._value(term, sizes, inputs)
+        hidden = found != 0 if term.op == "hide" else found * term.factor <= HARD
+        return hidden == term.when
 
     def _value(self, term: Term, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
         """Evaluate a term, with zeros for what its mask is written over."""

@@ -92,12 +92,13 @@ def _first_call(source: nn.Module, example: Example) -> tuple[Tensor, list[Any],
     A source may read attributes of its encoder's result that only its own class has.
     """
     from transformers.modeling_outputs import BaseModelOutput
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     from attnopt.frontend.caches import read_both_halves
 
     seen: list[type[Any]] = []
-    encoder = source.get_encoder() if hasattr(source, "get_encoder") else None
+    find: Any = getattr(source, "get_encoder", None)
+    encoder = find() if find is not None else None
     with contextlib.ExitStack() as hooks:
         if isinstance(encoder, nn.Module):
             handle = encoder.register_forward_hook(lambda m, args, out: seen.append(type(out)))
