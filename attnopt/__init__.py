@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from attnopt import hook as _hook
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ __all__ = [
     "save",
     "verify",
 ]
+
+
+_hook.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnopt import debug
 from attnopt.artifacts.saving import Result, refuse_foreign, save, source_folder, stock_model
+from attnopt.artifacts.stock import tier_of
 from attnopt.calibrating import calibrate
 from attnopt.data import Source, Split, split_of
 from attnopt.frontend import capture
@@ -118,6 +119,7 @@ def measure(rewritten: Program, reference: Program, rows: Tensor) -> dict[str, A
     if isinstance(stock, No):
         found["stock"] = str(stock)
         return found
+    found["tier"] = tier_of(stock.config)
     with torch.no_grad():
         want = in_float32(rewritten)(input_ids=ids).logits
         got = stock(input_ids=ids).logits

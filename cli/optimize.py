@@ -150,7 +150,18 @@ def _document(result: "Result", place: Path) -> dict[str, Any]:
     from attnopt.artifacts.saving import report_of
 
     content = report_of(result)
-    return {**{k: v for k, v in content.items() if k != "schema"}, "out": str(place), "tier": 0}
+    shown = {k: v for k, v in content.items() if k != "schema"}
+    return {**shown, "out": str(place), "tier": _tier(result)}
+
+
+def _tier(result: "Result") -> int:
+    return int((result.measured or {}).get("tier", 0))
+
+
+_LOADS = (
+    "plain Transformers loads it, without attnopt",
+    "plain Transformers loads it after `import attnopt`",
+)
 
 
 def _summary(output: Output, result: "Result", place: Path) -> None:
@@ -163,7 +174,8 @@ def _summary(output: Output, result: "Result", place: Path) -> None:
     output.line()
     if result.report is not None:
         output.line(_verdict(result))
-    output.line(f"saved as {_shown(place)} (tier 0): plain Transformers loads it, without attnopt")
+    tier = _tier(result)
+    output.line(f"saved as {_shown(place)} (tier {tier}): {_LOADS[tier]}")
     output.line(f'  {result.program.name}.from_pretrained("{_shown(place)}")')
 
 

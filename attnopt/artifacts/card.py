@@ -7,12 +7,18 @@ if TYPE_CHECKING:
     from attnopt.artifacts.saving import Result
 
 
-def card(result: "Result", environment: Mapping[str, Any]) -> str:
+_LOADS = (
+    "It is a plain Transformers checkpoint: attnopt is not needed to run it.",
+    "`import attnopt` lets Transformers build layers that differ; without it, loading fails.",
+)
+
+
+def card(result: "Result", environment: Mapping[str, Any], tier: int = 0) -> str:
     """Return the text of README.md."""
-    return "\n".join(_lines(result, environment)) + "\n"
+    return "\n".join(_lines(result, environment, tier)) + "\n"
 
 
-def _lines(result: "Result", environment: Mapping[str, Any]) -> Iterator[str]:
+def _lines(result: "Result", environment: Mapping[str, Any], tier: int) -> Iterator[str]:
     base = environment["base"] or result.program.name
     yield from ("---", "library_name: transformers", f"base_model: {base}")
     yield from ("base_model_relation: quantized", "tags:", "- attnopt", "- attention", "---", "")
@@ -24,9 +30,11 @@ def _lines(result: "Result", environment: Mapping[str, Any]) -> Iterator[str]:
         settings = ", ".join(f"{k}={v}" for k, v in choice.config.items())
         yield f"| {choice.site} | {choice.rewrite} | {settings} |"
     yield from ("", "## How to load it", "", "```python")
+    if tier == 1:
+        yield "import attnopt  # its layers differ in their heads"
     yield from (f"from transformers import {result.program.name}", "")
     yield from (f'model = {result.program.name}.from_pretrained("path/of/this/directory")', "```")
-    yield from ("", "It is a plain Transformers checkpoint: attnopt is not needed to run it.", "")
+    yield from ("", _LOADS[tier], "")
     yield from (
         "## How it was made",
         "",

@@ -17,8 +17,9 @@ from torch import nn
 from attnopt.artifacts.card import card
 from attnopt.artifacts.manifest import FOLDER, NAME, write_manifest
 from attnopt.artifacts.staging import staged
-from attnopt.artifacts.stock import build, stock_class, stock_config
+from attnopt.artifacts.stock import build, stock_class, stock_config, tier_of
 from attnopt.nouns import No, Plan
+from attnopt.perlayer import UNDERSTANDS
 from attnopt.program import Program
 from attnopt.verifying import Report
 
@@ -55,7 +56,7 @@ def save(result: Result | Program, out: str | os.PathLike[str]) -> Path:
     refuse_foreign(target, made.program)
     model = stock_model(made.program)
     if isinstance(model, No):
-        raise ValueError(f"cannot save as a stock checkpoint (tier 0): {model}")
+        raise ValueError(f"cannot save as a Transformers checkpoint (tier 0 or 1): {model}")
     with staged(target) as staging:
         write(made, model, staging)
     return target
@@ -101,8 +102,10 @@ def write(result: Result, model: Any, staging: Path) -> None:
     result.plan.save(folder / "plan.yaml")
     _write_json(folder / "report.json", report_of(result))
     _write_json(folder / "env.json", environment(result))
-    (staging / "README.md").write_text(card(result, environment(result)), encoding="utf-8")
-    _mark(staging / "config.json", result)
+    tier = tier_of(model.config)
+    text = card(result, environment(result), tier)
+    (staging / "README.md").write_text(text, encoding="utf-8")
+    _mark(staging / "config.json", result, tier)
     write_manifest(staging)
 
 
@@ -146,13 +149,14 @@ def _carry_over(source: Path, staging: Path) -> None:
             shutil.copyfile(place, staging / place.name)
 
 
-def _mark(config: Path, result: Result) -> None:
+def _mark(config: Path, result: Result, tier: int) -> None:
     """Say in config.json that attnopt made this; plain Transformers passes over the block."""
     content = json.loads(config.read_text(encoding="utf-8"))
     content["attnopt"] = {
         "format": 1,
         "min_reader": 1,
-        "tier": 0,
+        "tier": tier,
+        "must_understand": list(UNDERSTANDS) if tier == 1 else [],
         "accepted": result.accepted,
     }
     _write_json(config, content)

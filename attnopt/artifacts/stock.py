@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from attnopt.nouns import No
+from attnopt.perlayer import MARK, is_marked
 from attnopt.program import Program
 
 # What configs call the number of key and value heads.
@@ -40,9 +41,8 @@ def stock_config(program: Program) -> Any | No:
     if isinstance(cls, No):
         return cls
     wanted = shapes_of(program)
-    heads = {site.kv_heads for site in program.sites}
     differences = ""
-    for config in _candidates(program.config, heads):
+    for config in _candidates(program):
         found = _shapes_of_class(cls, config)
         wrong = next((names for names, shape in found if not _holds(wanted, names, shape)), None)
         if wrong is None:
@@ -77,17 +77,55 @@ def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Modu
     return made
 
 
-def _candidates(config: Any, heads: set[int]) -> Iterator[Any]:
-    """Yield the config as it is, then with the number of key and value heads that it may need."""
+def tier_of(config: Any) -> int:
+    """Return the tier of an artifact with a config: 1 where its layers differ, else 0."""
+    return 1 if is_marked(config) else 0
+
+
+def _candidates(program: Program) -> Iterator[Any]:
+    """Yield the config as it is, then with the key and value heads that it may need."""
+    config = _unmarked(program.config)
     yield copy.deepcopy(config)
-    if len(heads) != 1:
-        return
+    heads = {site.kv_heads for site in program.sites}
+    layers = _layers(program)
     for name in _KV_HEADS:
         changed = copy.deepcopy(config)
         inner = changed.get_text_config()
-        if isinstance(getattr(inner, name, None), int):
+        if not isinstance(getattr(inner, name, None), int):
+            continue
+        if len(heads) == 1:
             setattr(inner, name, next(iter(heads)))
             yield changed
+        elif layers is not None and inner is changed:
+            setattr(changed, name, max(heads))
+            yield _per_layer(changed, name, layers)
+
+
+def _unmarked(config: Any) -> Any:
+    """Return a copy of a config with all layers alike, where attnopt wrote how they differ."""
+    found = copy.deepcopy(config)
+    if is_marked(found):
+        found.per_layer_config = None
+    vars(found).pop(MARK, None)
+    return found
+
+
+def _layers(program: Program) -> dict[int, int] | None:
+    """Return the key and value heads of each layer; None where not every layer has one site."""
+    found: dict[int, int] = {}
+    for site in program.sites:
+        numbers = [int(part) for part in site.module.split(".") if part.isdigit()]
+        if len(numbers) != 1 or numbers[0] in found:
+            return None
+        found[numbers[0]] = site.kv_heads
+    return found
+
+
+def _per_layer(config: Any, name: str, layers: Mapping[int, int]) -> Any:
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = {layer: {name: heads} for layer, heads in layers.items()}
+    setattr(config, MARK, {"format": 1, "min_reader": 1, "tier": 1})
+    return config
 
 
 def _holds(

@@ -1,0 +1,97 @@
+"""Tier 1: layers of a stock model that differ in their heads, by `per_layer_config`.
+
+Transformers 5 writes and reads per-layer settings, but its model classes build all layers alike.
+While it builds a model, here its attention classes have stand-ins, which build the stock class
+itself from the settings of its layer. A config without our mark gets what it gets without us.
+"""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+MARK = "attnopt"
+UNDERSTANDS = ("per_layer_heads",)
+
+
+def is_marked(config: Any) -> bool:
+    """Tell whether attnopt wrote a config whose layers differ."""
+    block = vars(config).get(MARK)
+    return (
+        isinstance(block, dict)
+        and block.get("tier") == 1
+        and bool(getattr(config, "is_heterogeneous", False))
+    )
+
+
+def install(patching: ModuleType) -> None:
+    """Extend what Transformers does with registered patches while it builds a model.
+
+    They are not registered themselves: with any registered class Transformers lists all names that
+    it has at every load, which takes longer than to load a small model.
+    """
+    applied = _with_stand_ins(patching.apply_patches)
+    # Who imported the function before reads it under its own name.
+    for home in (patching, sys.modules.get("transformers.modeling_utils")):
+        if home is not None and hasattr(home, "apply_patches"):
+            vars(home)["apply_patches"] = applied
+
+
+def _with_stand_ins(apply_patches: Callable[[], Any]) -> Callable[[], Any]:
+    @contextlib.contextmanager
+    def applied() -> Generator[None]:
+        with apply_patches():
+            places = list(_places())
+            try:
+                for module, name, stock in places:
+                    setattr(module, name, _stand_in(stock))
+                yield
+            finally:
+                for module, name, stock in places:
+                    setattr(module, name, stock)
+
+    return applied
+
+
+def _places() -> Iterator[tuple[ModuleType, str, type[nn.Module]]]:
+    """Yield the attention classes of all models that were imported, with where they are read."""
+    for home, module in list(sys.modules.items()):
+        if home.startswith("transformers.models.") and ".modeling_" in home:
+            for name, held in list(vars(module).items()):
+                if name.endswith("Attention") and isinstance(held, type) and _is_layered(held):
+                    yield module, name, held
+
+
+def _is_layered(cls: type) -> bool:
+    """Tell whether a class is built for one layer of a config."""
+    if not issubclass(cls, nn.Module) or isinstance(cls, _StandIn):
+        return False
+    return list(inspect.signature(cls).parameters)[:2] == ["config", "layer_idx"]
+
+
+class _StandIn(type):
+    """The type of a class whose instances are those of a stock class."""
+
+    stock: type[nn.Module]
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.stock)
+
+
+@cache
+def _stand_in(stock: type[nn.Module]) -> type:
+    def build(cls: type, config: Any, layer_idx: int | None = None, **rest: Any) -> nn.Module:
+        if layer_idx is None or not is_marked(config):
+            return stock(config, layer_idx=layer_idx, **rest)
+        module: Any = stock(config.per_layer_config[layer_idx], layer_idx=layer_idx, **rest)
+        # What is set on the model later, such as its attention function, holds for every layer.
+        module.config = config
+        return module  # type: ignore[no-any-return]
+
+    named = {"__new__": build, "__module__": stock.__module__, "stock": stock}
+    return _StandIn(stock.__name__, (), named)
