@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -83,7 +82,6 @@ class _StandIn(type):
         return isinstance(instance, cls.stock)
 
 
-@cache
 def _stand_in(stock: type[nn.Module]) -> type:
     def build(cls: type, config: Any, layer_idx: int | None = None, **rest: Any) -> nn.Module:
         if layer_idx is None or not is_marked(config):

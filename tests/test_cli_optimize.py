@@ -54,6 +54,7 @@ def test_a_gate_that_fails_keeps_the_candidate_aside(
         "format": 1,
         "min_reader": 1,
         "tier": 0,
+        "must_understand": [],
         "accepted": False,
     }
 

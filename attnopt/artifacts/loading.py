@@ -9,6 +9,7 @@ from torch import nn
 
 from attnopt.artifacts.manifest import IntegrityError, check_manifest, files_below
 from attnopt.artifacts.staging import recovered
+from attnopt.perlayer import UNDERSTANDS
 
 READER = 1
 _RUNS_CODE = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".so", ".npy", ".npz")
@@ -52,12 +53,15 @@ def _config(root: Path) -> dict[str, Any]:
         content = json.loads(place.read_text(encoding="utf-8"))
         block = content["attnopt"]
         needed = int(block["min_reader"])
+        unknown = sorted(set(block.get("must_understand", ())) - set(UNDERSTANDS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{place} is no config of an artifact of attnopt ({error})") from error
     if needed > READER:
         raise IntegrityError(
             f"{place} needs a newer attnopt (reader {needed}; this one is {READER})"
         )
+    if unknown:
+        raise IntegrityError(f"{place} needs an attnopt that understands {unknown[0]!r}")
     if content.get("auto_map"):
         raise IntegrityError(f"refused: {place} names code (auto_map), which no artifact has")
     found: dict[str, Any] = content
