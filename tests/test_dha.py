@@ -1,16 +1,20 @@
 """Fusing heads: exact where nothing is lost, the same in every basis, better than averaging."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from dha_models import decoder, ids, repeat_heads, turn_heads
 
 import attnopt
 from attnopt.calibrating import Statistics
+from attnopt.data import Source, split_of
 from attnopt.nouns import Choice, No
 from attnopt.passes import dha
 from attnopt.program import Program
+from attnopt.verifying import losses
 
 
 def captured(model: torch.nn.Module, rows: int = 8) -> tuple[Program, Statistics]:
@@ -163,3 +167,21 @@ def test_the_damage_predicted_is_the_damage_measured() -> None:
                 lost += float(((gone @ layer.gram_kv) * gone).sum())
                 total += float(((whole @ layer.gram_kv) * whole).sum())
     assert lost / total == pytest.approx(predicted, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_basis_of_the_heads_of_the_bundled_checkpoint_does_not_matter() -> None:
+    folder = Path(__file__).parents[1] / "examples" / "models" / "code-llama"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    split = split_of(Source("stdlib", 24, 256), tokenizer, held_out=8)
+    results: list[torch.Tensor] = []
+    for turned in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.requires_grad_(False).eval()
+        if turned:
+            turn_heads(model)
+        program = attnopt.apply(attnopt.capture(model), "exact")
+        result = attnopt.apply(program, attnopt.plan(program, {"kv_cache": "50%"}, data=split))
+        assert {s.kv_heads for s in result.sites} == {model.config.num_key_value_heads // 2}
+        results.append(losses(result, split.held_out, "fused").double())
+    assert distance(results[1], results[0]) < 1e-4
