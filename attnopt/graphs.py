@@ -17,6 +17,11 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return result, mapping
 
 
+def copied_module(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph module whose nodes keep their example values."""
+    return fx.GraphModule(graph_module, copied(graph_module.graph)[0])
+
+
 def drop_unused(graph: fx.Graph) -> None:
     """Remove what nobody reads, ops with dropout among it, which count as impure otherwise."""
     graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt import graphs
 from attnopt.frontend.cleanup import remove_dead
+from attnopt.graphs import copied_module
 from attnopt.ops import attention
 from attnopt.ops.sdpa import attend
 
@@ -17,11 +17,6 @@ _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.def
 _SAME = (aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 _DROPOUT = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _END = 2**63 - 1
-
-
-def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy whose nodes keep their example values."""
-    return fx.GraphModule(graph_module, graphs.copied(graph_module.graph)[0])
 
 
 def drop_idle(graph_module: fx.GraphModule) -> None:
@@ -104,7 +99,7 @@ def _is_early(padding: fx.Node) -> bool:
 
 def _extracted(graph_module: fx.GraphModule, targets: list[fx.Node]) -> fx.GraphModule:
     """Return a graph of the same inputs that computes these nodes only."""
-    made = copied(graph_module)
+    made = copied_module(graph_module)
     by_name = {n.name: n for n in made.graph.nodes}
     (output,) = made.graph.find_nodes(op="output")
     output.args = (tuple(by_name[t.name] for t in targets),)

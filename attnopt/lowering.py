@@ -12,7 +12,8 @@ from attnopt import backends
 from attnopt.backends import Backend
 from attnopt.finder.ops import module_path
 from attnopt.frontend.cleanup import at_device
-from attnopt.inlining import copied, drop_idle, split_paddings
+from attnopt.graphs import copied_module
+from attnopt.inlining import drop_idle, split_paddings
 from attnopt.program import CallForm, Program
 
 
@@ -126,11 +127,11 @@ def retargeted(program: Program, dtype: torch.dtype, device: torch.device) -> Pr
     """Return a program with a graph of its own that runs in another dtype on another device."""
     own = _captured_dtype(program) or dtype
     if own == dtype:
-        graph_module = copied(program.graph_module)
+        graph_module = copied_module(program.graph_module)
         drop_idle(graph_module)
         graph_module = _keeping_values(graph_module, device)
         return replace(program, graph_module=graph_module)
-    graph_module = _keeping_values(copied(program.graph_module), device)
+    graph_module = _keeping_values(copied_module(program.graph_module), device)
     for node in graph_module.graph.nodes:
         if not _follows_weights(node, own):
             _read_before_cast(node)

@@ -5,7 +5,8 @@ AO1xx usage, AO2xx nothing found, AO5xx refused for safety, AO6xx resources, AO9
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -33,6 +34,19 @@ class CommandError(Exception):
 
     def __str__(self) -> str:
         return f"{self.code} {self.message}"
+
+
+@contextmanager
+def told(out: str, code: str) -> Generator[None]:
+    """Say in one line why something was not written to `out`; `code` is that of a wrong value."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise CommandError("AO203", str(error), Exit.NOTHING) from error
+    except OSError as error:
+        raise CommandError("AO602", f"cannot write {out}: {error}", Exit.RESOURCES) from error
+    except ValueError as error:
+        raise CommandError(code, " ".join(str(error).split())) from error
 
 
 def suggestion(given: str, allowed: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnopt.cli import _source
-from attnopt.cli._errors import CommandError, Exit
+from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output
 
 if TYPE_CHECKING:
@@ -55,20 +55,13 @@ def _export(arguments: argparse.Namespace, source: _source.Source) -> "Export":
 
     try:
         check_installed()
+    except ModuleNotFoundError as error:
+        raise CommandError("AO603", str(error), Exit.RESOURCES) from error
+    with told(arguments.out, "AO114"):
         refuse_foreign(Path(arguments.out).absolute())
         program = _source.capture(source)
         with _source.quiet_libraries():
             return export_onnx(program, arguments.out, opset=arguments.opset, steps=arguments.steps)
-    except ModuleNotFoundError as error:
-        raise CommandError("AO603", str(error), Exit.RESOURCES) from error
-    except NotImplementedError as error:
-        raise CommandError("AO203", str(error), Exit.NOTHING) from error
-    except OSError as error:
-        raise CommandError(
-            "AO602", f"cannot write {arguments.out}: {error}", Exit.RESOURCES
-        ) from error
-    except ValueError as error:
-        raise CommandError("AO114", " ".join(str(error).split())) from error
 
 
 def _summary(output: Output, made: "Export") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.cli import _source
-from attnopt.cli._errors import CommandError, Exit
+from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def _optimize(
     if plan is not None:
         goal = {**plan.goal, **goal}
     program = _source.capture(source)
-    try:
-        with _source.quiet_libraries():
+    with told(arguments.out, "AO113"), _source.quiet_libraries():
+        try:
             return optimize(
                 program,
                 goal,
@@ -117,16 +117,8 @@ def _optimize(
                 held_out=arguments.held_out,
                 command=_command(arguments),
             )
-    except NothingToDoError as error:
-        raise CommandError("AO201", str(error), Exit.NOTHING) from error
-    except NotImplementedError as error:
-        raise CommandError("AO203", str(error), Exit.NOTHING) from error
-    except OSError as error:
-        raise CommandError(
-            "AO602", f"cannot write {arguments.out}: {error}", Exit.RESOURCES
-        ) from error
-    except ValueError as error:
-        raise CommandError("AO113", " ".join(str(error).split())) from error
+        except NothingToDoError as error:
+            raise CommandError("AO201", str(error), Exit.NOTHING) from error
 
 
 def _command(arguments: argparse.Namespace) -> str:
