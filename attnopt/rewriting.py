@@ -20,6 +20,7 @@ from attnopt.finder.emit import Writer
 from attnopt.finder.match import Blind, Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
+from attnopt.finder.scores import is_fused
 from attnopt.finder.simplify import simplify
 from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Choice, No, Plan, Site
@@ -201,9 +202,17 @@ def _readings(view: View, match: Match) -> list[Match]:
     found = [simple] if simple is match else [simple, match]
     if not any(s.step.op in ("hide", "add") for s in match.sides) or match.blind != "zeros":
         return found
-    likely: tuple[Blind, ...] = ("zeros", "mean")
-    said = [replace(m, blind=blind) for m in found for blind in likely]
+    said = [replace(m, blind=blind) for m in found for blind in _likely(match, m)]
     return [*said, replace(match, blind="least")]
+
+
+def _likely(match: Match, said: Match) -> tuple[Blind, ...]:
+    """Order what blind queries may give, so that few proofs fail: most sources hide by a number."""
+    by_infinity = is_fused(match.anchor) or any(
+        s.step.op == "hide" and s.step.number == -math.inf for s in match.sides
+    )
+    sees_all = said.padding is None or said.structure.kind == "none"
+    return ("zeros", "mean") if by_infinity or sees_all else ("mean", "zeros")
 
 
 def _replace(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | None]) -> No | None:

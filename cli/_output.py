@@ -7,6 +7,7 @@ from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt import debug
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 WIDTH = 100
 # A stage shorter than this leaves no line behind where there is no terminal.
 _WORTH_A_LINE = 2.0
+
+
+def shown(place: Path) -> str:
+    """Return a path as short as it can be typed here."""
+    here = Path.cwd()
+    return str(place.relative_to(here)) if place.is_relative_to(here) else str(place)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from attnopt.cli import _source
 from attnopt.cli._errors import CommandError, Exit, told
-from attnopt.cli._output import Output
+from attnopt.cli._output import Output, shown
 
 if TYPE_CHECKING:
     from attnopt.backends.ort import Export
@@ -86,6 +86,6 @@ def _summary(output: Output, made: "Export") -> None:
 
 def _verdict(made: "Export") -> list[str]:
     if made.accepted:
-        return [f"saved as {made.path}: ONNX Runtime computes the same"]
+        return [f"saved as {shown(made.path)}: ONNX Runtime computes the same"]
     why = made.parity.failure or "ONNX Runtime computes something else"
-    return [f"REJECTED: {why}", f"kept as {made.path}"]
+    return [f"REJECTED: {why}", f"kept as {shown(made.path)}"]

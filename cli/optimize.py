@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.cli import _source
 from attnopt.cli._errors import CommandError, Exit, told
-from attnopt.cli._output import Output
+from attnopt.cli._output import Output, shown
 
 if TYPE_CHECKING:
     from attnopt.artifacts.saving import Result
@@ -142,8 +142,8 @@ def _document(result: "Result", place: Path) -> dict[str, Any]:
     from attnopt.artifacts.saving import report_of
 
     content = report_of(result)
-    shown = {k: v for k, v in content.items() if k != "schema"}
-    return {**shown, "out": str(place), "tier": _tier(result)}
+    kept = {k: v for k, v in content.items() if k != "schema"}
+    return {**kept, "out": str(place), "tier": _tier(result)}
 
 
 def _tier(result: "Result") -> int:
@@ -167,13 +167,8 @@ def _summary(output: Output, result: "Result", place: Path) -> None:
     if result.report is not None:
         output.line(_verdict(result))
     tier = _tier(result)
-    output.line(f"saved as {_shown(place)} (tier {tier}): {_LOADS[tier]}")
-    output.line(f'  {result.program.name}.from_pretrained("{_shown(place)}")')
-
-
-def _shown(place: Path) -> str:
-    here = Path.cwd()
-    return str(place.relative_to(here)) if place.is_relative_to(here) else str(place)
+    output.line(f"saved as {shown(place)} (tier {tier}): {_LOADS[tier]}")
+    output.line(f'  {result.program.name}.from_pretrained("{shown(place)}")')
 
 
 def _cost_rows(result: "Result") -> list[tuple[str, str, str, str]]:

@@ -65,10 +65,12 @@ def compile_times(attention: str, rounds: int) -> dict[str, list[float]]:
         for name in BACKENDS:
             with tempfile.TemporaryDirectory() as cache:
                 words = [sys.executable, __file__, "--once", name, "--attention", attention]
-                given = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-                done = subprocess.run(
-                    words, env={**os.environ, **given}, check=True, capture_output=True, text=True
-                )
+                fresh = {
+                    **os.environ,
+                    "TORCHINDUCTOR_CACHE_DIR": cache,
+                    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+                }
+                done = subprocess.run(words, env=fresh, check=True, capture_output=True, text=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1])["seconds"])
     return found
 
