@@ -35,6 +35,8 @@ from site_facts import all_mismatches
 
 import attnopt
 
+TIMEOUT: Final = 60.0
+"""Seconds that one case may take."""
 DRAWS: Final = 2
 MORE_DRAWS: Final = 40
 """Where two draws differ too much: the largest of few errors is chance, of many it is not."""
@@ -113,8 +115,11 @@ def attention_nodes(program: Any) -> int:
 
 
 def check(case: Case, compiler: Compiler = compile_exactly) -> Result:
-    """Run one case; a case that torch itself cannot export is replaced by another one."""
-    start, unexportable, result = time.monotonic(), [], _check(case, compiler)
+    """Run one case; a case that torch itself cannot export is replaced by another one.
+
+    So is one for which it takes forever: its simplification of sizes may not come to an end.
+    """
+    start, unexportable, result = time.monotonic(), [], _in_time(case, compiler)
     while result.failed and case.attempt < ATTEMPTS:
         reason = export_failure(case)
         if reason is None:
@@ -122,9 +127,17 @@ def check(case: Case, compiler: Compiler = compile_exactly) -> Result:
         unexportable.append(reason)
         only = "attention" if case.lookalike is None else case.lookalike
         case = draw(case.seed, case.index, only=only, attempt=case.attempt + 1)
-        result = _check(case, compiler)
+        result = _in_time(case, compiler)
     seconds = time.monotonic() - start
     return replace(result, seconds=seconds, unexportable=tuple(unexportable))
+
+
+def _in_time(case: Case, compiler: Compiler) -> Result:
+    try:
+        with limited(TIMEOUT):
+            return _check(case, compiler)
+    except OutOfTime as error:
+        return Result(case, len(case.expected), 0, 0, (Problem("crash", str(error)),))
 
 
 def _check(case: Case, compiler: Compiler) -> Result:
@@ -263,14 +276,15 @@ def export_failure(case: Case) -> str | None:
     inputs = case.inputs(CAPTURED, 0)
     static = case.spec is not None and case.spec.static_length
     try:
-        torch.export.export(
-            case.module,
-            (),
-            inputs,
-            dynamic_shapes={name: dynamic(name, case, static) for name in inputs},
-            strict=False,
-        )
-    except Exception as error:
+        with limited(TIMEOUT):
+            torch.export.export(
+                case.module,
+                (),
+                inputs,
+                dynamic_shapes={name: dynamic(name, case, static) for name in inputs},
+                strict=False,
+            )
+    except (Exception, OutOfTime) as error:
         return shown(error)
     return None
 
@@ -311,12 +325,16 @@ def simpler(case: Case) -> Iterator[Case]:
             yield replace(case, spec=spec)
 
 
+class OutOfTime(BaseException):
+    """Passes through whatever turns the errors of models into refusals."""
+
+
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after so many seconds."""
+    """Raise OutOfTime after so many seconds."""
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"more than {seconds:g} s")
+        raise OutOfTime(f"more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -404,16 +422,11 @@ def report(result: Result) -> Iterator[str]:
     yield f"    {result.case.command()}"
 
 
-def one(seed: int, index: int, only: str | None, timeout: float) -> Result:
-    """Draw and check one case within a time limit."""
-    case = draw(seed, index, only=only)
-    try:
-        with limited(timeout):
-            result = check(case)
-        # A fresh case: the built module stays in this process.
-        return replace(result, case=replace(result.case))
-    except TimeoutError as error:
-        return Result(case, len(case.expected), 0, 0, (Problem("crash", str(error)),), timeout)
+def one(seed: int, index: int, only: str | None) -> Result:
+    """Draw and check one case."""
+    result = check(draw(seed, index, only=only))
+    # A fresh case: the built module stays in this process.
+    return replace(result, case=replace(result.case))
 
 
 def run(
@@ -422,13 +435,12 @@ def run(
     *,
     only: str | None = None,
     jobs: int = 1,
-    timeout: float = 120.0,
     each: Callable[[Result], None] = lambda result: None,
 ) -> Summary:
     """Check many cases, in this process or in several."""
     torch.set_num_threads(1)
     results = []
-    arguments = ([seed] * len(indices), indices, [only] * len(indices), [timeout] * len(indices))
+    arguments = ([seed] * len(indices), indices, [only] * len(indices))
     if jobs == 1:
         stream: Iterable[Result] = map(one, *arguments)
         results = [_told(result, each) for result in stream]
@@ -471,7 +483,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--spec", help="JSON: the features of the case, instead of drawn ones")
     parser.add_argument("--shrink", action="store_true", help="reduce the cases that fail")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one case")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
@@ -488,7 +499,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         range(options.cases),
         only=options.only,
         jobs=options.jobs,
-        timeout=options.timeout,
         each=(lambda result: None) if options.json else _print_problems,
     )
     if options.shrink:

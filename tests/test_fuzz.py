@@ -167,6 +167,6 @@ def test_drawn_modules_run_at_every_size_and_give_finite_numbers():
 
 def test_results_travel_between_processes_without_their_modules():
     index = next(i for i in range(50) if draw(0, i).lookalike == "ChannelGate")
-    result = fuzz.one(0, index, None, 120.0)
+    result = fuzz.one(0, index, None)
     assert pickle.loads(pickle.dumps(result)) == result
     assert "module" not in vars(result.case)
