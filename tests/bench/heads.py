@@ -8,7 +8,6 @@ projections anew and is measured for the closed form and for the best baseline.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import warnings
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from harness import write
 
 import attnopt
 from attnopt.data import Source, split_of
@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
@@ -70,8 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name, values in found.items():
         each = " ".join(f"{v:.4f}" for v in values)
         print(f"{name:32} {statistics.mean(values):8.4f}   ({each})")
-    if options.json:
-        options.json.write_text(json.dumps({"base": float(base.mean()), "excess": found}, indent=1))
+    rows = [
+        {"setting": name, "excess": statistics.mean(v), "draws": [round(x, 5) for x in v]}
+        for name, v in found.items()
+    ]
+    write("heads", [{"setting": "source", "loss": float(base.mean())}, *rows])
     return 0
 
 
