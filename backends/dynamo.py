@@ -81,6 +81,7 @@ def compile_graph(
     inner = lookup_backend(chosen.inner)
     if not _may_attend(graph_module):
         return inner(graph_module, list(example_inputs), **others)
+    _fix_floats(graph_module)
     program = traced(graph_module, example_inputs)
     changed, report = _rewritten(program)
     _PROCESS.report += report
@@ -122,6 +123,20 @@ def _may_attend(graph_module: fx.GraphModule) -> bool:
         if n.op in ("call_function", "call_method")
         for word in words
     )
+
+
+def _fix_floats(graph_module: fx.GraphModule) -> None:
+    """Make numbers of the source's attributes constants again, in place, with a guard on each.
+
+    With `dynamic=True` dynamo hands over even a model's scale as an input.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_method", target="item"):
+        found = node.meta.get("example_value")
+        if isinstance(found, torch.SymFloat) and found.node.hint is not None:
+            node.replace_all_uses_with(float(found))
+            graph.erase_node(node)
+    graph_module.recompile()
 
 
 def traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:

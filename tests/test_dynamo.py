@@ -155,3 +155,17 @@ def test_the_backend_is_registered_by_its_entry_point_alone():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, name = project["entry-points"]["torch_dynamo_backends"]["attnopt"].split(":")
     assert getattr(importlib.import_module(module), name) is compile_graph
+
+
+@torch.no_grad()
+def test_numbers_that_dynamo_hands_over_as_inputs_are_constants_with_a_guard():
+    model = llama("eager").eval()
+    run = torch.compile(model, backend="attnopt", dynamic=True, options={"inner": "eager"})
+    given = {"input_ids": tokens(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    # The first queries of the first row see no key.
+    given["attention_mask"][0, :5] = 0
+    for scaling in (model.model.layers[0].self_attn.scaling, 0.5):
+        model.model.layers[0].self_attn.scaling = scaling
+        torch.testing.assert_close(run(**given).logits, model(**given).logits, rtol=0, atol=1e-5)
+    assert len(attnopt.compile_report().rewritten) == 4
+    assert not attnopt.compile_report().refused
