@@ -492,13 +492,14 @@ class MaskReader:
         example = value(node)
         size = self.view.shapes.shape(node, sizes)
         shown = torch.rand(size, generator=generator) < 0.7
-        if not right and len(size) > 1 and size[-1] > 1:
-            first = torch.randint(0, size[-1], (*size[:-1], 1), generator=generator)
-            place = torch.arange(size[-1])
-            shown &= (place < first) | (place >= first + size[-1] // 2)
-        elif right:
-            last = torch.randint(1, size[-1] + 1, (*size[:-1], 1), generator=generator)
-            shown = torch.arange(size[-1]) < last
+        *rows, length = size or (1,)
+        place = torch.arange(length)
+        if right:
+            last = torch.randint(1, length + 1, (*rows, 1), generator=generator)
+            shown = place < last
+        elif rows and length > 1:
+            first = torch.randint(0, length, (*rows, 1), generator=generator)
+            shown &= (place < first) | (place >= first + length // 2)
         if self.ones_show(node):
             return shown.to(example.dtype)
         if example.is_floating_point():
