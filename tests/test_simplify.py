@@ -98,6 +98,15 @@ class MovedChunks(Masked):
         return scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
 
 
+class ScaledAfterwards(Masked):
+    """The number that hides is -1e4 as it is written, and a quarter of it in the softmax."""
+
+    def scores(self, scores, given):
+        row, column = positions(scores)
+        kept = (column <= row).to(scores.dtype)
+        return (scores * kept - 1e4 * (1 - kept)) * 0.25
+
+
 class FarWindow(Masked):
     """No sample is long enough to tell this window from a causal mask."""
 
@@ -164,6 +173,13 @@ def assert_equal_for_padded(module, exact, ones=1):
 def test_what_a_blind_query_gives_is_kept(cls, mean):
     exact = rewritten(cls(), 0 if cls is WindowInverted else 1)[1]
     assert node_of(exact).kwargs.get("mean_if_blind", False) is mean
+
+
+def test_a_mask_that_is_scaled_afterwards_is_one():
+    program, exact = rewritten(ScaledAfterwards())
+    (site,) = program.sites
+    assert (site.mask, site.bias) == (Mask("causal"), "none")
+    assert not exact.refused
 
 
 def test_what_is_added_beside_a_mask_stays_a_bias():

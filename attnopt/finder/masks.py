@@ -5,6 +5,7 @@ evaluated as they are; terms that read a padding mask are evaluated with all one
 masks, and must split into structure AND padding. Soft terms are biases, not masks.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -65,6 +66,10 @@ class Term:
     def ends(self) -> tuple[fx.Node, ...]:
         """Return where the term's own subgraph ends: at what the mask is written over."""
         return () if self.under is None else (self.under,)
+
+    def is_hard(self, numbers: Tensor) -> Tensor:
+        """Tell which numbers hide: as they are written, or as they are multiplied after it."""
+        return numbers * math.copysign(max(abs(self.factor), 1.0), self.factor) <= HARD
 
     def nodes(self) -> list[fx.Node]:
         """List the term's own subgraph, in order of execution."""
@@ -274,7 +279,7 @@ class MaskReader:
 
     def _is_hidden(self, term: Term, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
         found = self._value(term, sizes, inputs)
-        hidden = found != 0 if term.op == "hide" else found * term.factor <= HARD
+        hidden = found != 0 if term.op == "hide" else term.is_hard(found)
         return hidden == term.when
 
     def _value(self, term: Term, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
@@ -540,7 +545,7 @@ class MaskReader:
             found = self._value(term, sizes, self._all_visible(sizes))
         except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
             return "dense"
-        soft = found[(found * term.factor > HARD)]
+        soft = found[~term.is_hard(found)]
         if soft.numel() == 0 or not (soft != 0).any():
             return None
         rounding = max(_precision(n) for n in term.nodes())
