@@ -113,6 +113,7 @@ def test_other_models_are_what_they_are_without_attnopt(name: str) -> None:
 
 
 def test_a_load_that_fails_puts_the_classes_back() -> None:
+    from transformers.monkey_patching import get_patch_mapping
     from transformers.models.llama import modeling_llama
 
     stock = modeling_llama.LlamaAttention
@@ -120,7 +121,7 @@ def test_a_load_that_fails_puts_the_classes_back() -> None:
     with pytest.raises(KeyError):
         transformers.LlamaForCausalLM._from_config(config)
     assert modeling_llama.LlamaAttention is stock
-    assert transformers.monkey_patching.get_patch_mapping() == {}
+    assert get_patch_mapping() == {}
 
 
 def test_what_a_user_registers_goes_first() -> None:
