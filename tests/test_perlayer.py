@@ -113,8 +113,8 @@ def test_other_models_are_what_they_are_without_attnopt(name: str) -> None:
 
 
 def test_a_load_that_fails_puts_the_classes_back() -> None:
-    from transformers.monkey_patching import get_patch_mapping
     from transformers.models.llama import modeling_llama
+    from transformers.monkey_patching import get_patch_mapping
 
     stock = modeling_llama.LlamaAttention
     config = transformers.LlamaConfig(num_hidden_layers=1, hidden_act="no such function")
