@@ -83,10 +83,11 @@ class _StandIn(type):
 
 
 def _stand_in(stock: type[nn.Module]) -> type:
-    def build(cls: type, config: Any, layer_idx: int | None = None, **rest: Any) -> nn.Module:
-        if layer_idx is None or not is_marked(config):
-            return stock(config, layer_idx=layer_idx, **rest)
-        module: Any = stock(config.per_layer_config[layer_idx], layer_idx=layer_idx, **rest)
+    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        layer = kwargs.get("layer_idx", args[0] if args else None)
+        if layer is None or not is_marked(config):
+            return stock(config, *args, **kwargs)
+        module: Any = stock(config.per_layer_config[layer], *args, **kwargs)
         # What is set on the model later, such as its attention function, holds for every layer.
         module.config = config
         return module  # type: ignore[no-any-return]

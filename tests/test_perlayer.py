@@ -124,6 +124,21 @@ def test_a_load_that_fails_puts_the_classes_back() -> None:
     assert get_patch_mapping() == {}
 
 
+def test_classes_that_take_more_get_what_they_are_given() -> None:
+    from attnopt.perlayer import _stand_in
+
+    class Three(torch.nn.Module):
+        def __init__(self, config: object, layer_idx: int, more: str, *, last: int = 0) -> None:
+            super().__init__()
+            self.given = (layer_idx, more, last)
+
+    config = transformers.LlamaConfig()
+    assert _stand_in(Three)(config, 3, "more", last=1).given == (3, "more", 1)
+    assert _stand_in(Three)(config, layer_idx=3, more="more").given == (3, "more", 0)
+    with pytest.raises(TypeError, match="missing"):
+        _stand_in(Three)(config)
+
+
 def test_what_a_user_registers_goes_first() -> None:
     from transformers import monkey_patching
     from transformers.models.llama import modeling_llama

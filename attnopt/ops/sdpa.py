@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnopt.ops.attention import attention_reference
 from attnopt.ops.options import Options
-from attnopt.ops.structure import OPTIONS, seen_range, visible_keys
+from attnopt.ops.structure import chunk_of, visible_keys
 
 # A block has at least this many queries, and blocks pay where they skip this share of the scores.
 _BLOCK = 128
@@ -67,15 +67,25 @@ class Structure:
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Return the structure as booleans, true = visible."""
-        return visible_keys(queries, keys, **self._options, device=device)
+        return visible_keys(
+            queries, keys, causal=self.causal, window=self.window, right=self.right,
+            prefix=self.prefix, chunk=self.chunk, device=device,
+        )  # fmt: skip
 
     def range(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the first key that each query sees, and the one after its last."""
-        return seen_range(queries, keys, **self._options, device=device)
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in OPTIONS}
+        """Return the first key that each query sees, and the one after its last: without gaps."""
+        row = torch.arange(queries, device=device) + (keys - queries)
+        start, stop = torch.zeros_like(row), torch.full_like(row, keys)
+        if self.ends:
+            stop = row + 1 if self.prefix is None else (row + 1).clamp(min=self.prefix)
+        if self.window is not None:
+            start = row - self.window + (1 if self.right is None else 0)
+        if self.right is not None:
+            stop = torch.minimum(stop, row + self.right + 1)
+        if self.chunk is not None:
+            begin = chunk_of(row, self.chunk) * self.chunk
+            start, stop = torch.maximum(start, begin), torch.minimum(stop, begin + self.chunk)
+        return start.clamp(0, keys), stop.clamp(0, keys)
 
 
 @dataclass(frozen=True)

@@ -43,37 +43,12 @@ def visible_keys(
     if right is not None:
         seen.append(column - row <= right)
     if chunk is not None:
-        seen.append(_chunk_of(row, chunk) == _chunk_of(column, chunk))
+        seen.append(chunk_of(row, chunk) == chunk_of(column, chunk))
     return _all(seen)
 
 
-def seen_range(
-    queries: int,
-    keys: int,
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    right: int | None = None,
-    prefix: int | None = None,
-    chunk: int | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the first key that each query sees, and the one after its last: there are no gaps."""
-    row = torch.arange(queries, device=device) + (keys - queries)
-    start, stop = torch.zeros_like(row), torch.full_like(row, keys)
-    if causal or (window is not None and right is None):
-        stop = row + 1 if prefix is None else (row + 1).clamp(min=prefix)
-    if window is not None:
-        start = row - window + (1 if right is None else 0)
-    if right is not None:
-        stop = torch.minimum(stop, row + right + 1)
-    if chunk is not None:
-        begin = _chunk_of(row, chunk) * chunk
-        start, stop = torch.maximum(start, begin), torch.minimum(stop, begin + chunk)
-    return start.clamp(0, keys), stop.clamp(0, keys)
-
-
-def _chunk_of(position: Tensor, length: int) -> Tensor:
+def chunk_of(position: Tensor, length: int) -> Tensor:
+    """Return the number of the chunk that a position is in."""
     return torch.div(position, length, rounding_mode="floor")
 
 
