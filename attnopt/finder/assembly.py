@@ -254,27 +254,19 @@ class _Assembly:
 
     def _guess_channels(self, root: Root, numbers: Tensor, side: "_Held") -> Root:
         """For a raw input: axes that are not batch (the first) nor query or key hold the heads."""
-        labels = side.labels
-        rows: set[int] = set()
-        taken: set[int] = set()
-        for i, x in enumerate(labels):
-            line = line_of(numbers, i)
-            if line is None or len(line) < 2:
-                continue
-            moved = moved_axes(root, line)
-            taken |= moved
-            both = x in self.qk.lhs_labels and x in self.qk.rhs_labels
-            if not both:
-                # Where queries share an axis with heads, only their number varies.
-                rows |= moved & _varying_axes(root.node) or moved
-        summed = [line_of(numbers, labels.index(x)) for x in self.qk.summed]
-        channels = {a for line in summed if line is not None for a in moved_axes(root, line)}
-        inside = {
-            a
-            for i, x in enumerate(labels)
-            if x not in self.qk.summed and (line := line_of(numbers, i)) is not None
-            for a in moved_axes(root, line)
+        lines = {x: line_of(numbers, i) for i, x in enumerate(side.labels)}
+        moves = {
+            x: moved_axes(root, at) for x, at in lines.items() if at is not None and len(at) > 1
         }
+        taken = {a for moved in moves.values() for a in moved}
+        channels = {a for x in moves.keys() & set(self.qk.summed) for a in moves[x]}
+        inside = {a for x in moves.keys() - set(self.qk.summed) for a in moves[x]}
+        common = {x for x in moves if x in self.qk.lhs_labels and x in self.qk.rhs_labels}
+        shared = {a for x in common - set(self.qk.summed) for a in moves[x]}
+        varying = _varying_axes(root.node)
+        # Where queries share an axis with heads, only their number varies; a group of heads
+        # shares its axis with the heads of keys.
+        rows = {a for x in moves.keys() - common for a in moves[x] & varying or moves[x] - shared}
         other = self.k_side if side is self.q_side else self.q_side
         first = int(self.view.provenance.numbers(other.node).max())
         tokens = self.view.provenance.root_of(first).node is root.node

@@ -39,7 +39,7 @@ Axes = Mapping[str, tuple[int, ...]]
 def with_lengths(source: nn.Module, example: Example, axes: Axes) -> dict[str, tuple[int, ...]]:
     """Return the dynamic axes with those of raw attention inputs among them."""
     unknown = {n for n, t in example.tensors.items() if _is_unknown(example, n, t)}
-    if not unknown or any(isinstance(m, _CONVOLUTIONS) for m in source.modules()):
+    if not unknown or any(map(_looks_around, source.modules())):
         return dict(axes)
     traced = _all_dynamic(source, example, axes, unknown)
     if isinstance(traced, No):
@@ -53,6 +53,11 @@ def with_lengths(source: nn.Module, example: Example, axes: Axes) -> dict[str, t
     }
     found = {n: _token_axes(traced.shapes[n], keys, places) for n in unknown}
     return {**axes, **{n: tuple(sorted({*axes[n], *a})) for n, a in found.items()}}
+
+
+def _looks_around(module: nn.Module) -> bool:
+    """Tell whether a module mixes neighbours, as image models do; 1 x 1 only projects."""
+    return isinstance(module, _CONVOLUTIONS) and any(size > 1 for size in module.kernel_size)
 
 
 def _is_unknown(example: Example, name: str, tensor: Tensor) -> bool:
