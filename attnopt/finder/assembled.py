@@ -6,6 +6,7 @@ keys and values come from, and which of them meet in each score. `exact` refuses
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,20 @@ from torch import Tensor, fx
 
 from attnopt.finder.blurred import Blurred, aligned, inside
 from attnopt.finder.contraction import Contraction, Labels
-from attnopt.finder.evaluate import ancestors
-from attnopt.finder.ops import module_path
+from attnopt.finder.evaluate import Sizes, ancestors
+from attnopt.finder.ops import module_path, value
 from attnopt.finder.pieces import Between, trace_between
 from attnopt.finder.provenance import Root, View
 from attnopt.finder.scores import Anchor
 from attnopt.finder.structures import name_structure
 from attnopt.nouns import Mask, No
 
-_LARGEST = 1 << 24
+# Scores that are numbered at all (4 bytes each), and those for all rows of the batch.
+_LARGEST = 3 << 27
+_LARGE = 1 << 24
+# Scores whose queries and keys are compared at a time.
+_PORTION = 1 << 24
+_ENDLESS = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class _Reader:
         self.view = view
         self.visible = visible
         self.between = between
-        self.origin = Blurred(view)
+        self.sizes = view.shapes.captured if visible is not None else _affordable(view, between)
+        self.origin = Blurred(view, sizes=self.sizes)
 
     def read(self, why: str) -> Reading | No:
         """Read operands and mask."""
@@ -115,7 +122,7 @@ class _Reader:
     def _is_too_large(self) -> bool:
         """Tell whether numbering every score takes too much memory: queries come first then."""
         scores = self.between.anchor.scores
-        return math.prod(self.view.shapes.shape(scores, self.origin.sizes)) > _LARGEST
+        return math.prod(self.view.shapes.shape(scores, self.sizes)) > _LARGEST
 
     def _sides(self, c: Contraction) -> tuple[Held, Held]:
         return (
@@ -159,15 +166,15 @@ class _Reader:
             numbers = numbers.select(axis, 0)
         labels = tuple(x for x in held.labels if x not in c.summed)
         rows = torch.where(inside(held.root, numbers), held.root.place(numbers)[0], -1)
-        shape = self.view.shapes.shape(c.node, self.view.shapes.captured)
-        return aligned(rows, labels, c, shape)
+        shape = self.view.shapes.shape(c.node, self.sizes)
+        return aligned(rows.to(torch.int32), labels, c, shape)
 
     def _at_scores(self, sides: list[tuple[Held, Held]], which: int) -> Tensor:
         """Bring the tokens of the left or right operands of all products to the scores."""
         products = self.between.products
         given = {c.node: self._rows(c, s[which]) for c, s in zip(products, sides, strict=True)}
-        self.scores = Blurred(self.view, given)
-        rows = self.scores.numbers(self.between.anchor.scores)
+        self.scores = Blurred(self.view, given, self.sizes)
+        rows = self.scores.numbers_alone(self.between.anchor.scores)
         return rows.movedim(self.between.anchor.axis, -1)
 
     def _swapped(self, sides: list[tuple[Held, Held]]) -> bool:
@@ -179,7 +186,7 @@ class _Reader:
         if self.visible is not None:
             self.seen &= self.visible.movedim(self.between.anchor.axis, -1)
         for which in (0, 1):
-            low = self.rows[which].masked_fill(~self.seen, 1 << 60).amin(-1)
+            low = self.rows[which].masked_fill(~self.seen, _ENDLESS).amin(-1)
             high = self.rows[which].masked_fill(~self.seen, -1).amax(-1)
             if bool((low >= high).all()):
                 return which == 1
@@ -188,18 +195,51 @@ class _Reader:
     def _mask(self, sides: list[tuple[Held, Held]], *, swapped: bool) -> Mask:
         """Name which keys the queries see, where positions decide it."""
         q, k = sides[0][::-1] if swapped else sides[0]
-        q_rows, k_rows = (self.rows[i][self.seen] for i in ((1, 0) if swapped else (0, 1)))
         lost = self.origin.lost | self.scores.lost
         region = ancestors([self.between.anchor.scores], [q.root.node, k.root.node])
         one = len({s.root.node for pair in sides for s in pair}) <= 2
         if lost & set(region) or not one or q.root.shape != k.root.shape:
             return Mask("dense")
-        sizes = [n for i, n in enumerate(q.root.shape) if i not in q.root.channels]
-        at = [torch.unravel_index(r, sizes) for r in (q_rows, k_rows)]
-        tokens = [i for i in range(len(sizes)) if not torch.equal(at[0][i], at[1][i])]
+        axes = [n for i, n in enumerate(q.root.shape) if i not in q.root.channels]
+        sizes = [n for n in axes if n > 1] or [1]
+        tokens = {0} if len(sizes) == 1 else self._differing(sizes, swapped=swapped)
         if len(tokens) != 1:
             return Mask("dense")
-        count = sizes[tokens[0]]
-        visible = torch.zeros(count, count, dtype=torch.bool)
-        visible[at[0][tokens[0]], at[1][tokens[0]]] = True
+        token = tokens.pop()
+        visible = torch.zeros(sizes[token], sizes[token], dtype=torch.bool)
+        for at in self._meetings(sizes, swapped=swapped):
+            visible[at[token]] = True
         return name_structure([visible])
+
+    def _differing(self, sizes: list[int], *, swapped: bool) -> set[int]:
+        """List the axes along which a query sees a key at another place than its own."""
+        return {
+            axis
+            for at in self._meetings(sizes, swapped=swapped)
+            for axis, (q_at, k_at) in enumerate(at)
+            if not torch.equal(q_at, k_at)
+        }
+
+    def _meetings(
+        self, sizes: list[int], *, swapped: bool
+    ) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield, a portion at a time, where queries and the keys they see are, axis by axis."""
+        portions = zip(*(x.flatten().split(_PORTION) for x in (self.seen, *self.rows)), strict=True)
+        for seen, lhs, rhs in portions:
+            pair = (rhs, lhs) if swapped else (lhs, rhs)
+            q, k = (_unravelled(rows[seen].long(), sizes) for rows in pair)
+            yield list(zip(q, k, strict=True))
+
+
+def _unravelled(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return (rows,) if len(sizes) == 1 else torch.unravel_index(rows, sizes)
+
+
+def _affordable(view: View, between: Between) -> Sizes:
+    """Choose the sizes of the capture, with a single row of the batch if the scores are large."""
+    sizes = view.shapes.captured
+    shape = value(between.anchor.scores).shape
+    if math.prod(view.shapes.shape(between.anchor.scores, sizes)) <= _LARGE:
+        return sizes
+    rows = shape[0].node.expr if isinstance(shape[0], torch.SymInt) else None
+    return {symbol: 1 if symbol == rows else size for symbol, size in sizes.items()}

@@ -101,6 +101,7 @@ def _output(view: View, reading: Reading) -> Projection | None:
     for i, head in enumerate(v.heads):
         place[list(head)] = torch.arange(width) + i * width
     given: dict[fx.Node, Tensor] = {}
+    sizes = reading.origin.sizes
     for c, operand in reading.between.values:
         numbers = reading.origin.numbers(operand)
         if not inside(v.root, numbers).any():
@@ -112,8 +113,8 @@ def _output(view: View, reading: Reading) -> Projection | None:
             held = held.amax(labels.index(x), keepdim=True)
         kept = tuple(x for x in labels if x not in c.summed)
         held = held.squeeze([i for i, x in enumerate(labels) if x in c.summed])
-        given[c.node] = aligned(held, kept, c, view.shapes.shape(c.node, view.shapes.captured))
-    after = Blurred(view, given)
+        given[c.node] = aligned(held, kept, c, view.shapes.shape(c.node, sizes))
+    after = Blurred(view, given, sizes)
     for node, operand in _read_next(view, given):
         held = after.numbers(operand)
         # Tokens that were written over hold other numbers.

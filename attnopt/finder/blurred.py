@@ -4,28 +4,56 @@ An unknown index is taken to point at the first place, and a mean to be the firs
 which token an element comes from is lost there, which head and channel is not.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from attnopt.finder.contraction import Contraction
-from attnopt.finder.evaluate import at_sizes, evaluate, is_size
+from attnopt.finder.evaluate import Sizes, at_sizes, evaluate, is_size
 from attnopt.finder.ops import LAYOUT, WRITES, args, argument, is_tensor, kind, tensor_inputs, value
 from attnopt.finder.provenance import CONSTANT, Provenance, Root, View, run_layout
 
 # Above the numbers that a caller gives to nodes.
-_FIRST = 1 << 40
+_FIRST = 1 << 30
+_LAST = torch.iinfo(torch.int32).max
 
 
 class Blurred(Provenance):
     """Numbers that survive what plain provenance stops at; `given` numbers some nodes."""
 
-    def __init__(self, view: View, given: dict[fx.Node, Tensor] | None = None) -> None:
-        super().__init__(view.program, view.shapes, view.origins, view.shapes.captured)
+    def __init__(
+        self, view: View, given: dict[fx.Node, Tensor] | None = None, sizes: Sizes | None = None
+    ) -> None:
+        super().__init__(view.program, view.shapes, view.origins, sizes or view.shapes.captured)
         self._next = _FIRST if given else 0
+        self._dtype = next(iter(given.values())).dtype if given else torch.int64
         self._numbers = {(n, False): x for n, x in (given or {}).items()}
         self.lost: set[fx.Node] = set()
+
+    def numbers_alone(self, node: fx.Node) -> Tensor:
+        """Return the numbers of a node, and forget those of each step on the way after its use."""
+        read: dict[fx.Node, set[fx.Node]] = {}
+        todo = [node]
+        while todo:
+            step = todo.pop()
+            if step not in read:
+                known = (step, False) in self._numbers
+                read[step] = set() if known else set(self.sources(step))
+                todo.extend(read[step])
+        waiting = Counter(source for sources in read.values() for source in sources)
+        for step in sorted(read):
+            self._trace(step, second=False)
+            for source in read[step]:
+                waiting[source] -= 1
+                if not waiting[source]:
+                    del self._numbers[(source, False)]
+        return self.numbers(node)
+
+    def _number(self, node: fx.Node, example: Tensor) -> Tensor:
+        numbers = super()._number(node, example)
+        return numbers if self._next > _LAST else numbers.to(self._dtype)
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """List the inputs whose numbers a node passes on; none at a root."""
