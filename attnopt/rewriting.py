@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,18 +135,27 @@ def _apply_exact(program: Program) -> Program:
 
 
 def rewrite_exactly(
-    program: Program, proved: dict[str, No | None], *, largest_proof: int | None = None
+    program: Program,
+    proved: dict[str, No | None],
+    *,
+    largest_proof: int | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[Program, frozenset[str]]:
     """Rewrite every site that can be proved equal; return the names of those done whole, too.
 
     `proved` holds what is known of structures and takes what is found out. A proof on more scores
-    than `largest_proof` is not made, and the site is refused.
+    than `largest_proof` is not made, and the site is refused. `only` names the sites to rewrite.
     """
     findings = find_sites(program)
-    refused = [No(r.why, f"{r.module} ({r.anchor.name})") for r in findings.unread]
-    left = {r.anchor for r in findings.unread}
+    named = list(zip(findings.sites, findings.groups, strict=True))
+    others = {p.anchor for s, g in named for p in g if only is not None and s.name not in only}
+    unread = [r for r in findings.unread if r.anchor not in others]
+    refused = [No(r.why, f"{r.module} ({r.anchor.name})") for r in unread]
+    left = others | {r.anchor for r in unread}
     rewritten = _Copy(*copied(program.graph))
     for number, match in enumerate(findings.matches, 1):
+        if match.anchor in others:
+            continue
         debug.advance("prove", number, len(findings.matches))
         refusal = exact.refuse(match)
         if refusal is None:
@@ -162,9 +171,8 @@ def rewrite_exactly(
     rewritten.graph.lint()
     module = fx.GraphModule(program.graph_module, rewritten.graph)
     debug.dump(30, "exact", module)
-    count = len(findings.matches) + len(findings.unread) - len(refused)
+    count = len(findings.matches) + len(findings.unread) - len(left)
     result = program.with_graph(module, note=f"exact: {count} sites")
-    named = zip(findings.sites, findings.groups, strict=True)
     whole = (site.name for site, pieces in named if not any(p.anchor in left for p in pieces))
     return replace(result, refused=(*program.refused, *refused)), frozenset(whole)
 

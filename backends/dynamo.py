@@ -4,10 +4,14 @@ Dynamo's graph is traced again to the level that the finder reads. Parameters ar
 only ops and masks are replaced; weights change before compiling or not at all.
 """
 
+import difflib
+import os
 import re
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,10 +21,10 @@ from torch._guards import TracingContext
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnopt.frontend.cleanup import schema_of
 from attnopt.frontend.retracing import constants_as_attributes, normalize
+from attnopt.frontend.writes import put_back_writes, take_out_writes
 from attnopt.inlining import inline_attention
-from attnopt.nouns import No, Site
+from attnopt.nouns import Choice, No, Plan, Site
 from attnopt.program import Binding, BindingKind, CallForm, Program
 from attnopt.rewriting import rewrite_exactly
 
@@ -29,11 +33,18 @@ _PROOF_ELEMENTS = 2**27
 
 @dataclass(frozen=True)
 class Options:
-    """What torch.compile's `options` may say."""
+    """What torch.compile's `options` may say.
 
-    plan: str = "exact"
+    plan: "exact" for every attention, a Plan, or the file of one: the sites that it names.
+    inner: the backend that compiles the result, by its registered name.
+    on_miss: what to do about an attention that stays as it was: "warn" or "error".
+    explain: write what was found and done to stderr, a line an attention.
+    """
+
+    plan: str | os.PathLike[str] | Plan = "exact"
     inner: str = "inductor"
-    on_miss: Literal["warn", "raise", "ignore"] = "warn"
+    on_miss: Literal["warn", "error"] = "warn"
+    explain: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,15 +88,16 @@ def compile_graph(
     **others: Any,
 ) -> Callable[..., Any]:
     """Rewrite the attentions of a graph that dynamo captured, and compile it with `inner`."""
-    chosen = _options(options or {})
+    chosen = read_options(options or {})
     inner = lookup_backend(chosen.inner)
     if not _may_attend(graph_module):
         return inner(graph_module, list(example_inputs), **others)
     _fix_floats(graph_module)
     program = traced(graph_module, example_inputs)
-    changed, report = _rewritten(program)
+    written = take_out_writes(program.graph_module)
+    changed, report = _rewritten(program, chosen, written)
     _PROCESS.report += report
-    _speak(report, program, chosen.on_miss)
+    _speak(report, program, chosen)
     if not report.rewritten:
         return inner(graph_module, list(example_inputs), **others)
     result = changed.graph_module
@@ -94,24 +106,31 @@ def compile_graph(
     constants_as_attributes(
         result, {n: t for n, t in program.weights.items() if kinds.get(n) == "constant"}
     )
+    put_back_writes(result, () if isinstance(written, No) else written)
     _take_over(graph_module, result)
     return inner(result, list(example_inputs), **others)
 
 
-def _options(given: Mapping[str, Any]) -> Options:
+def read_options(given: Mapping[str, Any]) -> Options:
+    """Check torch.compile's options, and read the plan where it is a file."""
     known = [f.name for f in fields(Options)]
     for name in given:
         if name not in known:
-            raise ValueError(f"backend 'attnopt' has no option {name!r}; it has {', '.join(known)}")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+            raise ValueError(f"backend 'attnopt' has no option {name!r}{hint}")
     chosen = Options(**given)
-    if chosen.plan != "exact":
-        raise ValueError(
-            f"plan={chosen.plan!r}: a compiled model keeps its weights, so the plan is 'exact'; "
-            "apply another plan first and compile what attnopt.lower returns"
-        )
-    if chosen.on_miss not in ("warn", "raise", "ignore"):
-        raise ValueError(f"on_miss={chosen.on_miss!r}: it is 'warn', 'raise' or 'ignore'")
-    return chosen
+    if chosen.on_miss not in ("warn", "error"):
+        raise ValueError(f"on_miss={chosen.on_miss!r}: it is 'warn' or 'error'")
+    if not isinstance(chosen.explain, bool):
+        raise ValueError(f"explain={chosen.explain!r}: it is True or False")
+    if isinstance(chosen.plan, Plan) or chosen.plan == "exact":
+        return chosen
+    if not isinstance(chosen.plan, str | os.PathLike):
+        raise ValueError(f"plan={chosen.plan!r}: it is 'exact', a Plan, or the file of one")
+    if not Path(chosen.plan).is_file():
+        raise ValueError(f"plan={chosen.plan!r} is neither 'exact' nor a file of a plan")
+    return replace(chosen, plan=Plan.load(chosen.plan))
 
 
 def _may_attend(graph_module: fx.GraphModule) -> bool:
@@ -192,34 +211,61 @@ def _binding(target: str, given: Any) -> tuple[BindingKind, str]:
     return "input", last
 
 
-def _rewritten(program: Program) -> tuple[Program, CompileReport]:
-    """Rewrite the graph, each new structure proved, and say what was done."""
-    mutating = next((n for n in program.graph.nodes if _mutates(n)), None)
-    if mutating is not None:
-        no = No("the graph changes a tensor in place", mutating.name)
-        sites = program.sites
-        return program, CompileReport(found=sites, refused=(no,) * bool(sites))
-    changed, done = rewrite_exactly(program, _PROCESS.proved, largest_proof=_PROOF_ELEMENTS)
-    rewritten = tuple(s for s in program.sites if s.name in done)
-    return changed, CompileReport(program.sites, rewritten, changed.refused)
+def _rewritten(
+    program: Program, chosen: Options, written: tuple[str, ...] | No
+) -> tuple[Program, CompileReport]:
+    """Rewrite the sites that the plan names, each new structure proved, and say what was done."""
+    sites = program.sites
+    if isinstance(written, No):
+        return program, CompileReport(found=sites, refused=(written,) * bool(sites))
+    choices = chosen.plan.choices if isinstance(chosen.plan, Plan) else None
+    wanted = None if choices is None else {c.site for c in choices if c.rewrite == "exact"}
+    changed, done = rewrite_exactly(
+        program, _PROCESS.proved, largest_proof=_PROOF_ELEMENTS, only=wanted
+    )
+    rewritten = tuple(s for s in sites if s.name in done)
+    others = (_needs_weights(c) for c in choices or () if c.rewrite != "exact")
+    here = {s.name for s in sites}
+    refused = (*changed.refused, *(no for no in others if no.where in here))
+    return changed, CompileReport(sites, rewritten, refused)
 
 
-def _mutates(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and bool(schema_of(target).is_mutable)
+def _needs_weights(choice: Choice) -> No:
+    return No(
+        f"pass {choice.rewrite!r} changes weights, which a compiled model keeps; apply the plan "
+        "with attnopt.apply and compile what attnopt.lower returns",
+        choice.site,
+    )
 
 
-def _speak(report: CompileReport, program: Program, on_miss: str) -> None:
-    """Say what was found and not rewritten, as `on_miss` asks."""
+def _speak(report: CompileReport, program: Program, chosen: Options) -> None:
+    """Say what was found and done, and what was not rewritten, as the options ask."""
+    misses = [f"{m.module} ({m.node}): {m.why}" for m in program.near_misses]
+    if chosen.explain:
+        for line in _explained(report, misses):
+            print(f"attnopt: {line}", file=sys.stderr)
     missed = [str(no) for no in report.refused]
     if not report.found:
-        missed += [f"{m.module} ({m.node}): {m.why}" for m in program.near_misses]
-    if not missed or on_miss == "ignore":
+        missed += misses
+    if not missed and report.found and not report.rewritten:
+        names = ", ".join(s.name for s in report.found[:3])
+        missed = [f"the plan names none of the {len(report.found)} that are here ({names} ...)"]
+    if not missed:
         return
     text = f"attnopt left {len(missed)} attentions as they were: {'; '.join(missed[:3])}"
-    if on_miss == "raise":
+    if chosen.on_miss == "error":
         raise RuntimeError(text)
     warnings.warn(text, stacklevel=2)
+
+
+def _explained(report: CompileReport, misses: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each attention of a graph, and for what looks like one."""
+    for site in report.found:
+        done = "rewritten" if site in report.rewritten else "as it was"
+        heads = f"{site.heads} heads of {site.head_dim} over {site.kv_heads}"
+        yield f"{site.name}: {site.kind}, {site.mask}, {heads}: {done}"
+    yield from (f"refused: {no}" for no in report.refused)
+    yield from (f"no attention: {miss}" for miss in misses)
 
 
 def _take_over(source: fx.GraphModule, result: fx.GraphModule) -> None:

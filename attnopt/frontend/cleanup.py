@@ -166,8 +166,10 @@ def _value_like(value: Any, expression: sympy.Expr) -> Any:
 
 
 def remove_dead(graph_module: fx.GraphModule) -> None:
-    """Remove nodes whose value nobody reads; inputs stay, in place."""
-    graph_module.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    """Remove nodes whose value nobody reads, in place; inputs stay, and what writes into tensors."""
+    graph_module.graph.eliminate_dead_code(
+        lambda n: n.op in ("placeholder", "output") or is_write(n)
+    )
 
 
 def drop_unread(graph_module: fx.GraphModule, keep: Callable[[str], bool]) -> list[str]:
@@ -215,7 +217,7 @@ def size_expression(node: fx.Node) -> sympy.Expr | int | None:
 
 def _mutates(graph_module: fx.GraphModule) -> bool:
     return any(
-        isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
+        is_write(node)
         for module in graph_module.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
@@ -225,6 +227,11 @@ def _mutates(graph_module: fx.GraphModule) -> bool:
 def schema_of(target: OpOverload[Any, Any]) -> Any:
     """Return the schema of an op, which torch keeps in an attribute of its own."""
     return vars(target)["_schema"]
+
+
+def is_write(node: fx.Node) -> bool:
+    """Tell whether a node changes a tensor in place."""
+    return isinstance(node.target, OpOverload) and bool(schema_of(node.target).is_mutable)
 
 
 def _base_name(target: Any) -> str:

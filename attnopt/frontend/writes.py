@@ -1,0 +1,116 @@
+"""Writes into inputs, such as a static cache's, as outputs of their own while a graph changes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.frontend.cleanup import is_write, schema_of
+from attnopt.nouns import No
+
+
+def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
+    """Replace ops that write in place by ones that return; what was written is returned at the end.
+
+    Returns the names of the inputs that were written. The graph is as it was where it is refused.
+    """
+    graph = graph_module.graph
+    writes = [node for node in graph.nodes if is_write(node)]
+    for node in writes:
+        _pass_idle_casts(node)
+        reason = _why_not(node)
+        if reason is not None:
+            return reason
+    latest: dict[fx.Node, fx.Node] = {}
+    for node in writes:
+        target: Any = node.args[0]  # what the write before returned, if there was one
+        with graph.inserting_before(node):
+            made = graph.call_function(_returning(node), node.args, node.kwargs)
+        made.meta = dict(node.meta)
+        latest[next((old for old, new in latest.items() if new is target), target)] = made
+        target.replace_all_uses_with(made, lambda user, at=made: at < user)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+    written = [old for old in latest if old.op == "placeholder"]
+    output = graph.output_node()
+    output.args = ((*_listed(output), *(latest[old] for old in written)),)
+    graph.lint()
+    graph_module.recompile()
+    return tuple(old.name for old in written)
+
+
+def put_back_writes(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Write the last outputs into the inputs of these names instead of returning them."""
+    if not names:
+        return
+    graph = graph_module.graph
+    inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    output = graph.output_node()
+    outputs = _listed(output)
+    own, new = outputs[: -len(names)], outputs[-len(names) :]
+    with graph.inserting_before(output):
+        for name, value in zip(names, new, strict=True):
+            graph.call_function(torch.ops.aten.copy_.default, (inputs[name], value))
+    output.args = (own,)
+    graph.lint()
+    graph_module.recompile()
+
+
+def _pass_idle_casts(write: fx.Node) -> None:
+    """Name what is written by its own name: a cast to the dtype it has already returns itself."""
+    target = write.args[0] if write.args else None
+    while isinstance(target, fx.Node) and _is_idle_cast(target):
+        source: Any = target.args[0]
+        target.replace_all_uses_with(source)
+        target = source
+
+
+def _is_idle_cast(node: fx.Node) -> bool:
+    if node.op != "call_function" or not str(node.target).startswith("aten.to."):
+        return False
+    source: Any = node.args[0]
+    old, new = source.meta["val"], node.meta["val"]
+    return bool(old.dtype == new.dtype and old.device == new.device) and not _copies(node)
+
+
+def _copies(cast: fx.Node) -> bool:
+    """Tell whether a cast was asked for a copy, whatever dtype its source has."""
+    names = [a.name for a in schema_of(cast.target).arguments]  # type: ignore[arg-type]
+    given = {**dict(zip(names, cast.args, strict=False)), **cast.kwargs}
+    return bool(given.get("copy", False))
+
+
+def _why_not(write: fx.Node) -> No | None:
+    """Say why a write cannot be taken out: by its op, or because other names share the memory."""
+    target = write.args[0] if write.args else None
+    if not isinstance(target, fx.Node) or _returning(write) is None:
+        return No("the graph changes a tensor in place", write.name)
+    shared = [u for u in target.users if u < write and u.users and _is_view(u)]
+    if _is_view(target) or shared:
+        return No("the graph changes a tensor in place that other tensors share", write.name)
+    return None
+
+
+def _returning(write: fx.Node) -> Any:
+    """Return the op that returns what an op writes."""
+    schema = schema_of(write.target)  # type: ignore[arg-type]  # writes are overloads
+    space, _, name = schema.name.partition("::")
+    if space != "aten" or not name.endswith("_") or len(schema.returns) != 1:
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, schema.overload_name or "default", None)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Tell whether a node may share its memory with an operand."""
+    if node.op != "call_function" or is_write(node):
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return any(r.alias_info is not None for r in schema_of(node.target).returns)
+
+
+def _listed(output: fx.Node) -> tuple[Any, ...]:
+    outputs = output.args[0]
+    return tuple(outputs) if isinstance(outputs, list | tuple) else (outputs,)
