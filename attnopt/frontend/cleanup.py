@@ -166,7 +166,7 @@ def _value_like(value: Any, expression: sympy.Expr) -> Any:
 
 
 def remove_dead(graph_module: fx.GraphModule) -> None:
-    """Remove nodes whose value nobody reads, in place; inputs stay, and what writes into tensors."""
+    """Remove nodes whose value nobody reads, in place; inputs and writes into tensors stay."""
     graph_module.graph.eliminate_dead_code(
         lambda n: n.op in ("placeholder", "output") or is_write(n)
     )

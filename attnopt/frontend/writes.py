@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from attnopt.frontend.cleanup import is_write, schema_of
 from attnopt.nouns import No
@@ -106,7 +107,7 @@ def _is_view(node: fx.Node) -> bool:
     """Tell whether a node may share its memory with an operand."""
     if node.op != "call_function" or is_write(node):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return True
     return any(r.alias_info is not None for r in schema_of(node.target).returns)
 
