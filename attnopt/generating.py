@@ -12,10 +12,9 @@ from attnopt.lowering import Runs
 from attnopt.program import Program
 
 
-class LoweredLanguageModel(Runs, PreTrainedModel, GenerationMixin):
-    """A program as a language model that generates; its cache holds the program's states."""
+class LoweredTransformer(Runs, PreTrainedModel):
+    """A program of a Transformers model, called as its source is called."""
 
-    main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -23,15 +22,29 @@ class LoweredLanguageModel(Runs, PreTrainedModel, GenerationMixin):
 
     def __init__(self, program: Program, backend: Backend):
         super().__init__(copy.deepcopy(program.config))
-        self.generation_config = copy.deepcopy(program.source.generation_config)
         self.hold(program, backend)
-        inputs = {b.name for b in program.bindings.values() if b.kind == "input"}
-        self.accepted = inputs | {"past_key_values", "use_cache", "return_dict"}
+        inputs = [b.name for b in program.bindings.values() if b.kind == "input"]
+        first = ("input_ids", "pixel_values", "input_values", "input_features")
+        self.main_input_name = next((n for n in first if n in inputs), "input_ids")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """Take a config with any choice of how experts run: the graph has made it already."""
         return True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the program as its source is called."""
+        return self.run(args, kwargs)
+
+
+class LoweredLanguageModel(LoweredTransformer, GenerationMixin):
+    """A program as a language model that generates; its cache holds the program's states."""
+
+    def __init__(self, program: Program, backend: Backend):
+        super().__init__(program, backend)
+        self.generation_config = copy.deepcopy(program.source.generation_config)
+        inputs = {b.name for b in program.bindings.values() if b.kind == "input"}
+        self.accepted = inputs | {"past_key_values", "use_cache", "return_dict"}
 
     def forward(
         self,
@@ -70,11 +83,7 @@ class LoweredLanguageModel(Runs, PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> bool:
         """Start from an empty state of the program."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a lowered model "
-                "keeps its own state; leave cache_implementation out"
-            )
+        refuse_cache_implementation(generation_config)
         if generation_config.use_cache is not False:
             model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
         return False
@@ -82,3 +91,12 @@ class LoweredLanguageModel(Runs, PreTrainedModel, GenerationMixin):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: a lowered model is made for running."""
         raise TypeError("a lowered model is made for running: save the program it came from")
+
+
+def refuse_cache_implementation(generation_config: Any) -> None:
+    """Raise ValueError where another cache than the program's states is asked for."""
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={generation_config.cache_implementation!r}: a lowered model "
+            "keeps its own state; leave cache_implementation out"
+        )

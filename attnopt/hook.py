@@ -1,33 +1,40 @@
-"""On `import attnopt`: let plain `from_pretrained` build layers that differ in their heads.
+"""On `import attnopt`: let plain Transformers load what attnopt saved.
 
-Nothing is imported for it: it happens when Transformers' own `monkey_patching` is first imported.
+Nothing is imported for it: each extension happens when the part of Transformers that it concerns is
+first imported.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_WATCHED = "transformers.monkey_patching"
+# Which function of attnopt extends which module of Transformers.
+_EXTENSIONS = {
+    "transformers.monkey_patching": ("attnopt.perlayer", "install"),
+    "transformers.models.auto.configuration_auto": ("attnopt.auto_config", "register"),
+    "transformers.models.auto.modeling_auto": ("attnopt.auto", "register_models"),
+}
 
 
 def install() -> None:
-    """Extend Transformers now where it is there already, else when it comes."""
-    if _WATCHED in sys.modules:
-        _extend(sys.modules[_WATCHED])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Extend what of Transformers is there already now, and the rest when it comes."""
+    present = [sys.modules[name] for name in _EXTENSIONS if name in sys.modules]
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    for module in present:
+        _extend(module)
 
 
 def _extend(module: ModuleType) -> None:
-    from attnopt import perlayer
-
-    perlayer.install(module)
+    home, name = _EXTENSIONS[module.__name__]
+    getattr(importlib.import_module(home), name)(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the watched module as everyone does, and is told when it was run."""
+    """Finds the watched modules as everyone does, and is told when they were run."""
 
     def find_spec(
         self,
@@ -35,9 +42,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _WATCHED:
+        if fullname not in _EXTENSIONS:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)

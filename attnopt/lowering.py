@@ -29,13 +29,30 @@ def lower(program: Program, backend: str = "inductor") -> nn.Module:
             f"{program.name} was captured module by module ({len(program.parts)} parts): only a "
             "graph of the whole model can be lowered; call the program itself"
         )
-    if program.source.generation_config is not None and program.states and not program.parts:
-        from attnopt.generating import LoweredLanguageModel
-
-        model: nn.Module = LoweredLanguageModel(program, target)
-    else:
-        model = LoweredModule(program, target)
+    model: nn.Module = lowered_class(program)(program, target)
     return model.train(False)
+
+
+def lowered_class(program: Program) -> Any:
+    """Return the class whose instances run a program as its source is used."""
+    if not _is_transformer(program):
+        return LoweredModule
+    if program.source.generation_config is None or not program.states:
+        from attnopt.generating import LoweredTransformer
+
+        return LoweredTransformer
+    if program.parts:
+        from attnopt.seq2seq import LoweredSeq2Seq
+
+        return LoweredSeq2Seq
+    from attnopt.generating import LoweredLanguageModel
+
+    return LoweredLanguageModel
+
+
+def _is_transformer(program: Program) -> bool:
+    """Tell whether a program was captured from a model of Transformers."""
+    return program.config is not None and hasattr(program.config, "to_json_string")
 
 
 class Runs:
@@ -60,6 +77,25 @@ class Runs:
         parts: Any = _Parts(ready)
         return route(parts, args, kwargs)
 
+    def flat(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the flat outputs of a program that is one graph, for flattened inputs."""
+        return self._made_ready()[""].flat(dict(values))
+
+    def current_program(self) -> Program:
+        """Return the program with the weights, and in the dtype, that the module has now."""
+        assert isinstance(self, nn.Module)
+        own = {
+            **dict(self.named_parameters(remove_duplicate=False)),
+            **dict(self.named_buffers(remove_duplicate=False)),
+        }
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        captured = _captured_dtype(next(iter(self.program.parts.values()), self.program))
+        program = self.program
+        if dtype is not None and captured is not None and dtype != captured:
+            program = program.cast(dtype)
+        parts = {name: replace(part, weights=own) for name, part in program.parts.items()}
+        return replace(program, weights=own, parts=parts)
+
     def _made_ready(self) -> "dict[str, Ready]":
         assert isinstance(self, nn.Module)
         first = next((p for p in self.parameters() if p.is_floating_point()), None)
@@ -67,7 +103,13 @@ class Runs:
         place = cpu if first is None else (first.dtype, first.device)
         if place != self._ready_for:
             programs = self.program.parts or {"": self.program}
-            self._ready = {n: Ready.of(p, self, self.backend, *place) for n, p in programs.items()}
+            whole: Any = getattr(self.backend, "ready", None)
+            self._ready = {
+                n: Ready.of(p, self, self.backend, *place)
+                if whole is None
+                else whole(p, self, *place)
+                for n, p in programs.items()
+            }
             self._ready_for = place
         return self._ready
 
@@ -118,9 +160,12 @@ class Ready:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call as the source is called."""
         values = self.form.flatten(args, kwargs)
+        return self.form.unflatten(self.flat(values), values)
+
+    def flat(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the graph's flat outputs for flattened inputs."""
         values.update(self.paddings(values))
-        outputs = tuple(self.call(*[read(values) for read in self.reads]))
-        return self.form.unflatten(outputs, values)
+        return tuple(self.call(*[read(values) for read in self.reads]))
 
 
 def retargeted(program: Program, dtype: torch.dtype, device: torch.device) -> Program:
@@ -244,7 +289,7 @@ def hold_weights(module: nn.Module, program: Program) -> None:
     """Register a copy of every weight of a program under its name; what was tied stays tied."""
     first = {name: group[0] for group in program.source.tied for name in group}
     made: dict[str, nn.Parameter] = {}
-    for name, kind in _kinds(program).items():
+    for name, kind in kinds_of(program).items():
         tensor = _weight(program, name)
         owner, last = _owner(module, name)
         if kind != "parameter":
@@ -258,7 +303,7 @@ def hold_weights(module: nn.Module, program: Program) -> None:
         owner.register_parameter(last, twin)
 
 
-def _kinds(program: Program) -> dict[str, str]:
+def kinds_of(program: Program) -> dict[str, str]:
     """Return what each weight is, those that no graph reads included."""
     parts = (program, *program.parts.values())
     read = {b.name: b.kind for part in parts for b in part.bindings.values()}

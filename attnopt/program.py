@@ -69,13 +69,15 @@ class CallForm:
     `flatten(args, kwargs)` gives a value for each input, state and past_length placeholder by name.
     `unflatten(outputs, values)` rebuilds the source's output class from the graph's flat outputs
     and the flattened call. `restate(states)` is the form for other states. `route(program, args,
-    kwargs)` calls a program of parts.
+    kwargs)` calls a program of parts. `made_of` is the data behind the functions, where they are
+    not code of their own.
     """
 
     flatten: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]
     unflatten: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
     restate: Callable[[tuple[State, ...]], "CallForm"] | None = None
     route: Callable[["Program", tuple[Any, ...], dict[str, Any]], Any] | None = None
+    made_of: Any = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Program:
     uncaptured: tuple[Uncaptured, ...] = ()
     refused: tuple["No", ...] = ()
     source: Source = field(default_factory=Source)
+    tier: int = 0
 
     @property
     def graph(self) -> fx.Graph:

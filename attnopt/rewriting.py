@@ -75,7 +75,8 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
             refitted.append(site.projections["o"].parameter)
     edit.reshape_weights(changed)
     note = f"{', '.join(sorted({c.rewrite for c in choices}))}: {len(choices)} sites"
-    result = edit.finish(changed, note=note)
+    lowest = max(program.tier, *(registry.load(c.rewrite).tier for c in choices))
+    result = replace(edit.finish(changed, note=note), tier=lowest)
     debug.dump(40, "plan", result.graph_module)
     return refit(program, result, refitted, stats, _digest(choices)) if refitted else result
 

@@ -1,6 +1,7 @@
 """Where a program runs: one file or folder per backend, named for it.
 
-The folder is the registry: a file with a function `prepare` is a backend of `attnopt.lower`.
+The folder is the registry: a file with a function `prepare`, which runs a graph, or `ready`, which
+runs a whole program, is a backend of `attnopt.lower`.
 """
 
 import ast
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """The attributes of a module that is a backend."""
+    """The attributes of a module that is a backend and runs graphs.
+
+    One that runs whole programs has `ready(program, module, dtype, device)` instead, which returns
+    something that is called as the source is, and by `flat(values)` gives the flat outputs.
+    """
 
     @property
     def prepare(self) -> "Callable[[fx.GraphModule], Callable[..., Any]]":
@@ -46,9 +51,10 @@ def load(name: str) -> Backend:
 
 
 def _prepares(name: str) -> bool:
-    """Tell from a module's source whether it has a function `prepare`."""
+    """Tell from a module's source whether it has a function `prepare` or `ready`."""
     spec = importlib.util.find_spec(f"{__name__}.{name}")
     assert spec is not None
     assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    return any(isinstance(s, ast.FunctionDef) and s.name == "prepare" for s in tree.body)
+    functions = {s.name for s in tree.body if isinstance(s, ast.FunctionDef)}
+    return bool(functions & {"prepare", "ready"})

@@ -1,9 +1,11 @@
 """Write a model for another runtime, and prove there that it computes the same.
 
 attnopt export examples/models/code-llama --to onnx -o onnx
+attnopt export out --to stock -o plain
 
-Exit status: 0 accepted, 2 usage, 3 cannot be exported yet, 4 the runtime computes something else
-(kept as OUT.rejected/model.onnx.rejected), 5 refused for safety, 6 resources or a missing package.
+Exit status: 0 accepted, 2 usage or nothing stock, 3 cannot be exported yet, 4 the runtime computes
+something else (kept as OUT.rejected/model.onnx.rejected), 5 refused for safety, 6 resources or a
+missing package.
 """
 
 import argparse
@@ -17,13 +19,15 @@ from attnopt.cli._output import Output, shown
 if TYPE_CHECKING:
     from attnopt.backends.ort import Export
 
-_TARGETS = ("onnx",)
+_TARGETS = ("onnx", "stock")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the target, the place and how much is compared."""
     _source.configure(parser)
-    parser.add_argument("--to", metavar="TARGET", required=True, help="onnx (more: not yet)")
+    parser.add_argument(
+        "--to", metavar="TARGET", required=True, help="onnx, or stock: what anything loads"
+    )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the files go")
     parser.add_argument("--opset", type=int, default=21, help="opset of ONNX (default 21)")
     parser.add_argument(
@@ -40,6 +44,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.steps < 1:
         raise CommandError("AO111", "--steps needs at least 1 token to compare")
     source = _source.resolve(arguments)
+    if arguments.to == "stock":
+        return _stock(arguments, source, output)
     with output.progress() as stages, stages.stage("export"):
         made = _export(arguments, source)
     if output.json:
@@ -64,6 +70,27 @@ def _export(arguments: argparse.Namespace, source: _source.Source) -> "Export":
             return export_onnx(program, arguments.out, opset=arguments.opset, steps=arguments.steps)
 
 
+def _stock(arguments: argparse.Namespace, source: _source.Source, output: Output) -> int:
+    from attnopt.artifacts.widening import export_stock
+
+    with output.progress() as stages, stages.stage("export"), told(arguments.out, "AO114"):
+        program = _source.capture(source)
+        with _source.quiet_libraries():
+            made = export_stock(program, arguments.out)
+    before, after = made.kv_elements
+    if output.json:
+        content = {"out": str(made.path), "kv_heads": made.heads, "difference": made.difference}
+        output.document(
+            "attnopt.export/1", {**content, "kv_elements_per_token": list(made.kv_elements)}
+        )
+        return Exit.ACCEPTED
+    output.line(f"{program.name}: {made.heads} key and value heads in every layer")
+    output.line(f"cache, numbers a token: {before:,} -> {after:,}")
+    output.line(f"results differ by {made.difference:.1e} of their size")
+    output.line(f"saved as {shown(made.path)}: plain Transformers loads it, without attnopt")
+    return Exit.ACCEPTED
+
+
 def _summary(output: Output, made: "Export") -> None:
     dtype = made.content()["source_dtype"]
     cast = "" if dtype == "float32" else f", cast from {dtype}"
@@ -73,7 +100,12 @@ def _summary(output: Output, made: "Export") -> None:
     )
     output.line()
     rows = [
-        (c.case, f"{c.equal}/{c.tokens}", f"{c.largest_logit:.3g}", f"{c.max_delta_logit:.1e}")
+        (
+            c.case,
+            f"{c.equal}/{c.tokens}" if c.tokens else "-",
+            f"{c.largest_logit:.3g}",
+            f"{c.max_delta_logit:.1e}",
+        )
         for c in made.parity.cases
     ]
     if rows:

@@ -174,7 +174,6 @@ def test_the_attention_of_the_file_is_the_reference(
         (["--to", "gguf"], 2, "AO110 --to gguf is not served yet; there is onnx"),
         (["--to", "onnx", "--opset", "9"], 2, "opset 9; there is 18 to 23"),
         (["--to", "onnx", "--steps", "0"], 2, "--steps needs at least 1"),
-        (["--to", "onnx"], 3, "cannot export Blocks to ONNX yet: only a causal language model"),
         ([], 2, "--to"),
     ],
 )
@@ -186,6 +185,13 @@ def test_a_wrong_call_is_told_in_one_line(
     assert line.startswith("AO")
     assert told in line
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_captured_in_parts_is_refused(tmp_path: Path):
+    model, kwargs, _ = zoo.build("t5", "eager", task="lm", pad="right")
+    program = attnopt.capture(model, (), kwargs)
+    with pytest.raises(NotImplementedError, match="only the graph of a whole model"):
+        attnopt.export_onnx(program, tmp_path / "out")
 
 
 def test_a_missing_package_is_named_with_its_remedy(
@@ -204,6 +210,41 @@ def test_a_folder_of_somebody_else_is_left_alone(program: attnopt.Program, tmp_p
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="did not write"):
         attnopt.export_onnx(program, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs"),
+    [
+        ("bert", {"input_ids", "attention_mask"}, ["last_hidden_state", "pooler_output"]),
+        ("vit", {"pixel_values"}, ["last_hidden_state", "pooler_output"]),
+        pytest.param("clip_vision", {"pixel_values"}, None, marks=pytest.mark.slow),
+        pytest.param("wav2vec2", None, None, marks=pytest.mark.slow),
+        pytest.param("swin", {"pixel_values"}, None, marks=pytest.mark.slow),
+        pytest.param("deberta", None, None, marks=pytest.mark.slow),
+        pytest.param("distilbert", None, ["last_hidden_state"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_without_a_cache_is_exported_as_its_source_is_called(
+    name: str, inputs: set[str] | None, outputs: list[str] | None, tmp_path: Path
+):
+    model, kwargs, _ = zoo.build(name, "eager", pad="right")
+    made = attnopt.export_onnx(attnopt.capture(model, (), kwargs), tmp_path / "out")
+    assert made.accepted, made.parity
+    assert [c.case for c in made.parity.cases] == ["the captured sizes", "other sizes"]
+    assert max(c.max_delta_logit for c in made.parity.cases) < 1e-4
+    graph = onnx.load(made.path, load_external_data=False).graph
+    assert inputs is None or {i.name for i in graph.input} == inputs
+    assert outputs is None or [o.name for o in graph.output] == outputs
+    assert all(i.type.tensor_type.shape.dim[0].dim_param == "batch" for i in graph.input)
+
+
+def test_a_wrong_output_of_a_model_without_a_cache_is_rejected(tmp_path: Path, monkeypatch):
+    model, kwargs, _ = zoo.build("bert", "eager", pad="right")
+    program = attnopt.apply(attnopt.capture(model, (), kwargs), "exact")
+    monkeypatch.setattr(standalone, "attend", lambda *a, **k: 1.001 * attend(*a, **k))
+    made = attnopt.export_onnx(program, tmp_path / "out")
+    assert not made.accepted
+    assert made.path == tmp_path / "out.rejected/model.onnx.rejected"
 
 
 def test_a_state_that_is_no_cache_is_refused(program: attnopt.Program, tmp_path: Path):
@@ -229,3 +270,26 @@ def test_a_model_in_bfloat16_is_cast_and_says_so(tmp_path: Path):
     program = attnopt.capture(decoder("llama").to(torch.bfloat16))
     made = attnopt.export_onnx(program, tmp_path / "out", opset=23)
     assert (made.accepted, made.opset, made.dtype) == (True, 23, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_model_runs_in_onnxruntime_from_python(name: str):
+    task = "lm" if name == "llama" else "base"
+    model, kwargs, _ = zoo.build(name, "eager", task=task, pad="left")
+    program = attnopt.apply(attnopt.capture(model, (), kwargs), "exact")
+    twin: Any = attnopt.lower(program, "ort")
+    with torch.no_grad():
+        want, got = model(**kwargs), twin(**kwargs)
+    assert type(got) is type(want)
+    valid = kwargs["attention_mask"].bool()
+    torch.testing.assert_close(got[0][valid], want[0][valid], rtol=0, atol=1e-5)
+    if name == "llama":
+        way = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        given = {n: kwargs[n] for n in ("input_ids", "attention_mask")}
+        assert torch.equal(twin.generate(**given, **way), model.generate(**given, **way))
+
+
+def test_onnxruntime_runs_in_float32_only(program: attnopt.Program):
+    twin = attnopt.lower(program, "ort").half()
+    with pytest.raises(ValueError, match="runs in float32"):
+        twin(input_ids=torch.zeros(1, 3, dtype=torch.long))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -17,6 +19,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.generation.streamers import BaseStreamer
 
 import attnopt
 
@@ -164,6 +167,59 @@ def test_it_generates_the_same_tokens(make, way):
             torch.manual_seed(3)
             results.append(m.generate(ids, attention_mask=mask, max_new_tokens=10, **way))
         assert torch.equal(*results)
+
+
+def bart():
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 90}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    feed = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
+    return BartForConditionalGeneration(BartConfig(**sizes, **heads, **feed))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("make", [t5, pytest.param(bart, marks=pytest.mark.slow)])
+def test_an_encoder_decoder_generates_the_same_tokens(make, way):
+    model, twin = lowered(make)
+    ids = tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    results = []
+    for m in (model, twin):
+        torch.manual_seed(3)
+        results.append(m.generate(ids, attention_mask=mask, max_new_tokens=10, **way))
+    assert torch.equal(*results)
+
+
+def test_tokens_stream_as_they_come():
+    model, twin = lowered(llama)
+    ids = tokens(1, 6)
+    streams = []
+    for m in (model, twin):
+        stream = Collected()
+        m.generate(ids, max_new_tokens=8, do_sample=False, streamer=stream)
+        streams.append(stream.pieces)
+    assert streams[0] == streams[1]
+    assert len(streams[0]) == 1 + 8 + 1
+
+
+class Collected(BaseStreamer):
+    """Keeps every piece that generation puts, and its end."""
+
+    def __init__(self):
+        self.pieces = []
+
+    def put(self, value):
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self):
+        self.pieces.append("end")
+
+
+def test_an_assistant_drafts_what_a_lowered_model_checks():
+    model, twin = lowered(llama)
+    ids = tokens(1, 6)
+    way = {"max_new_tokens": 12, "do_sample": False, "assistant_model": made(llama)[0]}
+    assert torch.equal(twin.generate(ids, **way), model.generate(ids, **way))
 
 
 def test_prompt_lookup_crops_its_cache():

@@ -96,6 +96,30 @@ transformers.AutoModelForCausalLM.from_pretrained({str(saved)!r})
     assert "size mismatch" in done.stderr or "ignore_mismatched_sizes" in done.stderr
 
 
+def test_export_to_stock_is_loaded_without_attnopt(
+    uneven: Result, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attnopt.cli import main
+
+    assert main(["export", str(saved), "--to", "stock", "-o", str(tmp_path / "plain")]) == 0
+    assert "4 key and value heads in every layer" in capsys.readouterr().out
+    tokens = ids(2, 13)
+    torch.save((tokens, uneven.program(input_ids=tokens).logits), tmp_path / "wanted.pt")
+    ran = in_a_fresh_process(
+        """
+import sys, torch, transformers
+model = transformers.LlamaForCausalLM.from_pretrained("plain")
+tokens, logits = torch.load("wanted.pt")
+with torch.no_grad():
+    torch.testing.assert_close(model(input_ids=tokens).logits, logits, rtol=1e-4, atol=1e-5)
+assert not any(name.startswith("attnopt") for name in sys.modules)
+assert {p.shape[0] for n, p in model.named_parameters() if "k_proj" in n} == {32}
+""",
+        tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_load_checks_it_as_it_checks_every_artifact(uneven: Result, saved: Path) -> None:
     model = attnopt.load(saved)
     tokens = ids(2, 9)

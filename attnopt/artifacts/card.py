@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 _LOADS = (
     "It is a plain Transformers checkpoint: attnopt is not needed to run it.",
     "`import attnopt` lets Transformers build layers that differ; without it, loading fails.",
+    "It holds a program of attnopt's: `import attnopt` registers its model type with Transformers; "
+    "without it, loading fails.",
 )
 
 
@@ -32,8 +34,12 @@ def _lines(result: "Result", environment: Mapping[str, Any], tier: int) -> Itera
     yield from ("", "## How to load it", "", "```python")
     if tier == 1:
         yield "import attnopt  # its layers differ in their heads"
-    yield from (f"from transformers import {result.program.name}", "")
-    yield from (f'model = {result.program.name}.from_pretrained("path/of/this/directory")', "```")
+    if tier == 2:
+        yield from ("import attnopt", "", 'model = attnopt.load("path/of/this/directory")', "```")
+    else:
+        name = result.program.name
+        yield from (f"from transformers import {name}", "")
+        yield from (f'model = {name}.from_pretrained("path/of/this/directory")', "```")
     yield from ("", _LOADS[tier], "")
     yield from (
         "## How it was made",

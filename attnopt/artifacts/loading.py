@@ -2,14 +2,18 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from attnopt.artifacts.manifest import IntegrityError, check_manifest, files_below
+from attnopt.artifacts.programs import UNDERSTANDS as PROGRAM
+from attnopt.artifacts.programs import read_stored
 from attnopt.artifacts.staging import recovered
-from attnopt.perlayer import UNDERSTANDS
+from attnopt.perlayer import UNDERSTANDS as PER_LAYER
+from attnopt.program import Program
 
 READER = 1
 _RUNS_CODE = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".so", ".npy", ".npz")
@@ -19,16 +23,14 @@ def load(path: str | os.PathLike[str], strict: bool = True, **options: Any) -> n
     """Return the model of an artifact, in eval mode.
 
     Strict: every file is listed and unchanged. Always: no pickle, no code, no link, no path that
-    leaves the directory, no missing and no unexpected tensor. `options` go to `from_pretrained`.
+    leaves the directory, no missing and no unexpected tensor. `options` go to `from_pretrained`; an
+    artifact of tier 2 takes `dtype` and `backend`.
     """
-    root = Path(path).absolute()
-    recovered(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no artifact at {root}")
-    _refuse_code(root)
-    if strict:
-        check_manifest(root)
-    config = _config(root)
+    root, config = checked(path, strict=strict)
+    if is_stored(config):
+        from attnopt.auto import made_of
+
+        return made_of(read_stored(root), **options)
     cls = _class(root, config)
     model, seen = cls.from_pretrained(
         root, output_loading_info=True, trust_remote_code=False, local_files_only=True, **options
@@ -39,6 +41,31 @@ def load(path: str | os.PathLike[str], strict: bool = True, **options: Any) -> n
             raise IntegrityError(f"{root} has {kind.replace('_', ' ')}: {name}")
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def load_program(path: str | os.PathLike[str], *, strict: bool = True) -> Program:
+    """Return the program of an artifact of tier 2."""
+    root, config = checked(path, strict=strict)
+    if not is_stored(config):
+        raise IntegrityError(f"{root} holds a checkpoint and no program; capture it")
+    return read_stored(root)
+
+
+def is_stored(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is that of an artifact of tier 2."""
+    return config.get("model_type") == "attnopt"
+
+
+def checked(path: str | os.PathLike[str], *, strict: bool) -> tuple[Path, dict[str, Any]]:
+    """Return the directory of an artifact and its config, after every check."""
+    root = Path(path).absolute()
+    recovered(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no artifact at {root}")
+    _refuse_code(root)
+    if strict:
+        check_manifest(root)
+    return root, _config(root)
 
 
 def _refuse_code(root: Path) -> None:
@@ -53,7 +80,7 @@ def _config(root: Path) -> dict[str, Any]:
         content = json.loads(place.read_text(encoding="utf-8"))
         block = content["attnopt"]
         needed = int(block["min_reader"])
-        unknown = sorted(set(block.get("must_understand", ())) - set(UNDERSTANDS))
+        unknown = sorted(set(block.get("must_understand", ())) - {*PER_LAYER, *PROGRAM})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{place} is no config of an artifact of attnopt ({error})") from error
     if needed > READER:

@@ -10,18 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from attnopt.artifacts.card import card
 from attnopt.artifacts.manifest import FOLDER, NAME, write_manifest
+from attnopt.artifacts.programs import SHARD, write_stored
+from attnopt.artifacts.programs import UNDERSTANDS as PROGRAM
 from attnopt.artifacts.staging import staged
 from attnopt.artifacts.stock import build, stock_class, stock_config, tier_of
 from attnopt.nouns import No, Plan
-from attnopt.perlayer import UNDERSTANDS
+from attnopt.perlayer import UNDERSTANDS as PER_LAYER
 from attnopt.program import Program
 from attnopt.verifying import Report
+
+_MUST_UNDERSTAND = ((), PER_LAYER, PROGRAM)
 
 # What a checkpoint directory may hold beside its weights, and what is carried over.
 _CARRIED = re.compile(
@@ -49,17 +53,45 @@ class Result:
         return self.report is None or self.report.accepted
 
 
-def save(result: Result | Program, out: str | os.PathLike[str]) -> Path:
-    """Write an artifact in one step: `out` is what it was before, or the whole new artifact."""
+def save(
+    result: Result | Program,
+    out: str | os.PathLike[str],
+    *,
+    tier: Literal[0, 1, 2] | None = None,
+    max_shard_size: int = SHARD,
+) -> Path:
+    """Write an artifact in one step: `out` is what it was before, or the whole new artifact.
+
+    The tier is the lowest that can hold the program, or the one that is asked for: 0 a stock
+    checkpoint, 1 one whose layers differ, 2 the program itself. Weight files hold at most
+    `max_shard_size` bytes, or a single tensor.
+    """
     made = result if isinstance(result, Result) else Result(result, result, Plan(()))
     target = Path(out).absolute()
     refuse_foreign(target, made.program)
-    model = stock_model(made.program)
-    if isinstance(model, No):
-        raise ValueError(f"cannot save as a Transformers checkpoint (tier 0 or 1): {model}")
+    model = _held_by(made.program, tier)
     with staged(target) as staging:
-        write(made, model, staging)
+        write(made, model, staging, max_shard_size)
     return target
+
+
+def _held_by(program: Program, tier: int | None) -> nn.Module | None:
+    """Return the stock model that is to hold a program; None where it is stored as itself."""
+    if tier not in (None, 0, 1, 2):
+        raise ValueError(f"tier {tier!r}: it is 0, 1 or 2")
+    if tier == 2:
+        return None
+    model = stock_model(program)
+    if tier is None:
+        return None if isinstance(model, No) else model
+    if isinstance(model, No):
+        raise ValueError(f"cannot save as a Transformers checkpoint (tier {tier}): {model}")
+    needed = tier_of(model.config)
+    if needed > tier:
+        raise ValueError(
+            f"cannot save as a stock checkpoint (tier 0): layers differ, which needs tier {needed}"
+        )
+    return model
 
 
 def refuse_foreign(target: Path, program: Program | None = None) -> None:
@@ -78,6 +110,8 @@ def refuse_foreign(target: Path, program: Program | None = None) -> None:
 
 def stock_model(program: Program) -> nn.Module | No:
     """Return the program as a model of its stock class, or why there is none."""
+    if program.tier > 1:
+        return No("it computes what no stock class does")
     cls, config = stock_class(program), stock_config(program)
     if isinstance(cls, No) or isinstance(config, No):
         return cls if isinstance(cls, No) else config
@@ -91,18 +125,21 @@ def source_folder(program: Program) -> Path | None:
     return Path(name) if name and (Path(name) / "config.json").is_file() else None
 
 
-def write(result: Result, model: Any, staging: Path) -> None:
-    """Write every file of an artifact, the manifest last."""
-    model.save_pretrained(staging)
+def write(result: Result, model: Any, staging: Path, shard: int = SHARD) -> None:
+    """Write every file of an artifact, the manifest last; without a model, the program itself."""
+    if model is None:
+        write_stored(result.program, staging, shard=shard)
+    else:
+        model.save_pretrained(staging, max_shard_size=shard)
     source = source_folder(result.program)
     if source is not None:
         _carry_over(source, staging)
     folder = staging / FOLDER
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     result.plan.save(folder / "plan.yaml")
     _write_json(folder / "report.json", report_of(result))
     _write_json(folder / "env.json", environment(result))
-    tier = tier_of(model.config)
+    tier = 2 if model is None else tier_of(model.config)
     text = card(result, environment(result), tier)
     (staging / "README.md").write_text(text, encoding="utf-8")
     _mark(staging / "config.json", result, tier)
@@ -156,7 +193,7 @@ def _mark(config: Path, result: Result, tier: int) -> None:
         "format": 1,
         "min_reader": 1,
         "tier": tier,
-        "must_understand": list(UNDERSTANDS) if tier == 1 else [],
+        "must_understand": list(_MUST_UNDERSTAND[tier]),
         "accepted": result.accepted,
     }
     _write_json(config, content)

@@ -84,7 +84,7 @@ def tier_of(config: Any) -> int:
 
 def _candidates(program: Program) -> Iterator[Any]:
     """Yield the config as it is, then with the key and value heads that it may need."""
-    config = _unmarked(program.config)
+    config = unmarked(program.config)
     yield copy.deepcopy(config)
     heads = {site.kv_heads for site in program.sites}
     layers = _layers(program)
@@ -101,13 +101,18 @@ def _candidates(program: Program) -> Iterator[Any]:
             yield _per_layer(changed, name, layers)
 
 
-def _unmarked(config: Any) -> Any:
+def unmarked(config: Any) -> Any:
     """Return a copy of a config with all layers alike, where attnopt wrote how they differ."""
     found = copy.deepcopy(config)
     if is_marked(found):
         found.per_layer_config = None
     vars(found).pop(MARK, None)
     return found
+
+
+def kv_heads_of(config: Any) -> str | None:
+    """Return what a config calls its number of key and value heads, if it has one."""
+    return next((n for n in _KV_HEADS if isinstance(getattr(config, n, None), int)), None)
 
 
 def _layers(program: Program) -> dict[int, int] | None:

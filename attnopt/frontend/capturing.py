@@ -52,8 +52,12 @@ def capture(
     if not os.path.exists(place) and place.count(":") == 1 and "/" not in place:
         made, args, kwargs = call_factory(place, args, kwargs or {})
         return capture_module(made, args, kwargs, dynamic=dynamic)
-    from attnopt.frontend.checkpoints import open_checkpoint
+    from attnopt.frontend.checkpoints import holds_program, open_checkpoint
 
+    if holds_program(place):
+        from attnopt.artifacts.loading import load_program
+
+        return load_program(place)
     checkpoint = open_checkpoint(place, trust_remote_code=trust_remote_code)
     example, axes = example_call(checkpoint.model, args, kwargs or {}, dynamic=dynamic)
     program = whole(checkpoint.model, example, axes)
@@ -323,12 +327,13 @@ def _called(example: Example, result: Trace) -> Example:
 def plain_program(model: nn.Module, example: Example, result: Trace) -> Program:
     """Make the Program of a trace without state."""
     inputs = Inputs(example, result.shapes, result.dtypes, result.bounds, result.conditions)
+    outputs = Outputs(result.skeleton)
     return Program(
         name=type(model).__name__,
         graph_module=result.graph_module,
         bindings=result.bindings,
         weights={**source_weights(model), **result.constants},
-        form=CallForm(inputs.flatten, Outputs(result.skeleton).unflatten),
+        form=CallForm(inputs.flatten, outputs.unflatten, made_of=(inputs, outputs)),
         history=(f"capture: whole, {result.level}",),
         config=example.config,
         source=source_of(model),

@@ -100,7 +100,7 @@ def open_checkpoint(
             f"{directory} brings its own code (auto_map in config.json); "
             "read it, then pass trust_remote_code=True"
         )
-    stored = _stored_tensors(directory, inside=not from_hub)
+    stored = stored_tensors(directory, inside=not from_hub)
     model = _hollow_model(directory, described, trust_remote_code)
     if stored is None:
         names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
@@ -119,6 +119,12 @@ def open_checkpoint(
     return Checkpoint(
         model, LazyWeights(match.places, _buffers(model)), "read when needed", directory
     )
+
+
+def holds_program(place: str | os.PathLike[str]) -> bool:
+    """Tell whether a directory is one of attnopt's that holds a program (tier 2)."""
+    config = Path(place) / "config.json"
+    return config.is_file() and _json(config).get("model_type") == "attnopt"
 
 
 @dataclass
@@ -179,7 +185,7 @@ def _refuse_quantized(directory: Path, described: Mapping[str, Any]) -> None:
         )
 
 
-def _stored_tensors(directory: Path, *, inside: bool) -> dict[str, Path] | None:
+def stored_tensors(directory: Path, *, inside: bool) -> dict[str, Path] | None:
     """Return the file of each stored tensor; None where the directory has no weights at all."""
     index = directory / _INDEX
     if index.is_file():

@@ -164,5 +164,13 @@ def route(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     encoded = call.pop(_ENCODED, None)
     if encoded is None:
         raise ValueError("argument encoder_outputs is missing: the captured call had it")
-    hidden = encoded if isinstance(encoded, Tensor) else encoded[0]
+    hidden: Tensor = encoded if isinstance(encoded, Tensor) else encoded[0]
+    if call.get("attention_mask") is None and _takes_mask(program.parts["decode"]):
+        call["attention_mask"] = hidden.new_ones(hidden.shape[:2], dtype=torch.long)
     return program.parts["decode"](**call, **{f"{_ENCODED}_last_hidden_state": hidden})
+
+
+def _takes_mask(part: Any) -> bool:
+    """Tell whether a part reads the mask of the encoder's tokens."""
+    calls = part.form.made_of
+    return calls is not None and "attention_mask" in calls.inputs.shapes

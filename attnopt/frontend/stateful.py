@@ -349,7 +349,7 @@ class StatefulCalls:
 
     def form(self) -> CallForm:
         """Return this as a CallForm."""
-        return CallForm(self.flatten, self.unflatten, self.restate)
+        return CallForm(self.flatten, self.unflatten, self.restate, made_of=self)
 
     def restate(self, states: tuple[State, ...]) -> CallForm:
         """Return the form for other states."""

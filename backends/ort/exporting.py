@@ -1,4 +1,4 @@
-"""Export a causal language model as an ONNX file, and have ONNX Runtime prove it."""
+"""Export a program as an ONNX file, and have ONNX Runtime prove it."""
 
 import importlib.util
 import json
@@ -76,8 +76,9 @@ def export_onnx(
 ) -> Export:
     """Write `out`/model.onnx with its weights beside it, in float32, and compare it when it runs.
 
-    The file takes and gives the cache: `past_key_values.N.key` in, `present.N.key` out. One that
-    computes something else is kept as `out`.rejected/model.onnx.rejected.
+    That of a causal language model takes and gives the cache: `past_key_values.N.key` in,
+    `present.N.key` out. One that computes something else is kept as
+    `out`.rejected/model.onnx.rejected.
     """
     check_installed()
     if opset not in _OPSETS:
@@ -119,7 +120,7 @@ def _written(program: Program, folder: Path, opset: int, steps: int) -> Export:
         raise NotImplementedError(f"cannot export {program.name} to ONNX yet: {signature}")
     model = in_float32(program)
     path = folder / FILE
-    _write(standalone(program, signature, model), signature, path, opset, program.name)
+    write_file(standalone(program, signature, model), signature, path, opset, program.name)
     parity = compare(model, program, signature, path, steps)
     if not parity.accepted:
         path = path.rename(path.with_name(f"{FILE}.rejected"))
@@ -138,31 +139,51 @@ def _dtype(program: Program) -> torch.dtype:
     return next((d for d in found if d.is_floating_point), torch.float32)
 
 
-def _write(module: fx.GraphModule, signature: Signature, path: Path, opset: int, name: str) -> None:
+def write_file(
+    module: fx.GraphModule, signature: Signature, path: Path, opset: int, name: str
+) -> None:
     """Translate a module, write it with its weights in a file beside it, and check the result."""
     import onnx
 
     with _quiet():
         try:
-            made: Any = torch.onnx.export(
-                module,
-                (),
-                kwargs=signature.example(),
-                dynamic_shapes=signature.dynamic(),
-                input_names=signature.input_names,
-                output_names=signature.output_names,
-                opset_version=opset,
-                custom_translation_table=table(),
-                dynamo=True,
-                verbose=False,
-            )
+            made = _translated(module, signature, opset, signature.dynamic())
         except torch.onnx.errors.OnnxExporterError as error:
-            raise NotImplementedError(f"cannot export {name} to ONNX: {_cause(error)}") from error
+            if "Constraints violated" not in _whole_cause(error):
+                raise NotImplementedError(
+                    f"cannot export {name} to ONNX: {_cause(error)}"
+                ) from error
+            made = _translated(module, signature, opset, signature.dynamic(loosely=True))
     _describe(made.model, signature)
     made.save(path, external_data=True)
     onnx.checker.check_model(path, full_check=True)
     (written,) = (o.version for o in onnx.load(path, load_external_data=False).opset_import)
     assert written == opset
+
+
+def _translated(
+    module: fx.GraphModule, signature: Signature, opset: int, dynamic: dict[str, dict[int, Any]]
+) -> Any:
+    return torch.onnx.export(
+        module,
+        (),
+        kwargs=signature.example(),
+        dynamic_shapes=dynamic,
+        input_names=signature.input_names,
+        output_names=signature.output_names,
+        opset_version=opset,
+        custom_translation_table=table(),
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def _whole_cause(error: BaseException) -> str:
+    found = str(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+        found += str(error)
+    return found
 
 
 def _cause(error: BaseException) -> str:

@@ -1,9 +1,11 @@
-"""Whether ONNX Runtime computes what the program does: prefill, then greedy decoding.
+"""Whether ONNX Runtime computes what the program does.
 
-The program decodes greedily; the file gets the same tokens call by call, so that a difference of
-logits is one of arithmetic, and equal choices at every step are equal texts.
+A model without states is called with random inputs. A language model reads a prompt and goes on:
+the program decodes greedily, and the file gets the same tokens call by call, so that a difference
+of logits is one of arithmetic, and equal choices at every step are equal texts.
 """
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from attnopt import debug
 from attnopt.backends.ort import session
-from attnopt.backends.ort.signature import Signature
+from attnopt.backends.ort.signature import PlainSignature, Signature
 from attnopt.program import Program
 
 # How much logits may differ, relative to the largest of them (or to 1): float32, many layers.
@@ -89,7 +91,9 @@ class Run:
 
 
 def compare(model: Any, program: Program, signature: Signature, file: Path, steps: int) -> Parity:
-    """Decode with a model of the program, and have ONNX Runtime compute the same."""
+    """Run a model of the program, and have ONNX Runtime compute the same."""
+    if isinstance(signature, PlainSignature):
+        return _compare_calls(model, program, signature, file)
     cases = [c for c in CASES if not c.padded or "attention_mask" in signature.inputs]
     steps = min(steps, _room(program.config) - max(sum(c.calls) for c in cases))
     runs: list[Run] = []
@@ -101,6 +105,42 @@ def compare(model: Any, program: Program, signature: Signature, file: Path, step
         return Parity((), logits)
     pairs = zip(cases, runs, logits, strict=True)
     return Parity(tuple(_compared(case, run, found) for case, run, found in pairs))
+
+
+def _compare_calls(model: Any, program: Program, signature: PlainSignature, file: Path) -> Parity:
+    """Compare all outputs, at the sizes of the capture and at others."""
+    other = signature.other_sizes()
+    sizes = {"the captured sizes": signature.captured}
+    if other is not None:
+        sizes["other sizes"] = other
+    calls: list[dict[str, Tensor]] = []
+    wanted: list[dict[str, Tensor]] = []
+    for seed, given in enumerate(sizes.values()):
+        call = signature.call(given, program.config, seed)
+        with torch.no_grad():
+            values = program.form.flatten((), dict(call))
+            flat = model.flat(values)
+        calls.append(call)
+        wanted.append(dict(zip(signature.output_names, flat, strict=True)))
+        debug.advance("parity", seed + 1, len(sizes))
+    found = run_onnxruntime_plainly(file, calls, signature.output_names)
+    if isinstance(found, str):
+        return Parity((), found)
+    cases = zip(sizes, wanted, found, strict=True)
+    return Parity(tuple(_compared_outputs(name, want, got) for name, want, got in cases))
+
+
+def _compared_outputs(name: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> Compared:
+    largest, delta = 0.0, 0.0
+    for output, want in wanted.items():
+        got = found[output]
+        if got.shape != want.shape:
+            return Compared(name, 0, 0, largest, float("inf"))
+        difference = (got.double() - want.double()).abs()
+        if want.numel():
+            largest = max(largest, float(want.double().abs().max()))
+            delta = max(delta, float(difference.max() if difference.isfinite().all() else math.inf))
+    return Compared(name, 0, 0, largest, delta)
 
 
 def _room(config: Any) -> int:
@@ -142,13 +182,35 @@ def _prompt(config: Any, case: Case) -> Tensor:
 
 def run_onnxruntime(file: Path, runs: list[Run]) -> list[Tensor] | str:
     """Return the logits of every run, or how the process failed."""
+    given: dict[str, Any] = {}
+    for number, run in enumerate(runs):
+        given[f"tokens.{number}"] = run.tokens.numpy()
+        given[f"mask.{number}"] = run.mask.numpy()
+        given[f"sizes.{number}"] = np.array(run.sizes)
+    found = _in_a_process(file, given)
+    if isinstance(found, str):
+        return found
+    return [found[f"logits.{n}"] for n in range(len(runs))]
+
+
+def run_onnxruntime_plainly(
+    file: Path, calls: list[dict[str, Tensor]], outputs: list[str]
+) -> list[dict[str, Tensor]] | str:
+    """Return the outputs of every call by name, or how the process failed."""
+    given = {
+        f"input.{number}.{name}": tensor.numpy()
+        for number, call in enumerate(calls)
+        for name, tensor in call.items()
+    }
+    found = _in_a_process(file, given)
+    if isinstance(found, str):
+        return found
+    return [{name: found[f"output.{n}.{name}"] for name in outputs} for n in range(len(calls))]
+
+
+def _in_a_process(file: Path, given: dict[str, Any]) -> dict[str, Tensor] | str:
     with tempfile.TemporaryDirectory() as folder:
-        calls, results = Path(folder) / "calls.npz", Path(folder) / "logits.npz"
-        given: dict[str, Any] = {}
-        for number, run in enumerate(runs):
-            given[f"tokens.{number}"] = run.tokens.numpy()
-            given[f"mask.{number}"] = run.mask.numpy()
-            given[f"sizes.{number}"] = np.array(run.sizes)
+        calls, results = Path(folder) / "calls.npz", Path(folder) / "results.npz"
         np.savez(calls, **given)
         words = [sys.executable, "-P", str(session.__file__), str(file), str(calls), str(results)]
         try:
@@ -158,7 +220,7 @@ def run_onnxruntime(file: Path, runs: list[Run]) -> list[Tensor] | str:
         if done.returncode != 0:
             return _told(done.returncode, done.stderr)
         with np.load(results, allow_pickle=False) as found:
-            return [torch.from_numpy(found[f"logits.{n}"]) for n in range(len(runs))]
+            return {name: torch.from_numpy(found[name]) for name in found.files}
 
 
 def _told(status: int, errors: str) -> str:

@@ -1,9 +1,10 @@
 """Run an ONNX file on prepared calls, in a process of its own: a crash there ends nothing else.
 
-    python session.py MODEL CALLS.npz LOGITS.npz
+    python session.py MODEL CALLS.npz RESULTS.npz
 
 CALLS has for each case `tokens.N`, `mask.N` (rows, length) and `sizes.N`, how many tokens each call
-takes; LOGITS gets `logits.N` of all calls together. It imports neither torch nor attnopt.
+takes; RESULTS gets `logits.N` of all calls together. Or, for models without states, `input.N.NAME`
+and `output.N.NAME`. It imports neither torch nor attnopt.
 """
 
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 
 
 def main(model: str, calls: str, results: str) -> None:
-    """Run every case and write the logits."""
+    """Run every case and write what came out."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -23,6 +24,7 @@ def main(model: str, calls: str, results: str) -> None:
     with np.load(calls, allow_pickle=False) as given:
         count = sum(name.startswith("tokens.") for name in given.files)
         found = {f"logits.{n}": _case(session, given, n) for n in range(count)}
+        found |= _plain_cases(session, given)
     with Path(results).open("wb") as file:
         np.savez(file, **found)
 
@@ -49,6 +51,21 @@ def _case(session: Any, given: Any, number: int) -> Any:
         states = {n: results[n.replace("past_key_values", "present")] for n in states}
         start = stop
     return np.concatenate(logits, axis=1)
+
+
+def _plain_cases(session: Any, given: Any) -> dict[str, Any]:
+    calls: dict[str, dict[str, Any]] = {}
+    for key in given.files:
+        if key.startswith("input."):
+            _, number, name = key.split(".", 2)
+            calls.setdefault(number, {})[name] = given[key]
+    taken = {i.name for i in session.get_inputs()}
+    outputs = [o.name for o in session.get_outputs()]
+    found: dict[str, Any] = {}
+    for number, call in calls.items():
+        results = session.run(None, {n: x for n, x in call.items() if n in taken})
+        found |= {f"output.{number}.{n}": x for n, x in zip(outputs, results, strict=True)}
+    return found
 
 
 if __name__ == "__main__":

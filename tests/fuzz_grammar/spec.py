@@ -196,6 +196,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ("fused q, k, v come from one input", lambda s: (
         s.source in ("cross", "pool") and s.projection in (*FUSED, "mla", "shared_qk")), {
         "projection": "kv_fused"}),
+    ("learned queries meet projected keys", lambda s: (
+        s.source == "pool" and s.projection == "none"), {"projection": "separate"}),
     ("one weight for q and k", lambda s: s.projection == "shared_qk", {"groups": 1}),
     ("one weight for k and v", lambda s: s.projection == "shared_kv", {"v_head_dim": 0}),
     ("no projection: one width for all", lambda s: s.projection == "none", {

@@ -1,0 +1,201 @@
+"""Tier 2: a directory that holds the program itself, for what no stock class can express.
+
+No weights lie where a stock loader looks for them, and the model type is attnopt's own: whoever
+loads the directory without attnopt is told so instead of running something else.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnopt.artifacts.manifest import FOLDER, IntegrityError
+from attnopt.lowering import kinds_of
+from attnopt.perlayer import MARK
+from attnopt.program import Program
+from attnopt.stored import read_program, write_program
+
+UNDERSTANDS = ("program",)
+NAME = f"{FOLDER}/program.json"
+SHARD = 5 * 10**9
+_LARGEST = 2**28
+_FORGOTTEN = ("auto_map", "_name_or_path", "name_or_path", MARK)
+
+
+def write_stored(program: Program, root: Path, *, shard: int = SHARD) -> None:
+    """Write config.json, the program and its weights; ValueError where it cannot be stored."""
+    content = write_program(program)
+    (root / FOLDER).mkdir(exist_ok=True)
+    _write_json(root / "config.json", _config_of(program))
+    generation = program.source.generation_config
+    if generation is not None:
+        generation.save_pretrained(root)
+    content["weights"] = dict(_write_weights(program, root, shard))
+    kinds = kinds_of(program)
+    content["parameters"] = sorted(name for name, kind in kinds.items() if kind == "parameter")
+    (root / NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def read_stored(root: Path) -> Program:
+    """Read the program of a tier-2 artifact; IntegrityError where it is broken."""
+    described = _json(root / "config.json")
+    content = _json(root / NAME)
+    config = source_config(root, described)
+    try:
+        weights = _read_weights(root)
+        for name in content["parameters"]:
+            weights[name] = _parameter(weights[name])
+        return read_program(content, weights, config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{root / NAME} is broken: {error}") from error
+
+
+def source_config(root: Path, described: Mapping[str, Any]) -> Any:
+    """Return the config of the model that the program comes from; None for a plain module."""
+    stored = described.get("source_config")
+    if stored is None:
+        return None
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known: Any = CONFIG_MAPPING
+    if not isinstance(stored, dict) or stored.get("model_type") not in known:
+        raise IntegrityError(f"{root / 'config.json'} names no source that Transformers has")
+    kept = {k: v for k, v in stored.items() if k not in _FORGOTTEN}
+    config = known[stored["model_type"]].from_dict(kept)
+    config.name_or_path = str(root)
+    return config
+
+
+def _config_of(program: Program) -> dict[str, Any]:
+    return {
+        "model_type": "attnopt",
+        "architectures": [_architecture(program)],
+        "source": program.name,
+        "source_config": None if program.config is None else _plain(program.config),
+    }
+
+
+def _architecture(program: Program) -> str:
+    """Name the class of `attnopt.auto` that runs a program."""
+    if program.source.generation_config is None or not program.states:
+        return "AttnoptModel"
+    return "AttnoptForSeq2SeqLM" if program.parts else "AttnoptForCausalLM"
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in content.items() if k not in _FORGOTTEN}
+
+
+def _write_weights(program: Program, root: Path, shard: int) -> Iterator[tuple[str, Any]]:
+    """Write the tensors shard by shard; yield where each name is found: [file, its name there]."""
+    from safetensors.torch import save_file
+
+    first = {name: group[0] for group in program.source.tied for name in group}
+    places: dict[str, list[str]] = {}
+    held: dict[str, Tensor] = {}
+    size, number = 0, 1
+
+    def flush() -> None:
+        save_file(held, str(root / _file(number)))
+        held.clear()
+
+    for name in _names(program):
+        tensor = _weight(program, name)
+        twin = first.get(name, name)
+        if twin != name and twin in places and torch.equal(_weight(program, twin), tensor):
+            places[name] = places[twin]
+            continue
+        bytes_ = tensor.numel() * tensor.element_size()
+        if held and size + bytes_ > shard:
+            flush()
+            size, number = 0, number + 1
+        held[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        size += bytes_
+        places[name] = [_file(number), name]
+    flush()
+    yield from places.items()
+
+
+def _file(number: int) -> str:
+    return f"{FOLDER}/weights-{number:05}.safetensors"
+
+
+def _names(program: Program) -> list[str]:
+    """List every weight; the first name of tied ones comes before its twins."""
+    parts = (program, *program.parts.values())
+    names = dict.fromkeys(name for part in parts for name in part.weights)
+    later = {name for group in program.source.tied for name in group[1:]}
+    return sorted(names, key=lambda name: name in later)
+
+
+def _weight(program: Program, name: str) -> Tensor:
+    parts = (program, *program.parts.values())
+    return next(part.weights[name] for part in parts if name in part.weights)
+
+
+def stored_places(root: Path) -> dict[str, tuple[Path, str]]:
+    """Return the file of each weight of a tier-2 artifact, and its name there."""
+    content = _json(root / NAME)
+    try:
+        places = {str(n): (str(f), str(stored)) for n, (f, stored) in content["weights"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{root / NAME} is broken: no table of weights") from error
+    for file in {file for file, _ in places.values()}:
+        path = root / file
+        if not _is_ours(file) or path.is_symlink() or not path.is_file():
+            raise IntegrityError(
+                f"{root / NAME} is broken: {file[:120]!r} is no weight file of this directory"
+            )
+    return {name: (root / file, stored) for name, (file, stored) in places.items()}
+
+
+def _read_weights(root: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    places = stored_places(root)
+    files: dict[Path, dict[str, Tensor]] = {}
+    for path in sorted({path for path, _ in places.values()}):
+        try:
+            files[path] = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut off ({error})") from error
+    listed = set(places.values())
+    for path, tensors in files.items():
+        extra = sorted(name for name in tensors if (path, name) not in listed)
+        if extra:
+            raise ValueError(f"{path} has a tensor that nothing names: {extra[0]}")
+    for path, stored in places.values():
+        if stored not in files[path]:
+            raise ValueError(f"{path} has no tensor {stored[:80]!r}")
+    return {name: files[path][stored] for name, (path, stored) in places.items()}
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_ours(file: str) -> bool:
+    number = file.removeprefix(f"{FOLDER}/weights-").removesuffix(".safetensors")
+    return number.isdecimal() and file == _file(int(number))
+
+
+def _json(place: Path) -> dict[str, Any]:
+    try:
+        if place.stat().st_size > _LARGEST:
+            raise ValueError("larger than any program")
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"{place} is broken: {error}") from error
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{place} is broken: no JSON object")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
