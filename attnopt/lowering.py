@@ -321,10 +321,14 @@ def _weight(program: Program, name: str) -> Tensor:
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
-    learns = tensor.is_floating_point() or tensor.is_complex()
+    return nn.Parameter(tensor.detach().clone(), requires_grad=learns(tensor))
+
+
+def learns(tensor: Tensor) -> bool:
+    """Tell whether a parameter made of a tensor takes a gradient; kernels are chosen by it, too."""
     if isinstance(tensor, nn.Parameter):
-        learns = tensor.requires_grad
-    return nn.Parameter(tensor.detach().clone(), requires_grad=learns)
+        return tensor.requires_grad
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from attnopt import passes as registry
 from attnopt.calibrating import Statistics, calibrate
 from attnopt.nouns import Choice, No, Plan, Site
@@ -18,6 +20,7 @@ class NothingToDoError(ValueError):
     """No rewrite serves the goal; the message says what stands in the way."""
 
 
+@torch.no_grad()
 def plan(
     program: Program,
     goal: Mapping[str, Any] | None = None,

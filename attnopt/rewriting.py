@@ -53,6 +53,7 @@ def _exact(program: Program) -> Program:
     return replace(program, parts=parts, history=history, refused=(*program.refused, *refused))
 
 
+@torch.no_grad()
 def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
     """Convert the weights and edit the graph, choice by choice, then refit what asks for it."""
     if program.parts:

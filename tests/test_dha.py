@@ -185,3 +185,12 @@ def test_the_basis_of_the_heads_of_the_bundled_checkpoint_does_not_matter() -> N
         assert {s.kv_heads for s in result.sites} == {model.config.num_key_value_heads // 2}
         results.append(losses(result, split.held_out, "fused").double())
     assert distance(results[1], results[0]) < 1e-4
+
+
+def test_weights_that_take_gradients_are_fused_like_others():
+    model = decoder("llama").requires_grad_(True)
+    result = attnopt.optimize(attnopt.capture(model), {"kv_cache": "50%"}, data=ids(8, 24))
+    changed = [c.site for c in result.plan.choices]
+    assert len(changed) == 2
+    names = [b.name for b in result.program.bindings.values() if "k_proj" in b.name]
+    assert not any(result.program.weights[name].requires_grad for name in names)

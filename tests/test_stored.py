@@ -75,30 +75,24 @@ for folder, then in (({str(saved)!r}, "again"), ({str(saved.parent / "again")!r}
             assert (saved.parent / again / name).read_bytes() == (saved / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        "AutoModelForCausalLM.from_pretrained(place)",
-        "LlamaForCausalLM.from_pretrained(place)",
-        *(
-            pytest.param(load, marks=pytest.mark.slow)
-            for load in (
-                "AutoModel.from_pretrained(place)",
-                "LlamaModel.from_pretrained(place)",
-                "pipeline('text-generation', model=place)",
-            )
-        ),
-    ],
-)
-def test_without_attnopt_every_loader_fails_loudly(load: str, saved: Path) -> None:
+def test_without_attnopt_every_loader_fails_loudly(saved: Path) -> None:
     ran = fresh(f"""
 import sys
 from transformers import *
 place = {str(saved)!r}
-{load}
+for load in (
+    lambda: AutoModelForCausalLM.from_pretrained(place),
+    lambda: AutoModel.from_pretrained(place),
+    lambda: LlamaForCausalLM.from_pretrained(place),
+    lambda: LlamaModel.from_pretrained(place),
+    lambda: pipeline("text-generation", model=place),
+):
+    try:
+        load()
+    except (ValueError, OSError) as error:
+        print("refused:", type(error).__name__)
 """)
-    assert ran.returncode == 1
-    assert "Error: " in ran.stderr
+    assert ran.stdout.count("refused:") == 5, ran.stderr
 
 
 def test_it_can_be_captured_again(program: Program, saved: Path) -> None:
@@ -138,11 +132,10 @@ def test_another_dtype_is_kept(saved: Path, tmp_path: Path) -> None:
     "name",
     [
         "bert",
-        "t5",
         "vit",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gpt2", "whisper", "detr", "mixtral", "mamba", "longformer", "sew_d")
+            for name in ("gpt2", "t5", "whisper", "detr", "mixtral", "mamba", "longformer", "sew_d")
         ),
     ],
 )
@@ -283,7 +276,7 @@ def test_a_harmed_program_is_refused_in_one_way(saved: Path, tmp_path: Path) -> 
     place = out / "attnopt/program.json"
     text = place.read_text()
     draw = random.Random(0)
-    for _ in range(40):
+    for _ in range(15):
         at = draw.randrange(len(text))
         place.write_text(text[:at] + draw.choice('0]}"x,') + text[at + 1 :])
         with contextlib.suppress(IntegrityError):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.artifacts.manifest import FOLDER, IntegrityError
-from attnopt.lowering import kinds_of
+from attnopt.lowering import kinds_of, learns
 from attnopt.perlayer import MARK
 from attnopt.program import Program
 from attnopt.stored import read_program, write_program
@@ -35,7 +35,11 @@ def write_stored(program: Program, root: Path, *, shard: int = SHARD) -> None:
         generation.save_pretrained(root)
     content["weights"] = dict(_write_weights(program, root, shard))
     kinds = kinds_of(program)
-    content["parameters"] = sorted(name for name, kind in kinds.items() if kind == "parameter")
+    content["parameters"] = {
+        name: learns(_weight(program, name))
+        for name, kind in sorted(kinds.items())
+        if kind == "parameter"
+    }
     (root / NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
@@ -46,10 +50,10 @@ def read_stored(root: Path) -> Program:
     config = source_config(root, described)
     try:
         weights = _read_weights(root)
-        for name in content["parameters"]:
-            weights[name] = _parameter(weights[name])
+        for name, learning in content["parameters"].items():
+            weights[name] = nn.Parameter(weights[name], requires_grad=bool(learning))
         return read_program(content, weights, config)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise IntegrityError(f"{root / NAME} is broken: {error}") from error
 
 
@@ -173,10 +177,6 @@ def _read_weights(root: Path) -> dict[str, Tensor]:
         if stored not in files[path]:
             raise ValueError(f"{path} has no tensor {stored[:80]!r}")
     return {name: files[path][stored] for name, (path, stored) in places.items()}
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
 
 
 def _is_ours(file: str) -> bool:
