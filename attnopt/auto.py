@@ -17,6 +17,15 @@ from attnopt.lowering import lowered_class
 from attnopt.program import Program
 from attnopt.seq2seq import LoweredSeq2Seq
 
+# What would change how a stock model runs or where it lies: never passed over in silence.
+_NOT_SERVED = (
+    "attn_implementation",
+    "device_map",
+    "quantization_config",
+    "load_in_8bit",
+    "load_in_4bit",
+)
+
 
 class _Stored:
     """Loading and saving of models whose directory holds a program."""
@@ -39,6 +48,11 @@ class _Stored:
             raise ValueError(
                 f"{place!r} is no directory; download the whole repository first "
                 "(huggingface_hub.snapshot_download) and give its path"
+            )
+        asked = [name for name in _NOT_SERVED if options.get(name) not in (None, False)]
+        if asked:
+            raise ValueError(
+                f"{asked[0]}: a stored program takes dtype and backend; move it with .to() after"
             )
         known = {k: v for k, v in options.items() if k in ("dtype", "torch_dtype", "backend")}
         model = made_of(load_program(place, strict=strict), **known)

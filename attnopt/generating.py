@@ -23,9 +23,10 @@ class LoweredTransformer(Runs, PreTrainedModel):
     def __init__(self, program: Program, backend: Backend):
         super().__init__(copy.deepcopy(program.config))
         self.hold(program, backend)
-        inputs = [b.name for b in program.bindings.values() if b.kind == "input"]
+        parts = (program, *program.parts.values())
+        self.inputs = {b.name for p in parts for b in p.bindings.values() if b.kind == "input"}
         first = ("input_ids", "pixel_values", "input_values", "input_features")
-        self.main_input_name = next((n for n in first if n in inputs), "input_ids")
+        self.main_input_name = next((n for n in first if n in self.inputs), "input_ids")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -36,15 +37,52 @@ class LoweredTransformer(Runs, PreTrainedModel):
         """Call the program as its source is called."""
         return self.run(args, kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a lowered model is made for running."""
+        raise TypeError("a lowered model is made for running: save the program it came from")
 
-class LoweredLanguageModel(LoweredTransformer, GenerationMixin):
-    """A program as a language model that generates; its cache holds the program's states."""
+
+class Generates(LoweredTransformer, GenerationMixin):
+    """What lowered models that generate have in common; their cache holds the program's states."""
 
     def __init__(self, program: Program, backend: Backend):
         super().__init__(program, backend)
         self.generation_config = copy.deepcopy(program.source.generation_config)
-        inputs = {b.name for b in program.bindings.values() if b.kind == "input"}
-        self.accepted = inputs | {"past_key_values", "use_cache", "return_dict"}
+        self.accepted = {
+            *self.inputs,
+            "past_key_values",
+            "encoder_outputs",
+            "use_cache",
+            "return_dict",
+        }
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of a step that the captured graphs have."""
+        mixin: Any = GenerationMixin
+        prepared = mixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        return {name: x for name, x in prepared.items() if name in self.accepted}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> bool:
+        """Start from an empty state of the program."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a lowered model "
+                "keeps its own state; leave cache_implementation out"
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
+        return False
+
+
+class LoweredLanguageModel(Generates):
+    """A program as a causal language model."""
 
     def forward(
         self,
@@ -67,36 +105,3 @@ class LoweredLanguageModel(LoweredTransformer, GenerationMixin):
         if use_cache is False:
             result.past_key_values = None
         return result
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the inputs of a step that the captured graph has."""
-        mixin: Any = GenerationMixin
-        prepared = mixin.prepare_inputs_for_generation(self, *args, **kwargs)
-        return {name: x for name, x in prepared.items() if name in self.accepted}
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> bool:
-        """Start from an empty state of the program."""
-        refuse_cache_implementation(generation_config)
-        if generation_config.use_cache is not False:
-            model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
-        return False
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: a lowered model is made for running."""
-        raise TypeError("a lowered model is made for running: save the program it came from")
-
-
-def refuse_cache_implementation(generation_config: Any) -> None:
-    """Raise ValueError where another cache than the program's states is asked for."""
-    if generation_config.cache_implementation not in (None, "dynamic"):
-        raise ValueError(
-            f"cache_implementation={generation_config.cache_implementation!r}: a lowered model "
-            "keeps its own state; leave cache_implementation out"
-        )

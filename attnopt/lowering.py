@@ -290,7 +290,7 @@ def hold_weights(module: nn.Module, program: Program) -> None:
     first = {name: group[0] for group in program.source.tied for name in group}
     made: dict[str, nn.Parameter] = {}
     for name, kind in kinds_of(program).items():
-        tensor = _weight(program, name)
+        tensor = weight_named(program, name)
         owner, last = _owner(module, name)
         if kind != "parameter":
             persistent = kind == "buffer" and name not in program.source.transient
@@ -315,7 +315,8 @@ def kinds_of(program: Program) -> dict[str, str]:
     return kinds
 
 
-def _weight(program: Program, name: str) -> Tensor:
+def weight_named(program: Program, name: str) -> Tensor:
+    """Return a weight of a program or of its parts."""
     parts = (program, *program.parts.values())
     return next(part.weights[name] for part in parts if name in part.weights)
 

@@ -4,7 +4,6 @@
 inputs until then, and the encoder's result from then on.
 """
 
-import copy
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +11,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from attnopt.backends import Backend
-from attnopt.frontend.caches import StateCache
-from attnopt.generating import LoweredTransformer, refuse_cache_implementation
+from attnopt.generating import Generates
 from attnopt.program import Program
 
 _HIDDEN = "last_hidden_state"
@@ -23,20 +21,16 @@ class EncoderInputs(dict[str, Any]):
     """What the encoder reads, and what it gave once it has run."""
 
 
-class LoweredSeq2Seq(LoweredTransformer, GenerationMixin):
-    """An encoder-decoder that generates; its cache holds the program's states."""
+class LoweredSeq2Seq(Generates):
+    """Two programs as an encoder-decoder that generates."""
 
     def __init__(self, program: Program, backend: Backend):
         super().__init__(program, backend)
-        self.generation_config = copy.deepcopy(program.source.generation_config)
-        self.accepted = {
-            b.name for p in program.parts.values() for b in p.bindings.values() if b.kind == "input"
-        } | {"past_key_values", "encoder_outputs", "use_cache", "return_dict"}
         encoder: Any = getattr(self, "encoder", None)
         if encoder is not None:
             # Generation asks what holds the encoder's weights for the name of its input.
             encoder.main_input_name = self.main_input_name
-        self.encoder_inputs = {n for n in self.accepted if n.startswith("input")}
+        self.encoder_inputs = {n for n in self.inputs if n.startswith("input")}
 
     def forward(
         self,
@@ -71,12 +65,6 @@ class LoweredSeq2Seq(LoweredTransformer, GenerationMixin):
             result.past_key_values = None
         return result
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the inputs of a step that the captured graphs have."""
-        mixin: Any = GenerationMixin
-        prepared = mixin.prepare_inputs_for_generation(self, *args, **kwargs)
-        return {name: x for name, x in prepared.items() if name in self.accepted}
-
     def _prepare_text_encoder_decoder_kwargs_for_generation(
         self,
         inputs_tensor: Tensor,
@@ -103,17 +91,3 @@ class LoweredSeq2Seq(LoweredTransformer, GenerationMixin):
             self, outputs, model_kwargs, *args, **kwargs
         )
         return updated
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> bool:
-        """Start from an empty state of the program."""
-        refuse_cache_implementation(generation_config)
-        if generation_config.use_cache is not False:
-            model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
-        return False

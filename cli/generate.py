@@ -1,4 +1,4 @@
-"""Let a language model write: any checkpoint or artifact, its attention rewritten exactly.
+"""Let a causal language model write: a checkpoint or an artifact, rewritten exactly.
 
 attnopt generate out/code-llama-half "import " --max-new-tokens 40
 

@@ -76,6 +76,6 @@ def test_ratios_are_taken_within_rounds():
     assert noisy.low < noisy.ratio == 2.0 < noisy.high
 
 
-def test_what_takes_twice_as_long_is_found_to():
+def test_what_takes_longer_is_found_to():
     calls = {"a": lambda: time.sleep(0.002), "b": lambda: time.sleep(0.006)}
     assert 1.5 < compare(calls, base="b", most=7).speedup("a", "b").ratio < 3.5

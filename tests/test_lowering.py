@@ -234,6 +234,13 @@ def test_a_cache_implementation_is_refused():
         lowered(llama)[1].generate(tokens(1, 3), cache_implementation="static", max_new_tokens=2)
 
 
+@pytest.mark.parametrize("make", [llama, bert])
+def test_it_does_not_save_itself_as_a_stock_checkpoint(make, tmp_path):
+    with pytest.raises(TypeError, match="save the program it came from"):
+        lowered(make)[1].save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_backend_gets_a_suggestion():
     with pytest.raises(ValueError, match="did you mean 'eager'"):
         attnopt.lower(made(llama)[1], "eagre")

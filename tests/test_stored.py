@@ -106,7 +106,9 @@ def test_it_can_be_captured_again(program: Program, saved: Path) -> None:
     assert halved.measured["kv_bytes_per_token"] == [512, 256]
 
 
-def test_a_text_generation_pipeline_runs_it(program: Program, saved: Path) -> None:
+def test_what_is_loaded_generates_as_the_lowered_program_does(
+    program: Program, saved: Path
+) -> None:
     from transformers import GenerationConfig
 
     model: Any = attnopt.load(saved)
@@ -117,6 +119,28 @@ def test_a_text_generation_pipeline_runs_it(program: Program, saved: Path) -> No
         model.generate(tokens, generation_config=settings),
         want.generate(tokens, generation_config=copy.deepcopy(settings)),
     )
+
+
+@pytest.mark.slow
+def test_a_text_generation_pipeline_writes_what_the_stock_model_writes(tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    source = Path(__file__).parents[1] / "examples/models/code-llama"
+    attnopt.save(attnopt.apply(attnopt.capture(source), "exact"), tmp_path / "out", tier=2)
+    way = {"max_new_tokens": 12, "do_sample": False}
+    written = [
+        pipeline("text-generation", model=str(place))("import ", **way)
+        for place in (source, tmp_path / "out")
+    ]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "device_map", "load_in_8bit"])
+def test_an_option_that_a_program_does_not_serve_is_refused(name: str, saved: Path) -> None:
+    from attnopt.auto import AttnoptForCausalLM
+
+    with pytest.raises(ValueError, match=f"{name}: a stored program takes dtype and backend"):
+        AttnoptForCausalLM.from_pretrained(saved, **{name: "auto"})
 
 
 def test_another_dtype_is_kept(saved: Path, tmp_path: Path) -> None:

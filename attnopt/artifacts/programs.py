@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.artifacts.manifest import FOLDER, IntegrityError
-from attnopt.lowering import kinds_of, learns
+from attnopt.lowering import kinds_of, learns, weight_named
 from attnopt.perlayer import MARK
 from attnopt.program import Program
 from attnopt.stored import read_program, write_program
@@ -36,7 +36,7 @@ def write_stored(program: Program, root: Path, *, shard: int = SHARD) -> None:
     content["weights"] = dict(_write_weights(program, root, shard))
     kinds = kinds_of(program)
     content["parameters"] = {
-        name: learns(_weight(program, name))
+        name: learns(weight_named(program, name))
         for name, kind in sorted(kinds.items())
         if kind == "parameter"
     }
@@ -49,7 +49,7 @@ def read_stored(root: Path) -> Program:
     content = _json(root / NAME)
     config = source_config(root, described)
     try:
-        weights = _read_weights(root)
+        weights = _read_weights(root, content)
         for name, learning in content["parameters"].items():
             weights[name] = nn.Parameter(weights[name], requires_grad=bool(learning))
         return read_program(content, weights, config)
@@ -108,9 +108,9 @@ def _write_weights(program: Program, root: Path, shard: int) -> Iterator[tuple[s
         held.clear()
 
     for name in _names(program):
-        tensor = _weight(program, name)
+        tensor = weight_named(program, name)
         twin = first.get(name, name)
-        if twin != name and twin in places and torch.equal(_weight(program, twin), tensor):
+        if twin != name and twin in places and torch.equal(weight_named(program, twin), tensor):
             places[name] = places[twin]
             continue
         bytes_ = tensor.numel() * tensor.element_size()
@@ -136,14 +136,12 @@ def _names(program: Program) -> list[str]:
     return sorted(names, key=lambda name: name in later)
 
 
-def _weight(program: Program, name: str) -> Tensor:
-    parts = (program, *program.parts.values())
-    return next(part.weights[name] for part in parts if name in part.weights)
-
-
 def stored_places(root: Path) -> dict[str, tuple[Path, str]]:
     """Return the file of each weight of a tier-2 artifact, and its name there."""
-    content = _json(root / NAME)
+    return _places(root, _json(root / NAME))
+
+
+def _places(root: Path, content: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
     try:
         places = {str(n): (str(f), str(stored)) for n, (f, stored) in content["weights"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -157,11 +155,11 @@ def stored_places(root: Path) -> dict[str, tuple[Path, str]]:
     return {name: (root / file, stored) for name, (file, stored) in places.items()}
 
 
-def _read_weights(root: Path) -> dict[str, Tensor]:
+def _read_weights(root: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    places = stored_places(root)
+    places = _places(root, content)
     files: dict[Path, dict[str, Tensor]] = {}
     for path in sorted({path for path, _ in places.values()}):
         try:

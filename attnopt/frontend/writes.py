@@ -14,7 +14,7 @@ from attnopt.nouns import No
 def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
     """Replace ops that write in place by ones that return; what was written is returned at the end.
 
-    Returns the names of the inputs that were written. The graph is as it was where it is refused.
+    Returns the names of the inputs that were written. A refused graph computes what it did.
     """
     graph = graph_module.graph
     writes = [node for node in graph.nodes if is_write(node)]

@@ -6,7 +6,7 @@ The values of the other nodes are not stored: reading runs the ops on fake tenso
 import importlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -250,8 +250,3 @@ def _constant(kind: str, name: str) -> Any:
 def _dtype(name: str) -> torch.dtype:
     found: torch.dtype = _constant("dtype", name)
     return found
-
-
-def ops_of(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the name of every op of a stored graph."""
-    yield from (entry["op"] for entry in content["nodes"] if "op" in entry)
