@@ -1,6 +1,6 @@
 """Make a graph ready to run: no op without effect, masks chosen by the call, attention inlined."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,11 +112,15 @@ def _extracted(graph_module: fx.GraphModule, targets: list[fx.Node]) -> fx.Graph
 
 
 def inline_attention(
-    graph_module: fx.GraphModule, *, remember: bool, kernel: Callable[..., Tensor] = attend
+    graph_module: fx.GraphModule,
+    *,
+    remember: bool,
+    kernel_of: Callable[[fx.Node], Callable[..., Any]] = lambda node: attend,
+    targets: Sequence[Any] = (attention,),
 ) -> None:
     """Call the kernels directly, in place; with `remember`, layers share the masks they make."""
     graph = graph_module.graph
-    nodes = graph.find_nodes(op="call_function", target=attention)
+    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
     if not nodes:
         return
     memo: fx.Node | None = None
@@ -125,9 +129,15 @@ def inline_attention(
             memo = graph.call_function(dict)
     for node in nodes:
         kept = {k: x for k, x in node.kwargs.items() if x is not None}
+        tensors = [x for x in node.args if _is_tensor(x)]
         with graph.inserting_before(node):
-            made = graph.call_function(kernel, (*node.args, memo), kept)
+            made = graph.call_function(kernel_of(node), (*tensors, memo), kept)
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
     graph_module.recompile()
+
+
+def _is_tensor(argument: Any) -> bool:
+    """Tell a tensor from a length: the kernels read lengths from the tensors."""
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor)

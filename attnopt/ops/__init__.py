@@ -1,12 +1,15 @@
 """The op library `torch.ops.attnopt`: each op's reference is its definition."""
 
 from attnopt.ops.attention import attention, attention_lse, attention_reference
+from attnopt.ops.cached import cached_attention, cached_attention_reference
 from attnopt.ops.recurrence import linear_recurrence, linear_recurrence_reference
 
 __all__ = [
     "attention",
     "attention_lse",
     "attention_reference",
+    "cached_attention",
+    "cached_attention_reference",
     "linear_recurrence",
     "linear_recurrence_reference",
 ]

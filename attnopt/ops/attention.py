@@ -84,11 +84,11 @@ def _per_query_head(x: Tensor, heads: int, head_map: list[int] | None) -> Tensor
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, *, Tensor? bias=None, Tensor? mask=None, "
-    "Tensor? padding=None, Tensor? sinks=None, float? scale=None, float? softcap=None, "
-    "bool mean_if_blind=False, bool causal=False, int? window=None, int? right=None, "
-    "int? prefix=None, int? chunk=None, int[]? k_map=None, int[]? v_map=None)"
+OPTIONS_SCHEMA = (
+    "Tensor? bias=None, Tensor? mask=None, Tensor? padding=None, Tensor? sinks=None, "
+    "float? scale=None, float? softcap=None, bool mean_if_blind=False, bool causal=False, "
+    "int? window=None, int? right=None, int? prefix=None, int? chunk=None, int[]? k_map=None, "
+    "int[]? v_map=None"
 )
 
 
@@ -98,8 +98,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 # Composite: autograd, fake tensors and every device follow from the reference itself.
 _LIBRARY = torch.library.Library("attnopt", "DEF")
-_LIBRARY.define("attention" + _SCHEMA + " -> Tensor")
-_LIBRARY.define("attention_lse" + _SCHEMA + " -> (Tensor, Tensor)")
+_TAKES = f"(Tensor q, Tensor k, Tensor v, *, {OPTIONS_SCHEMA})"
+_LIBRARY.define(f"attention{_TAKES} -> Tensor")
+_LIBRARY.define(f"attention_lse{_TAKES} -> (Tensor, Tensor)")
 _LIBRARY.impl("attention", _forward, "CompositeImplicitAutograd")
 _LIBRARY.impl("attention_lse", attention_reference, "CompositeImplicitAutograd")
 

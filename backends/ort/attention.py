@@ -33,11 +33,17 @@ def attend(
         scores = given.softcap * torch.tanh(scores / given.softcap)
     if given.bias is not None:
         scores = scores + given.bias
-    hidden, sees = _hidden(q, k, memo, (given.padding, given.mask), given.structure)
+    hidden, sees = hidden_keys(q, k.shape[2], memo, given)
     if hidden is not None:
         scores = scores + hidden
-    found = _grouped(_weights(scores, given.sinks), v)
-    # The least number hides all keys alike: a blind query gives the mean as it is.
+    return blind_as_zeros(_grouped(_weights(scores, given.sinks), v), sees, given)
+
+
+def blind_as_zeros(found: Tensor, sees: Tensor | None, given: Options) -> Tensor:
+    """Return a result as the call wants it for blind queries.
+
+    The least number hides all keys alike, so that they give the mean as it is.
+    """
     return found if sees is None or given.mean_if_blind else torch.where(sees, found, 0.0)
 
 
@@ -57,11 +63,11 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
 
 
-def _hidden(
-    q: Tensor, k: Tensor, memo: Memo, masks: tuple[Tensor | None, ...], structure: dict[str, Any]
+def hidden_keys(
+    q: Tensor, keys: Any, memo: Memo, given: Options
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what to add to the scores, and which queries see a key at all (None: each does)."""
-    queries, keys = q.shape[2], k.shape[2]
+    queries, structure, masks = q.shape[2], given.structure, (given.padding, given.mask)
     key = (str(queries), str(keys), q.dtype, *sorted(structure.items()), *map(id, masks))
     if key not in memo:
         seen = visible_keys(queries, keys, **structure, device=q.device)

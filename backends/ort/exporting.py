@@ -5,22 +5,25 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 import attnopt
 from attnopt import debug
 from attnopt.artifacts.manifest import FOLDER, write_manifest
 from attnopt.artifacts.saving import refuse_foreign
 from attnopt.artifacts.staging import staged
+from attnopt.backends.ort.files import save_together
+from attnopt.backends.ort.operators import Choice, Provider, Target
 from attnopt.backends.ort.parity import Parity, compare
-from attnopt.backends.ort.signature import Signature, signature_of
+from attnopt.backends.ort.signature import Signature, StepSignature, signature_of
 from attnopt.backends.ort.standalone import standalone
 from attnopt.backends.ort.translations import table
 from attnopt.frontend import capture
@@ -31,9 +34,8 @@ from attnopt.rewriting import apply
 from attnopt.verifying import in_float32
 
 FILE = "model.onnx"
-OPSET = 21
+DATA = "model.onnx.data"
 STEPS = 64
-_OPSETS = range(18, 24)
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -41,12 +43,32 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 class Export:
     """What was written where, from what, and how it compares with the program."""
 
-    path: Path
+    paths: tuple[Path, ...]
     name: str
-    opset: int
-    attentions: int
+    target: Target
+    choices: tuple[Choice, ...]
     dtype: torch.dtype
     parity: Parity
+
+    @property
+    def path(self) -> Path:
+        """The file that goes on from states, or the only one."""
+        return self.paths[-1]
+
+    @property
+    def opset(self) -> int:
+        """The opset of ONNX."""
+        return self.target.opset
+
+    @property
+    def attentions(self) -> int:
+        """How many attentions the files compute."""
+        return len(self.choices)
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """How many attentions each operator serves."""
+        return dict(Counter(c.operator for c in self.choices))
 
     @property
     def accepted(self) -> bool:
@@ -57,10 +79,13 @@ class Export:
         """Return this as JSON values."""
         return {
             "accepted": self.accepted,
-            "file": self.path.name,
+            "files": [path.name for path in self.paths],
             "model": self.name,
+            "ep": self.target.ep,
             "opset": self.opset,
             "attentions": self.attentions,
+            "operators": self.operators,
+            "not_fused": sorted({c.why for c in self.choices if c.why}),
             "source_dtype": str(self.dtype).removeprefix("torch."),
             "dtype": "float32",
             "parity": self.parity.content(),
@@ -71,28 +96,29 @@ def export_onnx(
     program: Program | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    opset: int = OPSET,
+    ep: Provider = "cpu",
+    opset: int = Target.opset,
     steps: int = STEPS,
 ) -> Export:
     """Write `out`/model.onnx with its weights beside it, in float32, and compare it when it runs.
 
     That of a causal language model takes and gives the cache: `past_key_values.N.key` in,
-    `present.N.key` out. One that computes something else is kept as
-    `out`.rejected/model.onnx.rejected.
+    `present.N.key` out. An encoder-decoder becomes encode.onnx, which also runs the first decoder
+    tokens, and decode.onnx, on the same weights. What computes something else is kept in
+    `out`.rejected, each model as NAME.onnx.rejected.
     """
     check_installed()
-    if opset not in _OPSETS:
-        raise ValueError(f"opset {opset}; there is {_OPSETS[0]} to {_OPSETS[-1]}")
-    target = Path(out).absolute()
-    refuse_foreign(target)
+    target = Target(ep, opset)
+    folder = Path(out).absolute()
+    refuse_foreign(folder)
     program = program if isinstance(program, Program) else capture(program)
-    if not program.parts and not program.graph.find_nodes(op="call_function", target=attention):
+    if not _is_rewritten(program):
         program = apply(program, "exact")
-    with staged(target) as staging:
-        made = _written(program, staging, opset, steps)
+    with staged(folder) as staging:
+        made = _written(program, staging, target, steps)
         if made.accepted:
-            return _placed(made, target)
-        aside = target.with_name(f"{target.name}.rejected")
+            return _placed(made, folder)
+        aside = folder.with_name(f"{folder.name}.rejected")
         refuse_foreign(aside)
         with staged(aside) as kept:
             kept.rmdir()
@@ -100,8 +126,13 @@ def export_onnx(
         return _placed(made, aside)
 
 
+def _is_rewritten(program: Program) -> bool:
+    graphs = [part.graph for part in (program, *program.parts.values())]
+    return any(g.find_nodes(op="call_function", target=attention) for g in graphs)
+
+
 def _placed(made: Export, folder: Path) -> Export:
-    return replace(made, path=folder / made.path.name)
+    return replace(made, paths=tuple(folder / path.name for path in made.paths))
 
 
 def check_installed() -> None:
@@ -113,19 +144,33 @@ def check_installed() -> None:
         )
 
 
-def _written(program: Program, folder: Path, opset: int, steps: int) -> Export:
-    """Write the file and what was measured; a file that disagrees gets another name."""
-    signature = signature_of(program)
-    if isinstance(signature, No):
-        raise NotImplementedError(f"cannot export {program.name} to ONNX yet: {signature}")
+def signatures_of(program: Program) -> dict[str, tuple[Program, Signature]] | No:
+    """Return the graphs that become files, by the names of the files."""
+    if program.parts and set(program.parts) != {"encode", "decode"}:
+        return No("it was captured module by module; there is no graph of the whole model")
+    parts = {f"{n}.onnx": program.parts[n] for n in ("encode", "decode") if n in program.parts}
+    found: dict[str, tuple[Program, Signature]] = {}
+    for name, part in (parts or {FILE: program}).items():
+        signature = signature_of(part)
+        if isinstance(signature, No):
+            return signature
+        found[name] = (part, signature)
+    return found
+
+
+def _written(program: Program, folder: Path, target: Target, steps: int) -> Export:
+    """Write the files and what was measured; files that disagree get other names."""
+    found = signatures_of(program)
+    if isinstance(found, No):
+        raise NotImplementedError(f"cannot export {program.name} to ONNX yet: {found}")
     model = in_float32(program)
-    path = folder / FILE
-    write_file(standalone(program, signature, model), signature, path, opset, program.name)
-    parity = compare(model, program, signature, path, steps)
+    choices = write_files(found, model, folder, target)
+    signatures = {folder / name: signature for name, (_, signature) in found.items()}
+    parity = compare(model, program, signatures, steps)
+    paths = tuple(signatures)
     if not parity.accepted:
-        path = path.rename(path.with_name(f"{FILE}.rejected"))
-    count = len(program.graph.find_nodes(op="call_function", target=attention))
-    made = Export(path, program.name, opset, count, _dtype(program), parity)
+        paths = tuple(path.rename(path.with_name(f"{path.name}.rejected")) for path in paths)
+    made = Export(paths, program.name, target, choices, _dtype(program), parity)
     (folder / FOLDER).mkdir()
     text = json.dumps({"schema": "attnopt.export/1", **made.content()}, indent=2)
     (folder / FOLDER / "export.json").write_text(text + "\n", encoding="utf-8")
@@ -134,31 +179,48 @@ def _written(program: Program, folder: Path, opset: int, steps: int) -> Export:
 
 
 def _dtype(program: Program) -> torch.dtype:
-    names = [b.name for b in program.bindings.values() if b.kind == "parameter"]
-    found = (program.weights[name].dtype for name in names)
+    part = next(iter(program.parts.values()), program)
+    names = [b.name for b in part.bindings.values() if b.kind == "parameter"]
+    found = (part.weights[name].dtype for name in names)
     return next((d for d in found if d.is_floating_point), torch.float32)
 
 
-def write_file(
-    module: fx.GraphModule, signature: Signature, path: Path, opset: int, name: str
-) -> None:
-    """Translate a module, write it with its weights in a file beside it, and check the result."""
+def write_files(
+    graphs: Mapping[str, tuple[Program, Signature]],
+    weights: nn.Module,
+    folder: Path,
+    target: Target,
+) -> tuple[Choice, ...]:
+    """Translate graphs, write them with their weights in one file beside them, and check them."""
     import onnx
 
+    models: dict[Path, Any] = {}
+    choices: list[Choice] = []
+    for name, (program, signature) in graphs.items():
+        module, chosen = standalone(program, signature, weights, target)
+        choices += chosen
+        models[folder / name] = _model(module, signature, target, program.name)
+    save_together(models, folder / DATA)
+    for path in models:
+        onnx.checker.check_model(path, full_check=True)
+    return tuple(choices)
+
+
+def _model(module: fx.GraphModule, signature: Signature, target: Target, name: str) -> Any:
+    """Return the ONNX model of a graph."""
     with _quiet():
         try:
-            made = _translated(module, signature, opset, signature.dynamic())
+            made = _translated(module, signature, target.opset, signature.dynamic())
         except torch.onnx.errors.OnnxExporterError as error:
             if "Constraints violated" not in _whole_cause(error):
                 raise NotImplementedError(
                     f"cannot export {name} to ONNX: {_cause(error)}"
                 ) from error
-            made = _translated(module, signature, opset, signature.dynamic(loosely=True))
+            loosely = signature.dynamic(loosely=True)
+            made = _translated(module, signature, target.opset, loosely)
     _describe(made.model, signature)
-    made.save(path, external_data=True)
-    onnx.checker.check_model(path, full_check=True)
-    (written,) = (o.version for o in onnx.load(path, load_external_data=False).opset_import)
-    assert written == opset
+    assert made.model.opset_imports[""] == target.opset
+    return made.model
 
 
 def _translated(
@@ -198,9 +260,11 @@ def _describe(model: Any, signature: Signature) -> None:
     model.producer_name, model.producer_version = "attnopt", attnopt.__version__
     for node in model.graph:
         node.metadata_props.clear()
-    for value, name in zip(model.graph.inputs, signature.input_names, strict=True):
-        if name == "attention_mask":
-            value.shape[1] = "total"
+    if not isinstance(signature, StepSignature):
+        return
+    for value, name in zip(model.graph.inputs, signature.inputs, strict=False):
+        for axis, size in enumerate(signature.shapes[name]):
+            value.shape[axis] = size
 
 
 @contextmanager

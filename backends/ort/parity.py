@@ -2,14 +2,17 @@
 
 A model without states is called with random inputs. A language model reads a prompt and goes on:
 the program decodes greedily, and the file gets the same tokens call by call, so that a difference
-of logits is one of arithmetic, and equal choices at every step are equal texts.
+of logits is one of arithmetic, and equal choices at every step are equal texts. A model without
+logits goes on with tokens that are made of its first output in the same way.
 """
 
 import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from attnopt.program import Program
 # How much logits may differ, relative to the largest of them (or to 1): float32, many layers.
 _AGREES = 1e-4
 _TIMEOUT = 3600.0
+# Cases of two calls need a decoder that reads several tokens from a cache.
+_CAUSAL_ONLY = ("a prompt in two calls",)
 
 
 @dataclass(frozen=True)
@@ -82,25 +87,39 @@ class Parity:
 
 @dataclass(frozen=True)
 class Run:
-    """A case that the program decoded: its tokens, its mask, the size of each call, its logits."""
+    """A case that the program decoded: its tokens, its mask, the size of each call, its logits.
+
+    `encoder` has what an encoder read.
+    """
 
     tokens: Tensor
     mask: Tensor
     sizes: tuple[int, ...]
     logits: Tensor
+    encoder: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def compare(model: Any, program: Program, signature: Signature, file: Path, steps: int) -> Parity:
+def compare(
+    model: Any, program: Program, signatures: Mapping[Path, Signature], steps: int
+) -> Parity:
     """Run a model of the program, and have ONNX Runtime compute the same."""
+    *encode, file = signatures
+    signature = signatures[file]
     if isinstance(signature, PlainSignature):
         return _compare_calls(model, program, signature, file)
+    decode: Any = _decoded
     cases = [c for c in CASES if not c.padded or "attention_mask" in signature.inputs]
+    if encode:
+        first = signatures[encode[0]]
+        assert isinstance(first, PlainSignature)
+        decode = partial(_decoded_pair, first)
+        cases = [c for c in cases if c.name not in _CAUSAL_ONLY]
     steps = min(steps, _room(program.config) - max(sum(c.calls) for c in cases))
     runs: list[Run] = []
     for number, case in enumerate(cases, 1):
-        runs.append(_decoded(model, program, signature, case, steps))
+        runs.append(decode(model, program, signature, case, steps))
         debug.advance("parity", number, len(cases))
-    logits = run_onnxruntime(file, runs)
+    logits = run_onnxruntime([file, *encode], runs)
     if isinstance(logits, str):
         return Parity((), logits)
     pairs = zip(cases, runs, logits, strict=True)
@@ -156,22 +175,89 @@ def _decoded(model: Any, program: Program, signature: Signature, case: Case, ste
     mask = torch.ones(case.rows, tokens.shape[1] + steps, dtype=torch.long)
     mask[-1, : case.padded] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    sizes, logits = (*case.calls, *[1] * steps), list[Tensor]()
-    start, cache = 0, None
-    for size in sizes:
-        stop = start + size
+    cache: Any = None
+
+    def call(start: int, tokens: Tensor) -> Tensor:
+        nonlocal cache
+        stop = tokens.shape[1]
         given = {
-            "input_ids": tokens[:, start:stop],
+            "input_ids": tokens[:, start:],
             "attention_mask": mask[:, :stop],
             "position_ids": positions[:, start:stop],
         }
+        result = model(**{n: given[n] for n in signature.inputs}, **{_cache_name(model): cache})
+        cache = result[_cache_name(model)]
+        return _main(result)
+
+    return _decoding(call, tokens, mask, (*case.calls, *[1] * steps))
+
+
+def _decoded_pair(
+    first: PlainSignature, model: Any, program: Program, signature: Signature, case: Case,
+    steps: int,
+) -> Run:  # fmt: skip
+    """Decode greedily with an encoder and a decoder; the last row's encoder input is padded."""
+    tokens = _prompt(program.config, case)
+    sizes = {name: size + sum(case.calls) for name, size in first.captured.items()}
+    batch = first.taken.shapes["decoder_input_ids"][0]
+    if isinstance(batch, str):
+        sizes[batch] = case.rows
+    read = first.call(_same_rows(first, sizes, case.rows), program.config, seed=len(tokens))
+    encoder = {n: x for n, x in read.items() if not n.startswith("decoder_")}
+    mask = torch.ones(case.rows, tokens.shape[1] + steps, dtype=torch.long)
+    cache, hidden = None, None
+
+    def call(start: int, tokens: Tensor) -> Tensor:
+        nonlocal cache, hidden
+        stop = tokens.shape[1]
+        given = {
+            **encoder,
+            "decoder_input_ids": tokens[:, start:],
+            "decoder_attention_mask": mask[:, :stop],
+        }
+        if cache is None:
+            result = model(**{n: given[n] for n in first.inputs})
+            hidden = result.encoder_last_hidden_state
+        else:
+            given = {n: given[n] for n in signature.inputs if n in given}
+            result = model(**given, encoder_outputs=(hidden,), past_key_values=cache)
+        cache = result.past_key_values
+        return _main(result)
+
+    run = _decoding(call, tokens, mask, (*case.calls, *[1] * steps))
+    return replace(run, encoder=encoder)
+
+
+def _same_rows(first: PlainSignature, sizes: Mapping[str, int], rows: int) -> dict[str, int]:
+    """Set the size of every input's first axis."""
+    leading = {shape[0] for shape in first.taken.shapes.values()}
+    return {name: rows if name in leading else size for name, size in sizes.items()}
+
+
+def _decoding(
+    call: Callable[[int, Tensor], Tensor], tokens: Tensor, mask: Tensor, sizes: tuple[int, ...]
+) -> Run:
+    """Call by sizes; what the last of the prompt and every later call say is the next token."""
+    logits: list[Tensor] = []
+    start, prompt = 0, tokens.shape[1]
+    for size in sizes:
         with torch.no_grad():
-            result = model(**{n: given[n] for n in signature.inputs}, past_key_values=cache)
-        logits.append(result.logits)
-        start, cache = stop, result.past_key_values
-        if stop == tokens.shape[1] and len(logits) < len(sizes):
-            tokens = torch.cat([tokens, result.logits[:, -1:].argmax(-1)], dim=1)
+            logits.append(call(start, tokens[:, : start + size]))
+        start += size
+        if start >= prompt and len(logits) < len(sizes):
+            tokens = torch.cat([tokens, logits[-1][:, -1:].argmax(-1)], dim=1)
     return Run(tokens, mask, sizes, torch.cat(logits, dim=1))
+
+
+def _main(result: Any) -> Tensor:
+    """Return the logits, or the first tensor of another result."""
+    found: Tensor = result[0] if result.get("logits") is None else result["logits"]
+    return found
+
+
+def _cache_name(model: Any) -> str:
+    made = model.program.form.made_of
+    return str(getattr(made, "argument", "past_key_values"))
 
 
 def _prompt(config: Any, case: Case) -> Tensor:
@@ -180,14 +266,19 @@ def _prompt(config: Any, case: Case) -> Tensor:
     return torch.randint(vocabulary, (case.rows, sum(case.calls)), generator=chance)
 
 
-def run_onnxruntime(file: Path, runs: list[Run]) -> list[Tensor] | str:
-    """Return the logits of every run, or how the process failed."""
+def run_onnxruntime(files: list[Path], runs: list[Run]) -> list[Tensor] | str:
+    """Return the logits of every run, or how the process failed.
+
+    The second file is that of the encoder and the first decoder tokens.
+    """
     given: dict[str, Any] = {}
     for number, run in enumerate(runs):
         given[f"tokens.{number}"] = run.tokens.numpy()
         given[f"mask.{number}"] = run.mask.numpy()
         given[f"sizes.{number}"] = np.array(run.sizes)
-    found = _in_a_process(file, given)
+        for name, tensor in run.encoder.items():
+            given[f"encoder.{number}.{name}"] = tensor.numpy()
+    found = _in_a_process(files, given)
     if isinstance(found, str):
         return found
     return [found[f"logits.{n}"] for n in range(len(runs))]
@@ -202,17 +293,18 @@ def run_onnxruntime_plainly(
         for number, call in enumerate(calls)
         for name, tensor in call.items()
     }
-    found = _in_a_process(file, given)
+    found = _in_a_process([file], given)
     if isinstance(found, str):
         return found
     return [{name: found[f"output.{n}.{name}"] for name in outputs} for n in range(len(calls))]
 
 
-def _in_a_process(file: Path, given: dict[str, Any]) -> dict[str, Tensor] | str:
+def _in_a_process(files: list[Path], given: dict[str, Any]) -> dict[str, Tensor] | str:
     with tempfile.TemporaryDirectory() as folder:
         calls, results = Path(folder) / "calls.npz", Path(folder) / "results.npz"
         np.savez(calls, **given)
-        words = [sys.executable, "-P", str(session.__file__), str(file), str(calls), str(results)]
+        places = map(str, (session.__file__, calls, results, *files))
+        words = [sys.executable, "-P", *places]
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnopt.backends.ort.exporting import FILE, OPSET, check_installed, write_file
+from attnopt.backends.ort.exporting import FILE, check_installed, write_files
+from attnopt.backends.ort.operators import Target
 from attnopt.backends.ort.signature import Signature, signature_of
-from attnopt.backends.ort.standalone import standalone
 from attnopt.nouns import No
 from attnopt.program import CallForm, Program
 
@@ -27,6 +27,7 @@ class Session:
         self.signature: Signature = signature
         self.device = device
         self.session = _opened(program, module, signature, device)
+        self.handed_on = _handed_on(program, signature)
         self.taken = {i.name for i in self.session.get_inputs()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +47,10 @@ class Session:
         for output in self.session.get_outputs():
             binding.bind_output(output.name, self.device.type, self.device.index or 0)
         self.session.run_with_iobinding(binding)
-        return tuple(_tensor(x, self.device) for x in binding.get_outputs())
+        given = [_tensor(x, self.device) for x in binding.get_outputs()]
+        found = {number: values[name] for number, name in self.handed_on.items()}
+        found |= dict(zip(self.signature.kept, given, strict=True))
+        return tuple(found[number] for number in range(len(found)))
 
     def _bind(self, binding: Any, name: str, tensor: Tensor) -> None:
         if tensor.numel() == 0:
@@ -63,6 +67,12 @@ class Session:
             shape=tuple(tensor.shape),
             buffer_ptr=tensor.data_ptr(),
         )
+
+
+def _handed_on(program: Program, signature: Signature) -> dict[int, str]:
+    """Return the outputs of a graph that are inputs of it, by number."""
+    flat: Any = program.graph.output_node().args[0]
+    return {n: x.name for n, x in enumerate(flat) if n not in signature.kept}
 
 
 _NUMPY: dict[torch.dtype, Any] = {
@@ -84,9 +94,10 @@ def _opened(program: Program, module: nn.Module, signature: Signature, device: t
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    target = Target("cpu" if device.type == "cpu" else "cuda")
     with tempfile.TemporaryDirectory() as folder:
+        write_files({FILE: (program, signature)}, module, Path(folder), target)
         path = Path(folder) / FILE
-        write_file(standalone(program, signature, module), signature, path, OPSET, program.name)
         return onnxruntime.InferenceSession(path, options, providers=_providers(device))
 
 

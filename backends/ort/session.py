@@ -1,10 +1,11 @@
-"""Run an ONNX file on prepared calls, in a process of its own: a crash there ends nothing else.
+"""Run ONNX files on prepared calls, in a process of its own: a crash there ends nothing else.
 
-    python session.py MODEL CALLS.npz RESULTS.npz
+    python session.py CALLS.npz RESULTS.npz MODEL [ENCODE]
 
 CALLS has for each case `tokens.N`, `mask.N` (rows, length) and `sizes.N`, how many tokens each call
-takes; RESULTS gets `logits.N` of all calls together. Or, for models without states, `input.N.NAME`
-and `output.N.NAME`. It imports neither torch nor attnopt.
+takes; RESULTS gets `logits.N` of all calls together. ENCODE makes the first call of a case, with
+its `encoder.N.NAME`. Or, for models without states, `input.N.NAME` and `output.N.NAME`. It imports
+neither torch nor attnopt.
 """
 
 import sys
@@ -14,43 +15,67 @@ from typing import Any
 import numpy as np
 
 
-def main(model: str, calls: str, results: str) -> None:
+def main(calls: str, results: str, model: str, *encode: str) -> None:
     """Run every case and write what came out."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    sessions = [_opened(place) for place in (model, *encode)]
     with np.load(calls, allow_pickle=False) as given:
         count = sum(name.startswith("tokens.") for name in given.files)
-        found = {f"logits.{n}": _case(session, given, n) for n in range(count)}
-        found |= _plain_cases(session, given)
+        found = {f"logits.{n}": _case(sessions, given, n) for n in range(count)}
+        found |= _plain_cases(sessions[0], given)
     with Path(results).open("wb") as file:
         np.savez(file, **found)
 
 
-def _case(session: Any, given: Any, number: int) -> Any:
-    """Call the session on part after part, its present states as the next past ones."""
+def _opened(model: str) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _case(sessions: Any, given: Any, number: int) -> Any:
+    """Make call after call, its present states as the next past ones."""
     tokens, mask, sizes = (given[f"{name}.{number}"] for name in ("tokens", "mask", "sizes"))
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    names = [i.name for i in session.get_inputs()]
-    shapes = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_")}
-    states = {n: np.zeros((len(tokens), s[1], 0, s[3]), np.float32) for n, s in shapes.items()}
-    outputs = [o.name for o in session.get_outputs()]
+    paired = len(sessions) > 1
+    start_of = f"encoder.{number}."
+    kept = {n.removeprefix(start_of): given[n] for n in given.files if n.startswith(start_of)}
+    if not paired:
+        kept = _empty(sessions[0], len(tokens))
     logits, start = [], 0
-    for size in sizes.tolist():
+    for call_number, size in enumerate(sizes.tolist()):
         stop = start + size
         call = {
-            "input_ids": tokens[:, start:stop],
-            "attention_mask": mask[:, :stop],
+            ("decoder_" if paired else "") + "input_ids": tokens[:, start:stop],
+            ("decoder_" if paired else "") + "attention_mask": mask[:, :stop],
             "position_ids": positions[:, start:stop],
-            **states,
         }
-        results = dict(zip(outputs, session.run(None, {n: call[n] for n in names}), strict=True))
-        logits.append(results["logits"])
-        states = {n: results[n.replace("past_key_values", "present")] for n in states}
+        session = sessions[1 if paired and call_number == 0 else 0]
+        names = [i.name for i in session.get_inputs()]
+        outputs = [o.name for o in session.get_outputs()]
+        values = {**kept, **call}
+        results = dict(zip(outputs, session.run(None, {n: values[n] for n in names}), strict=True))
+        logits.append(results.get("logits", results[outputs[0]]))
+        for name, value in results.items():
+            kept[_TAKEN_AS.get(name, name.replace("present", "past_key_values"))] = value
         start = stop
     return np.concatenate(logits, axis=1)
+
+
+_TAKEN_AS = {"encoder_last_hidden_state": "encoder_hidden_states"}
+
+
+def _empty(session: Any, rows: int) -> dict[str, Any]:
+    """Return the states before the first token: a size that varies is the rows, or no tokens."""
+    return {
+        i.name: np.zeros(
+            [rows if axis == 0 else 0 if isinstance(n, str) else n for axis, n in enumerate(i.shape)],
+            np.float32,
+        )
+        for i in session.get_inputs()
+        if i.name.startswith("past_")
+    }
 
 
 def _plain_cases(session: Any, given: Any) -> dict[str, Any]:

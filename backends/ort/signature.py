@@ -1,26 +1,40 @@
 """What goes into an ONNX file and comes out of it, and by which names.
 
-A causal language model has those that ONNX Runtime GenAI expects; every other model has those of
-its source. `past_length` is no input: the graph reads it from the shape of a past.
+A causal language model has those that ONNX Runtime GenAI expects, the halves of an encoder-decoder
+those of Optimum; every other model has those of its source. `past_length` is no input: the graph
+reads it from the shape of a past.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim
 
 from attnopt.finder.ops import hint
 from attnopt.frontend.calls import Inputs, Outputs
-from attnopt.frontend.skeletons import Made, Slot
+from attnopt.frontend.skeletons import CacheLayers, Made, Slot
+from attnopt.frontend.stateful import StatefulCalls
 from attnopt.nouns import No
 from attnopt.program import Program, State
 
-_TOKENS = ("input_ids", "attention_mask", "position_ids")
 # Sizes of the example: unlike each other, and no special case.
-_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+_SIZES: Final = {"batch": 2, "sequence": 3, "past": 5, "total": 8, "source": 7}
+_CAUSAL: Final[Mapping[str, tuple[int | str, ...]]] = {
+    "input_ids": ("batch", "sequence"),
+    "attention_mask": ("batch", "total"),
+    "position_ids": ("batch", "sequence"),
+}
+_ENCODED: Final = "encoder_outputs_last_hidden_state"
+_DECODER: Final[Mapping[str, tuple[int | str, ...]]] = {
+    "attention_mask": ("batch", "source"),
+    "decoder_input_ids": ("batch", "sequence"),
+    "decoder_attention_mask": ("batch", "total"),
+    _ENCODED: ("batch", "source"),
+}
+_TOLD: Final = {_ENCODED: "encoder_hidden_states"}
 
 
 class Signature(Protocol):
@@ -46,6 +60,11 @@ class Signature(Protocol):
         """The names of the file's outputs."""
         ...
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The outputs of the graph that the file gives, in order."""
+        ...
+
     def example(self) -> dict[str, Tensor]:
         """Return an example call by the program's names."""
         ...
@@ -56,46 +75,82 @@ class Signature(Protocol):
 
 
 @dataclass(frozen=True)
-class CausalSignature:
-    """A causal language model with its cache."""
+class StepSignature:
+    """What goes on from states: a language model with its cache, or the decoder of a pair.
 
-    inputs: tuple[str, ...]
+    `shapes` has the axes of each input by name, `results` each output that the file gives: its
+    number in the graph and its name. What the graph hands on unchanged is not given again.
+    """
+
+    shapes: Mapping[str, tuple[int | str, ...]]
+    dtypes: Mapping[str, torch.dtype]
     states: tuple[State, ...]
+    results: tuple[tuple[int, str], ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The program's inputs, states left out."""
+        return tuple(self.shapes)
 
     @property
     def input_names(self) -> list[str]:
         """The names of the file's inputs."""
-        return [*self.inputs, *(f"past_key_values.{s.layer}.{s.role}" for s in self.states)]
+        paired = is_pair(self.states)
+        return [
+            *(_TOLD.get(name, name) for name in self.inputs),
+            *(state_name("past_key_values", s, paired=paired) for s in self.states),
+        ]
 
     @property
     def output_names(self) -> list[str]:
         """The names of the file's outputs."""
-        return ["logits", *(f"present.{s.layer}.{s.role}" for s in self.states)]
+        return [name for _, name in self.results]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The outputs of the graph that the file gives, in order."""
+        return tuple(number for number, _ in self.results)
 
     def example(self) -> dict[str, Tensor]:
         """Return an example call by the program's names."""
-        total = _PAST + _SEQUENCE
-        tokens = {
-            "input_ids": torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
-            "attention_mask": torch.ones(_BATCH, total, dtype=torch.long),
-            "position_ids": torch.arange(_PAST, total).repeat(_BATCH, 1),
-        }
-        sizes = {"batch": _BATCH, "past": _PAST}
-        made = {name: tokens[name] for name in self.inputs}
+        made = {name: self._input(name) for name in self.inputs}
         for state in self.states:
-            shape = [sizes[s] if isinstance(s, str) else s for s in state.shape]
-            made[state.placeholder] = torch.zeros(shape)
+            shape = [_SIZES[s] if isinstance(s, str) else s for s in state.shape]
+            made[state.placeholder] = torch.zeros(shape, dtype=state.dtype)
         return made
+
+    def _input(self, name: str) -> Tensor:
+        shape = [_SIZES[s] if isinstance(s, str) else s for s in self.shapes[name]]
+        if name == "position_ids":
+            return torch.arange(_SIZES["past"], _SIZES["total"]).repeat(shape[0], 1)
+        make = torch.ones if "mask" in name else torch.zeros
+        return make(shape, dtype=self.dtypes[name])
 
     def dynamic(self, *, loosely: bool = False) -> dict[str, dict[int, Any]]:
         """Return the axes that may vary; heads and their widths are static."""
-        batch, sequence, past = Dim("batch"), Dim("sequence"), Dim("past")
-        second = {"input_ids": sequence, "position_ids": sequence, "attention_mask": Dim.DYNAMIC}
-        axes: dict[str, dict[int, Any]] = {n: {0: batch, 1: second[n]} for n in self.inputs}
-        for state in self.states:
-            assert state.grows is not None
-            axes[state.placeholder] = {0: batch, state.grows: past}
-        return axes
+        dims: dict[str, Any] = {n: Dim(n) for n in ("batch", "sequence", "past", "source")}
+        dims["total"] = Dim.DYNAMIC
+        if loosely:
+            dims = dict.fromkeys(dims, Dim.AUTO)
+        axes = {**self.shapes, **{s.placeholder: s.shape for s in self.states}}
+        return {
+            name: {axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)}
+            for name, shape in axes.items()
+        }
+
+
+def is_pair(states: Sequence[State]) -> bool:
+    """Tell whether these are the states of a decoder behind an encoder."""
+    return any(s.role.startswith("cross") for s in states)
+
+
+def state_name(prefix: str, state: State, *, paired: bool) -> str:
+    """Return the name of a state in a file, as ONNX Runtime GenAI and Optimum write it."""
+    if state.role in ("conv", "recurrent"):
+        number = f".{state.index}" if state.index else ""
+        return f"{prefix}.{state.layer}.{state.role}_state{number}"
+    side = "" if not paired else "encoder." if state.role.startswith("cross") else "decoder."
+    return f"{prefix}.{state.layer}.{side}{state.role.removeprefix('cross_')}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +177,11 @@ class PlainSignature:
     def output_names(self) -> list[str]:
         """The names of the file's outputs."""
         return list(self.results)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The outputs of the graph that the file gives, in order."""
+        return tuple(range(len(self.results)))
 
     def example(self) -> dict[str, Tensor]:
         """Return an example call of the sizes of the capture."""
@@ -180,10 +240,10 @@ def _values(
 
 
 def signature_of(program: Program) -> Signature | No:
-    """Return the signature of a program, or why it has none yet."""
+    """Return the signature of a program that is one graph, or why it has none yet."""
     if program.parts:
-        return No("it was captured in parts; only the graph of a whole model is exported so far")
-    return _causal(program) if program.states else _plain(program)
+        return No("it was captured in parts; a file holds the graph of one")
+    return _step(program) if program.states else _plain(program)
 
 
 def _plain(program: Program) -> PlainSignature | No:
@@ -209,10 +269,12 @@ def _plain(program: Program) -> PlainSignature | No:
 
 def _named(skeleton: Any, path: str = "") -> Iterator[tuple[int, str]]:
     """Yield the number and the name of every tensor in what a source returns."""
-    if isinstance(skeleton, Slot):
+    if isinstance(skeleton, Slot) and skeleton.key != "cache":
         yield int(skeleton.key), path or "output"
     items: Any = ()
-    if isinstance(skeleton, Made):
+    if isinstance(skeleton, CacheLayers):
+        yield from _named_cache(skeleton)
+    elif isinstance(skeleton, Made):
         items = skeleton.arguments.items()
     elif isinstance(skeleton, dict):
         items = skeleton.items()
@@ -222,16 +284,41 @@ def _named(skeleton: Any, path: str = "") -> Iterator[tuple[int, str]]:
         yield from _named(inner, f"{path}.{key}" if path else f"{key}")
 
 
-def _causal(program: Program) -> CausalSignature | No:
-    kept = [s.name for s in program.states if s.grows is None or s.role not in ("key", "value")]
-    if kept:
-        return No("a state is neither the keys nor the values of a cache", kept[0])
-    given = {b.name for b in program.bindings.values() if b.kind == "input"}
-    foreign = sorted(given - set(_TOKENS))
-    if foreign or "input_ids" not in given:
-        return No(f"its inputs are not among {', '.join(_TOKENS)}", ", ".join(foreign))
+def _named_cache(cache: CacheLayers) -> Iterator[tuple[int, str]]:
+    """Yield what a cache that is filled by a first call holds."""
+    sides = ((cache.layers, "" if cache.cross is None else "decoder."), (cache.cross, "encoder."))
+    for layers, side in sides:
+        for number, layer in enumerate(layers or ()):
+            for name, slot in layer.items():
+                yield int(slot.key), f"present.{number}.{side}{name}"
+
+
+def _step(program: Program) -> StepSignature | No:
+    made = program.form.made_of
+    if not isinstance(made, StatefulCalls):
+        return No("how its source is called is code of the source")
+    known = _CAUSAL if made.tokens == "input_ids" else _DECODER
+    given = made.inputs.shapes
+    foreign = sorted(set(given) - set(known))
+    if foreign or made.tokens not in given:
+        return No(f"its inputs are not among {', '.join(known)}", ", ".join(foreign))
+    if any(s.grows not in (None, 2) for s in program.states):
+        return No("a state grows along an axis that is not its third")
+    if not any(s.grows for s in program.states) and _counts(program):
+        return No("it counts the tokens of the past, which no state shows")
+    paired = is_pair(program.states)
     (output,) = program.graph.find_nodes(op="output")
-    results: Any = output.args[0]
-    if len(results) != 1 + len(program.states):
-        return No("it returns more than logits and its cache")
-    return CausalSignature(tuple(n for n in _TOKENS if n in given), program.states)
+    flat: Any = output.args[0]
+    names = dict(_named(made.outputs.skeleton))
+    names |= {s.output: state_name("present", s, paired=paired) for s in program.states}
+    results = tuple(
+        (number, names.get(number, f"output_{number}"))
+        for number, node in enumerate(flat)
+        if isinstance(node, fx.Node) and node.op != "placeholder"
+    )
+    shapes = {n: (*axes, *given[n][len(axes) :]) for n, axes in known.items() if n in given}
+    return StepSignature(shapes, made.inputs.dtypes, program.states, results)
+
+
+def _counts(program: Program) -> bool:
+    return any(n.users for n in program.placeholders if n.name == "past_length")

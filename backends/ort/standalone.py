@@ -1,23 +1,33 @@
 """A program's graph as a module of its own, as `torch.export` takes it."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from attnopt.backends.ort.attention import attend
+from attnopt.backends.ort.folding import fold_caches
+from attnopt.backends.ort.operators import Choice, Target, choose
 from attnopt.backends.ort.signature import Signature
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.inlining import inline_attention
+from attnopt.ops import attention, cached_attention
 from attnopt.program import Program
 
 
-def standalone(program: Program, signature: Signature, weights: nn.Module) -> fx.GraphModule:
-    """Return a module that takes the signature's inputs; it reads its weights from a module."""
+def standalone(
+    program: Program, signature: Signature, weights: nn.Module, target: Target
+) -> tuple[fx.GraphModule, tuple[Choice, ...]]:
+    """Return a module that takes the signature's inputs, and how each attention is called.
+
+    It reads its weights from a module.
+    """
     graph_module = program.cast(torch.float32).graph_module
-    inline_attention(graph_module, remember=True, kernel=attend)
     graph = graph_module.graph
+    _keep_outputs(graph, signature.kept)
+    fold_caches(graph_module, signature.states)
+    choices = _inline(graph_module, target)
     _read_past_length(graph, signature)
     for node in graph.find_nodes(op="placeholder"):
         binding = program.bindings[node.name]
@@ -30,7 +40,26 @@ def standalone(program: Program, signature: Signature, weights: nn.Module) -> fx
     _order(made, [*signature.inputs, *(s.placeholder for s in signature.states)])
     remove_dead(made)
     made.recompile()
-    return made.eval()
+    return made.eval(), choices
+
+
+def _keep_outputs(graph: fx.Graph, kept: tuple[int, ...]) -> None:
+    output = graph.output_node()
+    flat: Any = output.args[0]
+    output.args = (tuple(flat[number] for number in kept),)
+
+
+def _inline(graph_module: fx.GraphModule, target: Target) -> tuple[Choice, ...]:
+    """Call the operator that is chosen for each attention, in place."""
+    choices: list[Choice] = []
+
+    def kernel_of(node: fx.Node) -> Callable[..., Any]:
+        choices.append(choose(node, target))
+        return choices[-1].kernel
+
+    targets = (attention, cached_attention)
+    inline_attention(graph_module, remember=True, kernel_of=kernel_of, targets=targets)
+    return tuple(choices)
 
 
 def _read_past_length(graph: fx.Graph, signature: Signature) -> None:
@@ -38,7 +67,10 @@ def _read_past_length(graph: fx.Graph, signature: Signature) -> None:
     length = placeholders.get("past_length")
     if length is None:
         return
-    state = signature.states[0]
+    if not length.users:
+        graph.erase_node(length)
+        return
+    state = next(s for s in signature.states if s.grows is not None)
     with graph.inserting_after(list(placeholders.values())[-1]):
         size: Any = torch.ops.aten.sym_size.int
         _replace(length, graph.call_function(size, (placeholders[state.placeholder], state.grows)))
