@@ -114,7 +114,7 @@ def losses(program: Any, rows: Tensor, stage: str, *, tokens: int = 4096) -> Ten
 
 def in_float32(program: Program) -> Any:
     """Return something callable that runs a program in float32, fast where that is possible."""
-    if program.parts:
+    if set(program.parts) - {"encode", "decode"}:
         return program.cast(torch.float32)
     return lower(program, "eager").to(torch.float32)
 

@@ -29,7 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--to", metavar="TARGET", required=True, help="onnx, or stock: what anything loads"
     )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the files go")
-    parser.add_argument("--opset", type=int, default=21, help="opset of ONNX (default 21)")
+    parser.add_argument(
+        "--ep", default="cpu", help="provider of ONNX Runtime: cpu or cuda (default cpu)"
+    )
+    parser.add_argument("--opset", type=int, default=23, help="opset of ONNX (default 23)")
     parser.add_argument(
         "--steps", type=int, default=64, help="tokens to decode and compare (default 64)"
     )
@@ -67,7 +70,13 @@ def _export(arguments: argparse.Namespace, source: _source.Source) -> "Export":
         refuse_foreign(Path(arguments.out).absolute())
         program = _source.capture(source)
         with _source.quiet_libraries():
-            return export_onnx(program, arguments.out, opset=arguments.opset, steps=arguments.steps)
+            return export_onnx(
+                program,
+                arguments.out,
+                ep=arguments.ep,
+                opset=arguments.opset,
+                steps=arguments.steps,
+            )
 
 
 def _stock(arguments: argparse.Namespace, source: _source.Source, output: Output) -> int:
@@ -94,10 +103,13 @@ def _stock(arguments: argparse.Namespace, source: _source.Source, output: Output
 def _summary(output: Output, made: "Export") -> None:
     dtype = made.content()["source_dtype"]
     cast = "" if dtype == "float32" else f", cast from {dtype}"
+    used = ", ".join(f"{count} {name}" for name, count in made.operators.items())
     output.line(
-        f"{made.name}: {made.attentions} attentions with an explicit mask, opset {made.opset}, "
+        f"{made.name}: {made.attentions} attentions ({used or 'none'}), opset {made.opset}, "
         f"weights in float32{cast}"
     )
+    for why in made.content()["not_fused"]:
+        output.line(f"no operator fits: {why}")
     output.line()
     rows = [
         (

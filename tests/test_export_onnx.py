@@ -24,7 +24,7 @@ pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 import onnx
 
-from attnopt.backends.ort import Export, parity, standalone
+from attnopt.backends.ort import Export, operators, parity
 from attnopt.backends.ort.attention import attend
 
 # Libraries of the exporter warn of their own ways.
@@ -73,7 +73,7 @@ def test_inputs_and_outputs_have_the_names_of_onnxruntime_genai(made: Export):
 def test_the_file_is_portable_and_says_nothing_of_the_machine(made: Export):
     model = onnx.load(made.path, load_external_data=False)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", made.opset)]
-    assert (model.producer_name, model.ir_version <= 10) == ("attnopt", True)
+    assert (model.producer_name, model.ir_version <= 11) == ("attnopt", True)
     text = made.path.read_bytes()
     assert str(Path(attnopt.__file__).parents[1]).encode() not in text
     assert b".py" not in text
@@ -102,12 +102,11 @@ def test_a_file_that_computes_something_else_is_rejected(
     folder = tmp_path / "model"
     decoder("llama_gqa").save_pretrained(folder)
 
-    def wrong(q: Any, k: Any, v: Any, memo: Any, **options: Any) -> Any:
-        del options["causal"]
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        return attend(q, k, v, memo, mask=seen, **options)
+    def wrong(q: Any, keys: Any, memo: Any, given: Any) -> Any:
+        seen = torch.ones(q.shape[2], keys, dtype=torch.bool).tril()
+        return torch.where(seen, 0.0, torch.finfo(q.dtype).min), None
 
-    monkeypatch.setattr(standalone, "attend", wrong)
+    monkeypatch.setattr(operators, "hidden_keys", wrong)
     words = ["export", str(folder), "--to", "onnx", "-o", str(tmp_path / "out"), "--steps", "3"]
     assert main(words) == 4
     kept = tmp_path / "out.rejected/model.onnx.rejected"
@@ -124,14 +123,14 @@ def test_a_crash_of_the_runtime_is_reported_and_ends_nothing_else(
     script = tmp_path / "crash.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n")
     monkeypatch.setattr(parity.session, "__file__", str(script))
-    assert parity.run_onnxruntime(tmp_path / "model.onnx", []) == (
+    assert parity.run_onnxruntime([tmp_path / "model.onnx"], []) == (
         "ONNX Runtime ended by signal 11: it said nothing"
     )
 
 
 def test_a_file_that_is_none_is_reported(tmp_path: Path):
     (tmp_path / "model.onnx").write_bytes(b"nothing")
-    told = parity.run_onnxruntime(tmp_path / "model.onnx", [])
+    told = parity.run_onnxruntime([tmp_path / "model.onnx"], [])
     assert isinstance(told, str)
     assert re.match("ONNX Runtime ended with status 1: .*(INVALID_PROTOBUF|Protobuf)", told)
 
@@ -187,11 +186,31 @@ def test_a_wrong_call_is_told_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_captured_in_parts_is_refused(tmp_path: Path):
-    model, kwargs, _ = zoo.build("t5", "eager", task="lm", pad="right")
-    program = attnopt.capture(model, (), kwargs)
-    with pytest.raises(NotImplementedError, match="only the graph of a whole model"):
-        attnopt.export_onnx(program, tmp_path / "out")
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "bart", "whisper")]
+)
+def test_an_encoder_decoder_becomes_two_files_on_the_same_weights(name: str, tmp_path: Path):
+    model, kwargs, _ = zoo.build(name, "eager", task="lm", pad="right")
+    made = attnopt.export_onnx(attnopt.capture(model, (), kwargs), tmp_path / "out", steps=16)
+    assert made.accepted, made.parity
+    assert [(c.equal, c.tokens) for c in made.parity.cases] == [(16, 16)] * 3
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_file()) == [
+        "decode.onnx", "encode.onnx", "model.onnx.data",
+    ]  # fmt: skip
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert (tmp_path / "out/model.onnx.data").stat().st_size < 1.6 * size
+    decode = onnx.load(tmp_path / "out/decode.onnx", load_external_data=False).graph
+    assert {"past_key_values.0.decoder.key", "past_key_values.0.encoder.value"} <= {
+        i.name for i in decode.input
+    }
+    assert not any("encoder" in o.name for o in decode.output)
+
+
+def test_what_was_captured_module_by_module_is_refused(tmp_path: Path):
+    program = attnopt.capture(decoder("llama_gqa"))
+    parts = dataclasses.replace(program, parts={"layers.0": program})
+    with pytest.raises(NotImplementedError, match="module by module"):
+        attnopt.export_onnx(parts, tmp_path / "out")
 
 
 def test_a_missing_package_is_named_with_its_remedy(
@@ -241,16 +260,11 @@ def test_a_model_without_a_cache_is_exported_as_its_source_is_called(
 def test_a_wrong_output_of_a_model_without_a_cache_is_rejected(tmp_path: Path, monkeypatch):
     model, kwargs, _ = zoo.build("bert", "eager", pad="right")
     program = attnopt.apply(attnopt.capture(model, (), kwargs), "exact")
-    monkeypatch.setattr(standalone, "attend", lambda *a, **k: 1.001 * attend(*a, **k))
+    right = operators._PLAIN["Attention"]
+    monkeypatch.setitem(operators._PLAIN, "Attention", lambda *a, **k: 1.001 * right(*a, **k))
     made = attnopt.export_onnx(program, tmp_path / "out")
     assert not made.accepted
     assert made.path == tmp_path / "out.rejected/model.onnx.rejected"
-
-
-def test_a_state_that_is_no_cache_is_refused(program: attnopt.Program, tmp_path: Path):
-    states = (dataclasses.replace(program.states[0], role="conv"), *program.states[1:])
-    with pytest.raises(NotImplementedError, match="neither the keys nor the values"):
-        attnopt.export_onnx(program.with_states(states), tmp_path / "out")
 
 
 # Soft caps and windows, sinks, learned positions, ALiBi, unlike widths of keys and values.

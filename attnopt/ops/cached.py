@@ -12,7 +12,13 @@ from attnopt.ops.attention import OPTIONS_SCHEMA, attention_reference
 
 
 def cached_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: int, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_length: int,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output (B, H, T, E), and keys and values (B, Hk, past_length + T, D or E)."""
     keys = torch.cat([past_k[:, :, :past_length], k], dim=2)

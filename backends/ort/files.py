@@ -34,4 +34,3 @@ def save_together(models: Mapping[Path, Any], data: Path) -> None:
                 )  # fmt: skip
     for path, model in models.items():
         ir.save(model, path)
-

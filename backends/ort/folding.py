@@ -1,7 +1,7 @@
 """Fold a growing cache into the attention that reads it: one op takes the past and gives the whole.
 
-    keys = cat(past_keys, new); values = cat(past_values, new); attention(q, keys, values)
-    -> cached_attention(q, new, new, past_keys, past_values, past_length)
+keys = cat(past_keys, new); values = cat(past_values, new); attention(q, keys, values)
+-> cached_attention(q, new, new, past_keys, past_values, past_length)
 """
 
 import operator

@@ -176,13 +176,14 @@ def _decoded(model: Any, program: Program, signature: Signature, case: Case, ste
     mask[-1, : case.padded] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache: Any = None
+    new_only = not any(s.grows for s in program.states)
 
     def call(start: int, tokens: Tensor) -> Tensor:
         nonlocal cache
         stop = tokens.shape[1]
         given = {
             "input_ids": tokens[:, start:],
-            "attention_mask": mask[:, :stop],
+            "attention_mask": mask[:, start if new_only else 0 : stop],
             "position_ids": positions[:, start:stop],
         }
         result = model(**{n: given[n] for n in signature.inputs}, **{_cache_name(model): cache})

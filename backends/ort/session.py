@@ -43,19 +43,19 @@ def _case(sessions: Any, given: Any, number: int) -> Any:
     kept = {n.removeprefix(start_of): given[n] for n in given.files if n.startswith(start_of)}
     if not paired:
         kept = _empty(sessions[0], len(tokens))
-    logits, start = [], 0
+    logits: list[Any] = []
+    start = 0
     for call_number, size in enumerate(sizes.tolist()):
         stop = start + size
-        call = {
-            ("decoder_" if paired else "") + "input_ids": tokens[:, start:stop],
-            ("decoder_" if paired else "") + "attention_mask": mask[:, :stop],
-            "position_ids": positions[:, start:stop],
-        }
         session = sessions[1 if paired and call_number == 0 else 0]
-        names = [i.name for i in session.get_inputs()]
+        shapes = {i.name: i.shape for i in session.get_inputs()}
+        side = "decoder_" if paired else ""
+        only_new = shapes.get("attention_mask", [])[1:] == ["sequence"]
+        kept[f"{side}input_ids"] = tokens[:, start:stop]
+        kept[f"{side}attention_mask"] = mask[:, start if only_new else 0 : stop]
+        kept["position_ids"] = positions[:, start:stop]
         outputs = [o.name for o in session.get_outputs()]
-        values = {**kept, **call}
-        results = dict(zip(outputs, session.run(None, {n: values[n] for n in names}), strict=True))
+        results = dict(zip(outputs, session.run(None, {n: kept[n] for n in shapes}), strict=True))
         logits.append(results.get("logits", results[outputs[0]]))
         for name, value in results.items():
             kept[_TAKEN_AS.get(name, name.replace("present", "past_key_values"))] = value
@@ -67,15 +67,13 @@ _TAKEN_AS = {"encoder_last_hidden_state": "encoder_hidden_states"}
 
 
 def _empty(session: Any, rows: int) -> dict[str, Any]:
-    """Return the states before the first token: a size that varies is the rows, or no tokens."""
-    return {
-        i.name: np.zeros(
-            [rows if axis == 0 else 0 if isinstance(n, str) else n for axis, n in enumerate(i.shape)],
-            np.float32,
-        )
-        for i in session.get_inputs()
-        if i.name.startswith("past_")
-    }
+    """Return the states before the first token: of the sizes that vary, the first is the rows."""
+    states = [i for i in session.get_inputs() if i.name.startswith("past_")]
+    return {i.name: np.zeros([rows, *map(_start_size, i.shape[1:])], np.float32) for i in states}
+
+
+def _start_size(size: Any) -> int:
+    return size if isinstance(size, int) else 0
 
 
 def _plain_cases(session: Any, given: Any) -> dict[str, Any]:

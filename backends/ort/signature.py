@@ -27,6 +27,7 @@ _CAUSAL: Final[Mapping[str, tuple[int | str, ...]]] = {
     "attention_mask": ("batch", "total"),
     "position_ids": ("batch", "sequence"),
 }
+_NEW_ONLY: Final = ("batch", "sequence")
 _ENCODED: Final = "encoder_outputs_last_hidden_state"
 _DECODER: Final[Mapping[str, tuple[int | str, ...]]] = {
     "attention_mask": ("batch", "source"),
@@ -317,6 +318,8 @@ def _step(program: Program) -> StepSignature | No:
         if isinstance(node, fx.Node) and node.op != "placeholder"
     )
     shapes = {n: (*axes, *given[n][len(axes) :]) for n, axes in known.items() if n in given}
+    if "attention_mask" in shapes and not any(s.grows for s in program.states):
+        shapes["attention_mask"] = _NEW_ONLY  # a mask covers the past where a state does
     return StepSignature(shapes, made.inputs.dtypes, program.states, results)
 
 

@@ -5,11 +5,16 @@ from typing import Any
 
 import torch
 
+from attnopt.ops import linear_recurrence
+
 
 def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return a translation for each op that is registered in this process."""
+    from attnopt.backends.ort.recurrence import linear_recurrence as scan
+
     grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    return {} if grouped is None else {grouped.default: _grouped_mm}
+    found: dict[Callable[..., Any], Callable[..., Any]] = {linear_recurrence: scan}
+    return found if grouped is None else {**found, grouped.default: _grouped_mm}
 
 
 def _grouped_mm(input: Any, weight: Any, offs: Any) -> Any:  # noqa: A002  # the op's own names
