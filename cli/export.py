@@ -2,6 +2,8 @@
 
 attnopt export examples/models/code-llama --to onnx -o onnx
 attnopt export out --to stock -o plain
+attnopt export out --to delta -o small --base examples/models/code-llama
+attnopt export small --to full -o out-again --base examples/models/code-llama
 
 Exit status: 0 accepted, 2 usage or nothing stock, 3 cannot be exported yet, 4 the runtime computes
 something else (kept as OUT.rejected/model.onnx.rejected), 5 refused for safety, 6 resources or a
@@ -12,26 +14,35 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnopt.cli import _source
+from attnopt.cli import _delta, _source
 from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output, shown
 
 if TYPE_CHECKING:
     from attnopt.backends.ort import Export
 
-_TARGETS = ("onnx", "stock")
+_TARGETS = ("onnx", "stock", "delta", "full")
+_OF_A_DELTA = {"delta": _delta.write, "full": _delta.join}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the target, the place and how much is compared."""
     _source.configure(parser)
     parser.add_argument(
-        "--to", metavar="TARGET", required=True, help="onnx, or stock: what anything loads"
+        "--to",
+        metavar="TARGET",
+        required=True,
+        help="onnx; stock: what anything loads; delta: an artifact without what its base has; "
+        "full: a delta and its base as an artifact",
     )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the files go")
     parser.add_argument("--opset", type=int, default=21, help="opset of ONNX (default 21)")
     parser.add_argument(
         "--steps", type=int, default=64, help="tokens to decode and compare (default 64)"
+    )
+    parser.add_argument("--base", metavar="DIR", help="the checkpoint that a delta starts from")
+    parser.add_argument(
+        "--statistics", action="store_true", help="keep in a delta what replays its plan"
     )
 
 
@@ -43,7 +54,13 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         )
     if arguments.steps < 1:
         raise CommandError("AO111", "--steps needs at least 1 token to compare")
+    if arguments.to not in _OF_A_DELTA and (arguments.base or arguments.statistics):
+        raise CommandError(
+            "AO111", f"--base and --statistics belong to a delta, not {arguments.to}"
+        )
     source = _source.resolve(arguments)
+    if arguments.to in _OF_A_DELTA:
+        return _OF_A_DELTA[arguments.to](arguments, output)
     if arguments.to == "stock":
         return _stock(arguments, source, output)
     with output.progress() as stages, stages.stage("export"):
