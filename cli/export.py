@@ -1,6 +1,7 @@
 """Write a model for another runtime, and prove there that it computes the same.
 
 attnopt export examples/models/code-llama --to onnx -o onnx
+attnopt export examples/models/code-llama --to ort-genai -o genai
 attnopt export out --to stock -o plain
 attnopt export out --to delta -o small --base examples/models/code-llama
 attnopt export small --to full -o out-again --base examples/models/code-llama
@@ -11,6 +12,7 @@ missing package.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from attnopt.cli._output import Output, shown
 if TYPE_CHECKING:
     from attnopt.backends.ort import Export
 
-_TARGETS = ("onnx", "stock", "delta", "full")
+_TARGETS = ("onnx", "ort-genai", "stock", "delta", "full")
 _OF_A_DELTA = {"delta": _delta.write, "full": _delta.join}
 
 
@@ -32,8 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--to",
         metavar="TARGET",
         required=True,
-        help="onnx; stock: what anything loads; delta: an artifact without what its base has; "
-        "full: a delta and its base as an artifact",
+        help="onnx; ort-genai: the same for ONNX Runtime GenAI; stock: what anything loads; "
+        "delta: an artifact without what its base has; full: a delta and its base as an artifact",
     )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the files go")
     parser.add_argument("--opset", type=int, default=21, help="opset of ONNX (default 21)")
@@ -69,6 +71,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.document("attnopt.export/1", {**made.content(), "out": str(made.path.parent)})
     else:
         _summary(output, made)
+        if made.accepted and arguments.to == "ort-genai":
+            _for_genai(output, made.path.parent)
     return Exit.ACCEPTED if made.accepted else Exit.GATE
 
 
@@ -84,7 +88,13 @@ def _export(arguments: argparse.Namespace, source: _source.Source) -> "Export":
         refuse_foreign(Path(arguments.out).absolute())
         program = _source.capture(source)
         with _source.quiet_libraries():
-            return export_onnx(program, arguments.out, opset=arguments.opset, steps=arguments.steps)
+            return export_onnx(
+                program,
+                arguments.out,
+                opset=arguments.opset,
+                steps=arguments.steps,
+                genai=arguments.to == "ort-genai",
+            )
 
 
 def _stock(arguments: argparse.Namespace, source: _source.Source, output: Output) -> int:
@@ -131,6 +141,17 @@ def _summary(output: Output, made: "Export") -> None:
         output.line()
     for line in _verdict(made):
         output.line(line)
+
+
+def _for_genai(output: Output, folder: Path) -> None:
+    from attnopt.backends.ort.genai import CONFIG
+
+    model = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+    tokenizer = sorted(p.name for p in folder.glob("*token*"))
+    with_it = ", ".join(tokenizer) or "no tokenizer (MODEL has none): it takes token ids only"
+    output.line(
+        f"{CONFIG}: a {model['type']!r} of up to {model['context_length']:,} tokens; {with_it}"
+    )
 
 
 def _verdict(made: "Export") -> list[str]:

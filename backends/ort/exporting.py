@@ -19,6 +19,7 @@ from attnopt import debug
 from attnopt.artifacts.manifest import FOLDER, write_manifest
 from attnopt.artifacts.saving import refuse_foreign
 from attnopt.artifacts.staging import staged
+from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.parity import Parity, compare
 from attnopt.backends.ort.signature import Signature, signature_of
 from attnopt.backends.ort.standalone import standalone
@@ -73,12 +74,13 @@ def export_onnx(
     *,
     opset: int = OPSET,
     steps: int = STEPS,
+    genai: bool = False,
 ) -> Export:
     """Write `out`/model.onnx with its weights beside it, in float32, and compare it when it runs.
 
     That of a causal language model takes and gives the cache: `past_key_values.N.key` in,
-    `present.N.key` out. One that computes something else is kept as
-    `out`.rejected/model.onnx.rejected.
+    `present.N.key` out; with `genai`, what ONNX Runtime GenAI generates with lies beside it. One
+    that computes something else is kept as `out`.rejected/model.onnx.rejected.
     """
     check_installed()
     if opset not in _OPSETS:
@@ -89,7 +91,7 @@ def export_onnx(
     if not program.parts and not program.graph.find_nodes(op="call_function", target=attention):
         program = apply(program, "exact")
     with staged(target) as staging:
-        made = _written(program, staging, opset, steps)
+        made = _written(program, staging, opset, steps, genai)
         if made.accepted:
             return _placed(made, target)
         aside = target.with_name(f"{target.name}.rejected")
@@ -113,8 +115,10 @@ def check_installed() -> None:
         )
 
 
-def _written(program: Program, folder: Path, opset: int, steps: int) -> Export:
+def _written(program: Program, folder: Path, opset: int, steps: int, genai: bool) -> Export:
     """Write the file and what was measured; a file that disagrees gets another name."""
+    if genai:
+        refuse_early(program)
     signature = signature_of(program)
     if isinstance(signature, No):
         raise NotImplementedError(f"cannot export {program.name} to ONNX yet: {signature}")
@@ -122,6 +126,8 @@ def _written(program: Program, folder: Path, opset: int, steps: int) -> Export:
     path = folder / FILE
     write_file(standalone(program, signature, model), signature, path, opset, program.name)
     parity = compare(model, program, signature, path, steps)
+    if genai and parity.accepted:
+        write_genai(program, path)
     if not parity.accepted:
         path = path.rename(path.with_name(f"{FILE}.rejected"))
     count = len(program.graph.find_nodes(op="call_function", target=attention))
