@@ -1,7 +1,10 @@
 """Write a model for another runtime, and prove there that it computes the same.
 
 attnopt export examples/models/code-llama --to onnx -o onnx
+attnopt export examples/models/code-llama --to ort-genai -o genai
 attnopt export out --to stock -o plain
+attnopt export out --to delta -o small --base examples/models/code-llama
+attnopt export small --to full -o out-again --base examples/models/code-llama
 
 Exit status: 0 accepted, 2 usage or nothing stock, 3 cannot be exported yet, 4 the runtime computes
 something else (kept as OUT.rejected/model.onnx.rejected), 5 refused for safety, 6 resources or a
@@ -9,24 +12,30 @@ missing package.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnopt.cli import _source
+from attnopt.cli import _delta, _source
 from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output, shown
 
 if TYPE_CHECKING:
     from attnopt.backends.ort import Export
 
-_TARGETS = ("onnx", "stock")
+_TARGETS = ("onnx", "ort-genai", "stock", "delta", "full")
+_OF_A_DELTA = {"delta": _delta.write, "full": _delta.join}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the target, the place and how much is compared."""
     _source.configure(parser)
     parser.add_argument(
-        "--to", metavar="TARGET", required=True, help="onnx, or stock: what anything loads"
+        "--to",
+        metavar="TARGET",
+        required=True,
+        help="onnx; ort-genai: the same for ONNX Runtime GenAI; stock: what anything loads; "
+        "delta: an artifact without what its base has; full: a delta and its base as an artifact",
     )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the files go")
     parser.add_argument(
@@ -35,6 +44,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opset", type=int, default=23, help="opset of ONNX (default 23)")
     parser.add_argument(
         "--steps", type=int, default=64, help="tokens to decode and compare (default 64)"
+    )
+    parser.add_argument("--base", metavar="DIR", help="the checkpoint that a delta starts from")
+    parser.add_argument(
+        "--statistics", action="store_true", help="keep in a delta what replays its plan"
     )
 
 
@@ -46,7 +59,13 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         )
     if arguments.steps < 1:
         raise CommandError("AO111", "--steps needs at least 1 token to compare")
+    if arguments.to not in _OF_A_DELTA and (arguments.base or arguments.statistics):
+        raise CommandError(
+            "AO111", f"--base and --statistics belong to a delta, not {arguments.to}"
+        )
     source = _source.resolve(arguments)
+    if arguments.to in _OF_A_DELTA:
+        return _OF_A_DELTA[arguments.to](arguments, output)
     if arguments.to == "stock":
         return _stock(arguments, source, output)
     with output.progress() as stages, stages.stage("export"):
@@ -55,6 +74,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.document("attnopt.export/1", {**made.content(), "out": str(made.path.parent)})
     else:
         _summary(output, made)
+        if made.accepted and arguments.to == "ort-genai":
+            _for_genai(output, made.path.parent)
     return Exit.ACCEPTED if made.accepted else Exit.GATE
 
 
@@ -76,6 +97,7 @@ def _export(arguments: argparse.Namespace, source: _source.Source) -> "Export":
                 ep=arguments.ep,
                 opset=arguments.opset,
                 steps=arguments.steps,
+                genai=arguments.to == "ort-genai",
             )
 
 
@@ -126,6 +148,17 @@ def _summary(output: Output, made: "Export") -> None:
         output.line()
     for line in _verdict(made):
         output.line(line)
+
+
+def _for_genai(output: Output, folder: Path) -> None:
+    from attnopt.backends.ort.genai import CONFIG
+
+    model = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+    tokenizer = sorted(p.name for p in folder.glob("*token*"))
+    with_it = ", ".join(tokenizer) or "no tokenizer (MODEL has none): it takes token ids only"
+    output.line(
+        f"{CONFIG}: a {model['type']!r} of up to {model['context_length']:,} tokens; {with_it}"
+    )
 
 
 def _verdict(made: "Export") -> list[str]:

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from attnopt.artifacts.manifest import FOLDER
-from attnopt.artifacts.programs import stored_places
-from attnopt.frontend.checkpoints import holds_program, stored_tensors
+from attnopt.artifacts.programs import tensor_places
 from attnopt.nouns import Plan
 
 # Settings that say who wrote a config, not what the model is.
@@ -139,10 +138,7 @@ class _Tensors:
 
     @classmethod
     def of(cls, place: Path) -> "_Tensors":
-        if holds_program(place):
-            return cls(stored_places(place))
-        found = stored_tensors(place, inside=True) or {}
-        return cls({name: (path, name) for name, path in found.items()})
+        return cls(tensor_places(place, inside=True))
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 FOLDER = "attnopt"
@@ -24,13 +24,18 @@ def write_manifest(root: Path) -> None:
         for name in files_below(root)
         if name != NAME
     }
+    write_listed(root, files)
+
+
+def write_listed(root: Path, files: Mapping[str, Mapping[str, object]]) -> None:
+    """Write a manifest of files whose sizes and hashes are known."""
     text = json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True)
     (root / NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def check_manifest(root: Path, *, strict: bool = True) -> None:
     """Raise IntegrityError where a file is missing, changed, or (if strict) not listed."""
-    listed = _read(root)
+    listed = listed_files(root)
     present = set(files_below(root)) - {NAME}
     for name, entry in listed.items():
         place = root / name
@@ -67,7 +72,8 @@ def digest(path: Path) -> str:
     return whole.hexdigest()
 
 
-def _read(root: Path) -> dict[str, dict[str, object]]:
+def listed_files(root: Path) -> dict[str, dict[str, object]]:
+    """Return the size and the hash of every file that a manifest lists, by path."""
     place = root / NAME
     if not place.is_file():
         raise IntegrityError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.artifacts.manifest import FOLDER, IntegrityError
+from attnopt.frontend.checkpoints import holds_program, stored_tensors
 from attnopt.lowering import kinds_of, learns, weight_named
 from attnopt.perlayer import MARK
 from attnopt.program import Program
@@ -139,6 +140,14 @@ def _names(program: Program) -> list[str]:
 def stored_places(root: Path) -> dict[str, tuple[Path, str]]:
     """Return the file of each weight of a tier-2 artifact, and its name there."""
     return _places(root, _json(root / NAME))
+
+
+def tensor_places(root: Path, *, inside: bool) -> dict[str, tuple[Path, str]]:
+    """Return the file of each tensor of a checkpoint or an artifact, and its name there."""
+    if holds_program(root):
+        return stored_places(root)
+    found = stored_tensors(root, inside=inside) or {}
+    return {name: (path, name) for name, path in found.items()}
 
 
 def _places(root: Path, content: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:

@@ -133,7 +133,7 @@ def write(result: Result, model: Any, staging: Path, shard: int = SHARD) -> None
         model.save_pretrained(staging, max_shard_size=shard)
     source = source_folder(result.program)
     if source is not None:
-        _carry_over(source, staging)
+        carry_over(source, staging)
     folder = staging / FOLDER
     folder.mkdir(exist_ok=True)
     result.plan.save(folder / "plan.yaml")
@@ -176,7 +176,7 @@ def environment(result: Result) -> dict[str, Any]:
     }
 
 
-def _carry_over(source: Path, staging: Path) -> None:
+def carry_over(source: Path, staging: Path) -> None:
     """Copy the tokenizer and its like; links, code and pickles stay behind."""
     for place in sorted(source.iterdir()):
         if _CARRIED.fullmatch(place.name) and place.is_file():

@@ -94,6 +94,7 @@ def open_checkpoint(
     """Build the architecture of a checkpoint and find its weights; nothing is loaded yet."""
     directory, from_hub = _directory(place)
     described = _described(directory)
+    _refuse_delta(directory, described)
     _refuse_quantized(directory, described)
     if described.get("auto_map") and not trust_remote_code:
         raise ValueError(
@@ -175,6 +176,14 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     return content
+
+
+def _refuse_delta(directory: Path, described: Mapping[str, Any]) -> None:
+    if described.get("model_type") == "attnopt_delta":
+        raise ValueError(
+            f"{directory} is a delta, no model; put it together with its base: "
+            f"attnopt export {directory} --to full --base BASE -o OUT"
+        )
 
 
 def _refuse_quantized(directory: Path, described: Mapping[str, Any]) -> None:

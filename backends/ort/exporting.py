@@ -21,6 +21,7 @@ from attnopt.artifacts.manifest import FOLDER, write_manifest
 from attnopt.artifacts.saving import refuse_foreign
 from attnopt.artifacts.staging import staged
 from attnopt.backends.ort.files import save_together
+from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.operators import Choice, Provider, Target
 from attnopt.backends.ort.parity import Parity, compare
 from attnopt.backends.ort.signature import Signature, StepSignature, signature_of
@@ -99,23 +100,26 @@ def export_onnx(
     ep: Provider = "cpu",
     opset: int = Target.opset,
     steps: int = STEPS,
+    genai: bool = False,
 ) -> Export:
     """Write `out`/model.onnx with its weights beside it, in float32, and compare it when it runs.
 
     That of a causal language model takes and gives the cache: `past_key_values.N.key` in,
-    `present.N.key` out. An encoder-decoder becomes encode.onnx, which also runs the first decoder
-    tokens, and decode.onnx, on the same weights. What computes something else is kept in
-    `out`.rejected, each model as NAME.onnx.rejected.
+    `present.N.key` out; with `genai`, what ONNX Runtime GenAI generates with lies beside it. An
+    encoder-decoder becomes encode.onnx, which also runs the first decoder tokens, and decode.onnx,
+    on the same weights. What computes something else is kept in `out`.rejected, each model as
+    NAME.onnx.rejected.
     """
     check_installed()
     target = Target(ep, opset)
     folder = Path(out).absolute()
     refuse_foreign(folder)
     program = program if isinstance(program, Program) else capture(program)
+    refuse_foreign(folder, program)
     if not _is_rewritten(program):
         program = apply(program, "exact")
     with staged(folder) as staging:
-        made = _written(program, staging, target, steps)
+        made = _written(program, staging, target, steps, genai)
         if made.accepted:
             return _placed(made, folder)
         aside = folder.with_name(f"{folder.name}.rejected")
@@ -158,8 +162,10 @@ def signatures_of(program: Program) -> dict[str, tuple[Program, Signature]] | No
     return found
 
 
-def _written(program: Program, folder: Path, target: Target, steps: int) -> Export:
+def _written(program: Program, folder: Path, target: Target, steps: int, genai: bool) -> Export:
     """Write the files and what was measured; files that disagree get other names."""
+    if genai:
+        refuse_early(program)
     found = signatures_of(program)
     if isinstance(found, No):
         raise NotImplementedError(f"cannot export {program.name} to ONNX yet: {found}")
@@ -168,6 +174,8 @@ def _written(program: Program, folder: Path, target: Target, steps: int) -> Expo
     signatures = {folder / name: signature for name, (_, signature) in found.items()}
     parity = compare(model, program, signatures, steps)
     paths = tuple(signatures)
+    if genai and parity.accepted:
+        write_genai(program, paths[-1])
     if not parity.accepted:
         paths = tuple(path.rename(path.with_name(f"{path.name}.rejected")) for path in paths)
     made = Export(paths, program.name, target, choices, _dtype(program), parity)
