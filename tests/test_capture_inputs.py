@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dha_models import decoder
 from test_capture_zoo import build, error_of
 
 import attnopt
@@ -143,6 +144,17 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         attnopt.capture(str(directory))
     assert "\n" not in str(caught.value)
+
+
+def test_generation_goes_by_the_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    decoder("llama").save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9], "max_new_tokens": 5}')
+    config = attnopt.capture(folder).source.generation_config
+    assert (config.eos_token_id, config.max_new_tokens) == ([7, 9], 5)
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not a JSON object"):
+        attnopt.capture(folder)
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

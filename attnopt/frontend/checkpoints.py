@@ -270,10 +270,23 @@ def _hollow_model(
     with initialization.no_init_weights():
         model: Any = cls._from_config(config)
     model.tie_weights()
+    _read_generation(model, directory / "generation_config.json")
     assert isinstance(model, nn.Module)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def _read_generation(model: Any, path: Path) -> None:
+    """Generate as the checkpoint says: where texts end, how tokens are drawn."""
+    if getattr(model, "generation_config", None) is None or not path.is_file():
+        return
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config = GenerationConfig.from_dict(_json(path))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no generation config: {error}") from error
 
 
 def _model_class(

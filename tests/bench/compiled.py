@@ -2,11 +2,12 @@
 
     python tests/bench/compiled.py
     python tests/bench/compiled.py --rounds 3 --lengths 128 1024
+    python tests/bench/compiled.py --only table --shapes gpt2 bert
 
 Compilation is timed in processes of their own with empty caches, one backend after the other, in
-seconds of all their processors; running is timed side by side in this process. Weights are random.
-Exit status 1 where compilation takes over 15 % more, running over 2 % longer, or five lengths need
-more than two recompilations.
+seconds of all their processors; running is timed side by side in this process, for a deep model
+and for the models of exact.py. Weights are random. Exit status 1 where compilation takes over 15 %
+more, running over 2 % longer, or five lengths need more than two recompilations.
 """
 
 import argparse
@@ -17,12 +18,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import exact
 import torch
 import transformers
-from harness import as_row, compare, machine, write
+from harness import Timing, as_row, compare, machine, write
 
 BACKENDS: Final = ("inductor", "attnopt")
 MOST_COMPILE: Final = 1.15
@@ -90,17 +93,41 @@ def graphs(attention: str) -> dict[str, int]:
 
 
 @torch.no_grad()
-def running(attention: str, length: int, most: int) -> Any:
+def running(made: torch.nn.Module, call: exact.Call, most: int) -> Timing:
     """Time the two side by side."""
     torch._dynamo.reset()
-    ids = tokens(length)
-    made = model(attention)
-    runs = {name: torch.compile(made, backend=name) for name in BACKENDS}
-    want = made(input_ids=ids).logits
+    runs = {name: torch.compile(made, backend=name, dynamic=False) for name in BACKENDS}
+    want = valid(made(**call)[0], call)
     for run in runs.values():
-        torch.testing.assert_close(run(input_ids=ids).logits, want, rtol=1e-3, atol=1e-4)
-    calls = {name: lambda r=run: r(input_ids=ids) for name, run in runs.items()}
+        torch.testing.assert_close(valid(run(**call)[0], call), want, rtol=1e-3, atol=1e-4)
+    calls = {name: lambda r=run: r(**call) for name, run in runs.items()}
     return compare(calls, base="attnopt", most=most)
+
+
+def valid(result: torch.Tensor, call: exact.Call) -> torch.Tensor:
+    """Return a result without the padding's."""
+    mask = call.get("attention_mask")
+    return result if mask is None else result[mask.bool()]
+
+
+def table(shapes: list[str], lengths: list[int], most: int) -> Iterator[dict[str, Any]]:
+    """Time every model of the table of exact.py."""
+    for shape in exact.SHAPES:
+        for length in lengths if shape.name in shapes else ():
+            made, call = shape.make("sdpa", length), shape.call(length)
+            timing = running(made, call, most)
+            speed = timing.speedup("attnopt", "inductor")
+            passed = speed.high >= LEAST_SPEED
+            shown = f"{1e3 * timing.median('attnopt'):>9.2f} ms {speed!s:>28}"
+            verdict = "" if passed else "  FAILED"
+            print(f"  {shape.name:<14}{length:>7}{shown}{verdict}", flush=True)
+            yield {
+                "model": shape.name,
+                "tokens": length,
+                "rounds": len(timing.seconds["attnopt"]),
+                "speedup": as_row(speed),
+                "passed": passed,
+            }
 
 
 def main(arguments: list[str]) -> int:
@@ -110,6 +137,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 1024])
     parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"])
     parser.add_argument("--most", type=int, default=40, help="rounds at most")
+    parser.add_argument("--shapes", nargs="+", default=[s.name for s in exact.SHAPES])
+    parser.add_argument("--only", choices=("deep", "table"), help="one half of the measurements")
     parser.add_argument("--once", choices=BACKENDS, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -118,8 +147,12 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(compile_once(given.once, given.attention[0])))
         return 0
     print("\n".join(f"{k}: {v}" for k, v in machine().items()))
-    rows = [measure(attention, given) for attention in given.attention]
-    write("compiled", rows)
+    rows: list[dict[str, Any]] = []
+    if given.only != "table":
+        rows += [measure(attention, given) for attention in given.attention]
+    if given.only != "deep":
+        rows += table(given.shapes, given.lengths, given.most)
+    write("compiled" if given.only is None else f"compiled_{given.only}", rows)
     return int(not all(row["passed"] for row in rows))
 
 
@@ -133,7 +166,8 @@ def measure(attention: str, given: argparse.Namespace) -> dict[str, Any]:
     print(f"  graphs for the lengths {FIVE}: {count}", flush=True)
     speeds: dict[int, Any] = {}
     for length in given.lengths:
-        speeds[length] = running(attention, length, given.most).speedup("attnopt", "inductor")
+        timing = running(model(attention), {"input_ids": tokens(length)}, given.most)
+        speeds[length] = timing.speedup("attnopt", "inductor")
         print(f"  {length} tokens: {speeds[length]} times as fast as plain inductor", flush=True)
     passed = (
         ours <= MOST_COMPILE * plain
