@@ -75,7 +75,7 @@ SCHEMA: dict[str, Any] = {
         "length_penalty": float,
         "min_length": int,
         "max_length": lambda x: isinstance(x, int) and x > 0,
-        "past_present_share_buffer": lambda x: x is False,
+        "past_present_share_buffer": lambda x: isinstance(x, bool),
     },
 }
 OPTIONAL = {"bos_token_id", "attention_mask", "position_ids"}

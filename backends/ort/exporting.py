@@ -23,7 +23,7 @@ from attnopt.artifacts.staging import staged
 from attnopt.backends.ort.files import save_together
 from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.operators import Choice, Provider, Target
-from attnopt.backends.ort.parity import Parity, compare
+from attnopt.backends.ort.parity import CASES, RIGHT_PADDED, Parity, compare
 from attnopt.backends.ort.signature import Signature, StepSignature, signature_of
 from attnopt.backends.ort.standalone import standalone
 from attnopt.backends.ort.translations import table
@@ -111,7 +111,7 @@ def export_onnx(
     NAME.onnx.rejected.
     """
     check_installed()
-    target = Target(ep, opset)
+    target = Target(ep, opset, right_padded=genai)
     folder = Path(out).absolute()
     refuse_foreign(folder)
     program = program if isinstance(program, Program) else capture(program)
@@ -172,7 +172,8 @@ def _written(program: Program, folder: Path, target: Target, steps: int, genai: 
     model = in_float32(program)
     choices = write_files(found, model, folder, target)
     signatures = {folder / name: signature for name, (_, signature) in found.items()}
-    parity = compare(model, program, signatures, steps)
+    cases = RIGHT_PADDED if target.right_padded else CASES
+    parity = compare(model, program, signatures, steps, cases)
     paths = tuple(signatures)
     if genai and parity.accepted:
         write_genai(program, paths[-1])

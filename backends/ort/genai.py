@@ -2,7 +2,8 @@
 
 Names and shapes are read from the file itself. GenAI gives each layer a cache of the static heads
 and width of its input, so layers may differ in their heads; where those sizes were symbolic, it
-would take one number for all. The cache grows by concatenation: its buffers are not shared.
+would take one number for all. Where GroupQueryAttention alone reads the cache, GenAI keeps one
+buffer of it for all steps; elsewhere the cache grows by concatenation.
 """
 
 import json
@@ -62,10 +63,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Graph:
-    """The inputs and outputs of a file by name."""
+    """The inputs and outputs of a file by name, and which ops read its caches."""
 
     inputs: dict[str, Value]
     outputs: dict[str, Value]
+    readers: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, file: Path) -> "Graph":
@@ -73,12 +75,25 @@ class Graph:
         import onnx
 
         graph = onnx.load(file, load_external_data=False).graph
-        return cls(_values(graph.input), _values(graph.output))
+        readers = (n for n in graph.node if any(x.startswith("past_") for x in n.input))
+        names = frozenset(n.op_type for n in readers if not _reads_rows(n))
+        return cls(_values(graph.input), _values(graph.output), names)
+
+    @property
+    def shares_buffers(self) -> bool:
+        """Whether a cache may be longer than what was seen: then the mask tells what was."""
+        return self.readers == {"GroupQueryAttention"} and "attention_mask" in self.inputs
 
     @property
     def layers(self) -> int:
         """The number of layers that keep a cache."""
         return sum(name.startswith("past_key_values.") for name in self.inputs) // 2
+
+
+def _reads_rows(node: Any) -> bool:
+    """Tell whether a node asks for the size of the first axis and nothing else."""
+    axes = {a.name: a.i for a in node.attribute}
+    return node.op_type == "Shape" and axes.get("start", 0) == 0 and axes.get("end") == 1
 
 
 def write_genai(program: Program, file: Path) -> None:
@@ -157,7 +172,7 @@ def content(program: Program, graph: Graph, filename: str) -> dict[str, Any]:
             **_search(generation),
             "min_length": 0,
             "max_length": length,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": graph.shares_buffers,
         },
     }
 

@@ -22,10 +22,15 @@ _ATTENTION_SINCE: Final = 23
 
 @dataclass(frozen=True)
 class Target:
-    """What a file is made for: a provider of ONNX Runtime, and an opset of ONNX."""
+    """What a file is made for: a provider of ONNX Runtime, and an opset of ONNX.
+
+    `right_padded` promises that rows end in their padding and that rows of a batch begin together,
+    as ONNX Runtime GenAI calls a file: what GroupQueryAttention needs.
+    """
 
     ep: Provider = "cpu"
     opset: int = 23
+    right_padded: bool = False
 
     def __post_init__(self) -> None:
         if self.ep not in ("cpu", "cuda"):
@@ -49,6 +54,8 @@ def choose(node: fx.Node, target: Target) -> Choice:
     given = Options.read({k: x for k, x in node.kwargs.items() if x is not None})
     q, k, v = (_shape(x) for x in node.args[:3])
     kernels = _CACHED if cached else _PLAIN
+    if target.right_padded and cached and _is_grouped_query(given, k, v):
+        return Choice("GroupQueryAttention", _grouped_query)
     why = _beyond(given, k, v)
     if not why and target.opset >= _ATTENTION_SINCE:
         return Choice("Attention", kernels["Attention"])
@@ -74,6 +81,59 @@ def _beyond(given: Options, k: tuple[Any, ...], v: tuple[Any, ...]) -> str:
     if (given.k_map is None) != (given.v_map is None) or (given.k_map is None and k[1] != v[1]):
         return "keys and values with unlike heads"
     return ""
+
+
+def _is_grouped_query(given: Options, k: tuple[Any, ...], v: tuple[Any, ...]) -> bool:
+    """Tell whether a call is causal and nothing more.
+
+    The op has windows, too, but counts a row's tokens where sources count places, padding included.
+    """
+    masks = (given.bias, given.mask, given.k_map, given.v_map)
+    plain = given.structure == {"causal": True}
+    return plain and all(m is None for m in masks) and (k[1], k[3]) == (v[1], v[3])
+
+
+def _grouped_query(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, memo: Memo, **options: Any
+) -> tuple[Tensor, ...]:
+    """Call ONNX Runtime's op for decoders; its rows are as long as their padding leaves them."""
+    given = Options.read(options)
+    batch, heads, tokens, width = q.shape
+    total = past_k.shape[2] + tokens
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": k.shape[1],
+        "scale": _scale(q, given),
+    }
+    if given.softcap is not None:
+        attributes["softcap"] = float(given.softcap)
+    rows = [x.transpose(1, 2).reshape(batch, tokens, x.shape[1] * width) for x in (q, k, v)]
+    ends, length = _ends(q, total, memo, given)
+    optional = () if given.sinks is None else (None, None, None, None, given.sinks)
+    found, keys, values = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (*rows, past_k, past_v, ends, length, *optional),
+        attrs=attributes,
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        shapes=(rows[0].shape, *((*x.shape[:2], total, width) for x in (k, v))),
+        version=1,
+    )
+    return found.reshape(batch, tokens, heads, width).transpose(1, 2), keys, values
+
+
+def _ends(q: Tensor, total: Any, memo: Memo, given: Options) -> tuple[Tensor, Tensor]:
+    """Return the last position of each row, and the length of the longest."""
+    key = ("ends", id(given.padding), str(total))
+    if key not in memo:
+        if given.padding is None:
+            length = torch.full((), total, dtype=torch.int32)
+            ends = (length - 1).expand(q.shape[0])
+        else:
+            length = torch.full((), given.padding.shape[-1], dtype=torch.int32)
+            ends = given.padding.flatten(1).sum(dim=-1).to(torch.int32) - 1
+        memo[key] = (ends, length, given.padding)
+    ends, length, _ = memo[key]
+    return ends, length
 
 
 def _decomposed(q: Tensor, k: Tensor, v: Tensor, memo: Memo, **options: Any) -> Tensor:

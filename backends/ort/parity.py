@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,15 @@ class Case:
     calls: tuple[int, ...]
     rows: int = 1
     padded: int = 0
+    on_the_right: bool = False
+
+    def mask(self, steps: int) -> Tensor:
+        """Return which tokens of the prompt and of so many steps are real."""
+        length = sum(self.calls)
+        mask = torch.ones(self.rows, length + steps, dtype=torch.long)
+        start = length - self.padded if self.on_the_right else 0
+        mask[-1, start : start + self.padded] = 0
+        return mask
 
 
 CASES = (
@@ -47,6 +56,10 @@ CASES = (
     Case("one token", calls=(1,)),
     Case("a prompt in two calls", calls=(4, 5)),
     Case("two rows, one padded on the left", calls=(7,), rows=2, padded=3),
+)
+RIGHT_PADDED = (
+    *CASES[:-1],
+    Case("two rows, one padded on the right", calls=(7,), rows=2, padded=3, on_the_right=True),
 )
 
 
@@ -100,7 +113,11 @@ class Run:
 
 
 def compare(
-    model: Any, program: Program, signatures: Mapping[Path, Signature], steps: int
+    model: Any,
+    program: Program,
+    signatures: Mapping[Path, Signature],
+    steps: int,
+    cases: Sequence[Case] = CASES,
 ) -> Parity:
     """Run a model of the program, and have ONNX Runtime compute the same."""
     *encode, file = signatures
@@ -108,7 +125,7 @@ def compare(
     if isinstance(signature, PlainSignature):
         return _compare_calls(model, program, signature, file)
     decode: Any = _decoded
-    cases = [c for c in CASES if not c.padded or "attention_mask" in signature.inputs]
+    cases = [c for c in cases if not c.padded or "attention_mask" in signature.inputs]
     if encode:
         first = signatures[encode[0]]
         assert isinstance(first, PlainSignature)
@@ -172,8 +189,7 @@ def _room(config: Any) -> int:
 def _decoded(model: Any, program: Program, signature: Signature, case: Case, steps: int) -> Run:
     """Decode greedily with the program."""
     tokens = _prompt(program.config, case)
-    mask = torch.ones(case.rows, tokens.shape[1] + steps, dtype=torch.long)
-    mask[-1, : case.padded] = 0
+    mask = case.mask(steps)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache: Any = None
     new_only = not any(s.grows for s in program.states)
