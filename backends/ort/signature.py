@@ -117,7 +117,7 @@ class StepSignature:
         made = {name: self._input(name) for name in self.inputs}
         for state in self.states:
             shape = [_SIZES[s] if isinstance(s, str) else s for s in state.shape]
-            made[state.placeholder] = torch.zeros(shape, dtype=state.dtype)
+            made[state.placeholder] = torch.zeros(shape, dtype=_exported(state.dtype))
         return made
 
     def _input(self, name: str) -> Tensor:
@@ -125,7 +125,7 @@ class StepSignature:
         if name == "position_ids":
             return torch.arange(_SIZES["past"], _SIZES["total"]).repeat(shape[0], 1)
         make = torch.ones if "mask" in name else torch.zeros
-        return make(shape, dtype=self.dtypes[name])
+        return make(shape, dtype=_exported(self.dtypes[name]))
 
     def dynamic(self, *, loosely: bool = False) -> dict[str, dict[int, Any]]:
         """Return the axes that may vary; heads and their widths are static."""
@@ -138,6 +138,11 @@ class StepSignature:
             name: {axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)}
             for name, shape in axes.items()
         }
+
+
+def _exported(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a file has for one of the source: its numbers are float32."""
+    return torch.float32 if dtype.is_floating_point else dtype
 
 
 def is_pair(states: Sequence[State]) -> bool:
