@@ -383,16 +383,20 @@ def followed_by_transformers(models: dict[int | None, Path], folder: Path) -> in
     return count
 
 
-def stop_who_reads_a_device() -> None:
-    """Let this process have so much more memory than now, and no more."""
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Let this process have so much more memory than now: who reads a device is stopped."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + _MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def battery(subjects: Subjects, points: int, seed: int) -> dict[str, Any]:
     """Try so many hostile things in every kind of directory that can have them, in every way."""
-    stop_who_reads_a_device()
     models: dict[int | None, Path] = {None: subjects.folder / "plain"}
     save_checkpoint(models[None], seed=1, max_shard_size=14_000)
     for tier in TIERS:
@@ -408,7 +412,8 @@ def battery(subjects: Subjects, points: int, seed: int) -> dict[str, Any]:
         for way, read in ways(stage).items():
             if is_unread(case, way):
                 continue
-            end = attempt(case, way, read, stage)
+            with bounded():
+                end = attempt(case, way, read, stage)
             ends[f"{way}: {end.split(':')[0]}"] += 1
             if end.startswith("FAILED"):
                 failures.append(f"{case.name}, tier {case.tier}, {way}: {end[:200]}")

@@ -224,7 +224,7 @@ def battery(subjects: Subjects, points: int, seed: int) -> dict[str, Any]:
     during = sum(n for p, n in phases.items() if p.startswith("moment weights")) + sum(
         phases[f"moment {p}"] for p in ("flushing", "cleaning")
     )
-    if during < points // 3:
+    if points >= FULL // 10 and during < points // 5:
         failures.append(f"only {during} of {points} kills came during a save")
     return {
         "points": points,

@@ -1,4 +1,4 @@
-"""Kill `attnopt optimize`, and run the same command again: the tensors are those of an unkilled run.
+"""Kill `attnopt optimize`, and run the same command again: it writes what an unkilled run writes.
 
 Beside it: what is saved in seven files as tier 0 loads in plain Transformers in a fresh process.
 """
@@ -20,7 +20,7 @@ from subjects import Subjects, main, weight_files
 
 from attnopt.cli import main as command
 
-FULL: Final = 50
+FULL: Final = 20
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:

@@ -111,7 +111,7 @@ def digest(root: Path) -> str:
 
 def value_of(out: Path) -> set[float]:
     """Load an artifact strictly and return the values that its parameters have."""
-    return {float(v) for p in attnopt.load(out).parameters() for v in p.unique()}
+    return {float(v) for p in attnopt.load(out).parameters() for v in p.detach().unique()}
 
 
 def edit(place: Path, change: Callable[[Any], Any]) -> None:
