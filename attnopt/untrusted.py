@@ -5,6 +5,7 @@ reads what links lead to: everything here is checked before it is handed on.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ def leaves(place: Path) -> bool:
     """Tell whether a file is a link to another directory; the cache of the hub links to its own."""
     if not place.is_symlink():
         return False
-    home, inside = place.resolve().parent, place.parent.resolve()
+    home, inside = Path(os.path.realpath(place)).parent, place.parent.resolve()
     blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
     return home not in (inside, blobs)
 

@@ -306,12 +306,19 @@ def cases() -> Iterator[Case]:
         for name, text in NAMES.items():
             yield Case(f"name: {name}", tier, lambda s, t=text: redirect(s, t))
         for name, harm in LINKS.items():
-            unread = {"diff"} if "generation" in name else set()
-            yield Case(f"link: {name}", tier, harm, frozenset(unread), forged=False)
+            yield Case(f"link: {name}", tier, harm, _unread(name, tier), forged=False)
         for name, harm in SETTINGS.items():
             yield Case(f"config: {name}", tier, harm, frozenset({"diff"}))
         if tier is not None:
             yield from _of_artifacts(tier)
+
+
+def _unread(name: str, tier: int | None) -> frozenset[str]:
+    """Return the ways that do not read what a link stands for."""
+    if "generation" in name:
+        return frozenset({"diff"})
+    only_notes = name.startswith("folder") and tier in (0, 1)
+    return frozenset({"capture", "inspect"}) if only_notes else frozenset()
 
 
 def _of_artifacts(tier: int) -> Iterator[Case]:
