@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test slow fuzz zoo lint types demo readme build bench clean
+.PHONY: help setup test slow fuzz zoo lint types demo readme build bench batteries clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -69,6 +69,9 @@ build: $(STAMP)  ## build the wheel, and run it in an empty environment
 
 bench: $(STAMP)  ## run the benchmarks, side by side with their baselines
 	@set -e; for script in $(filter-out %/harness.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+batteries: $(STAMP)  ## harm, kill and trap artifacts thousands of times; the counts are kept
+	OMP_NUM_THREADS=1 $(BIN)/python tests/batteries/full.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info

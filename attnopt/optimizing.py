@@ -20,6 +20,7 @@ from attnopt.planning import checked_goal, search
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program
 from attnopt.rewriting import apply
+from attnopt.untrusted import check_tokenizer
 from attnopt.verifying import in_float32, verify
 
 
@@ -85,6 +86,7 @@ def tokenizer_of(program: Program) -> Any:
             "ids as data: a tensor (rows, tokens) or a .safetensors file with input_ids"
         )
     try:
+        check_tokenizer(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(

@@ -8,6 +8,7 @@ itself from the settings of its layer. A config without our mark gets what it ge
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,9 @@ from torch import nn
 
 MARK = "attnopt"
 UNDERSTANDS = ("per_layer_heads",)
+
+# Who builds a model changes classes and defaults of the whole process: threads take turns.
+TURN = threading.RLock()
 
 
 def is_marked(config: Any) -> bool:
@@ -44,7 +48,7 @@ def install(patching: ModuleType) -> None:
 def _with_stand_ins(apply_patches: Callable[[], Any]) -> Callable[[], Any]:
     @contextlib.contextmanager
     def applied() -> Generator[None]:
-        with apply_patches():
+        with TURN, apply_patches():
             places = list(_places())
             try:
                 for module, name, stock in places:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.cli._errors import CommandError, Exit
+from attnopt.untrusted import check_files, is_weight_file
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -19,6 +20,7 @@ _LARGEST_HEADER = 100 * 2**20
 
 def check(folder: Path) -> None:
     """Raise CommandError where a directory is no checkpoint, or none that may be opened."""
+    _check_files(folder)
     _check_config(folder)
     shards = _indexed(folder) or sorted(folder.glob("*.safetensors"))
     for shard in shards:
@@ -63,17 +65,20 @@ def _indexed(folder: Path) -> list[Path]:
     if not isinstance(entries, dict):
         raise CommandError("AO103", f'{path} has no "weight_map"')
     for tensor, name in entries.items():
-        if not isinstance(name, str) or _leaves(name):
+        if not isinstance(name, str) or not is_weight_file(name):
             raise CommandError(
                 "AO502",
-                f"refused: {path} maps {tensor!r} to {name!r}, outside the directory",
+                f"refused: {path} maps {tensor!r} to {name[:120]!r}, outside the directory",
                 Exit.SAFETY,
             )
     return [folder / name for name in sorted(set(entries.values()))]
 
 
-def _leaves(name: str) -> bool:
-    return name in {"", ".", ".."} or any(c in name for c in "/\\:\0")
+def _check_files(folder: Path) -> None:
+    try:
+        check_files(folder)
+    except ValueError as error:
+        raise CommandError("AO502", f"refused: {error}", Exit.SAFETY) from None
 
 
 def _check_shard(path: Path) -> None:

@@ -1,6 +1,5 @@
 """What differs between two checkpoints, artifacts or plans; nothing of them is run."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from attnopt.artifacts.manifest import FOLDER
+from attnopt.artifacts.manifest import FOLDER, files_below
 from attnopt.artifacts.programs import tensor_places
 from attnopt.nouns import Plan
+from attnopt.untrusted import check_files, read_json
 
 # Settings that say who wrote a config, not what the model is.
 _SIGNED = ("transformers_version", "_name_or_path", "name_or_path")
@@ -64,19 +64,30 @@ class Difference:
 
 def compare(a: Path, b: Path) -> Difference:
     """Compare two directories, or two plan files; ValueError where one is neither."""
+    if a.is_dir() != b.is_dir():
+        raise ValueError(f"{a} and {b} are a file and a directory: give two of a kind")
+    for place in (a, b):
+        _check_files(place)
     plans = [_plan_of(place) for place in (a, b)]
     choices = tuple(_settings(*(_choices(plan) for plan in plans)))
-    if a.is_file() or b.is_file():
-        if a.is_dir() or b.is_dir():
-            raise ValueError(f"{a} and {b} are a file and a directory: give two of a kind")
+    if a.is_file():
         return Difference((), choices, (), 0, ())
-    configs = [_flat(_json(place / "config.json")) for place in (a, b)]
+    configs = [_flat(read_json(place / "config.json")) for place in (a, b)]
     tensors = [_Tensors.of(place) for place in (a, b)]
     changed, equal = _changed(*tensors)
     reports = [_report(place) for place in (a, b)]
     return Difference(
         tuple(_settings(*configs)), choices, changed, equal, tuple(_settings(*reports))
     )
+
+
+def _check_files(place: Path) -> None:
+    """Raise ValueError where a directory holds links that leave it, or special files."""
+    if (place / FOLDER).is_dir():
+        for _ in files_below(place):
+            continue
+    elif place.is_dir():
+        check_files(place)
 
 
 def _plan_of(place: Path) -> Plan | None:
@@ -101,7 +112,7 @@ def _report(place: Path) -> dict[str, Any]:
     report = place / FOLDER / "report.json"
     if not report.is_file():
         return {}
-    content = _flat(_json(report))
+    content = _flat(read_json(report))
     kept = ("accepted", "measured.", "quality.")
     return {k: v for k, v in content.items() if k.startswith(kept)}
 
@@ -123,13 +134,6 @@ def _flat(content: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _json(place: Path) -> Any:
-    try:
-        return json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{place} cannot be read: {error}") from error
-
-
 @dataclass(frozen=True)
 class _Tensors:
     """The tensors of a directory by name: the file of each, and its name there."""
@@ -138,7 +142,7 @@ class _Tensors:
 
     @classmethod
     def of(cls, place: Path) -> "_Tensors":
-        return cls(tensor_places(place, inside=True))
+        return cls(tensor_places(place))
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open

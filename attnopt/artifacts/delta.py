@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnopt.artifacts.loading import DELTA, DELTA_TYPE, checked, is_delta
+from attnopt.artifacts.loading import DELTA, DELTA_TYPE, artifact_at, checked, is_delta
 from attnopt.artifacts.manifest import (
     FOLDER,
     digest,
@@ -65,7 +65,7 @@ class Base:
         path = Path(place).absolute()
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is no checkpoint to start from: it has no config.json")
-        places = tensor_places(path, inside=False)
+        places = tensor_places(path)
         if not places:
             raise ValueError(f"{path} has no weights to start from (no safetensors file)")
         files = {file: spans_of(file) for file in {file for file, _ in places.values()}}
@@ -104,7 +104,8 @@ def export_delta(
     Without `base`, it is what the command that made the artifact names. The statistics of the plan,
     which only a replay of it reads, are left out unless asked for.
     """
-    root, config = checked(artifact, strict=True)
+    root = artifact_at(artifact)
+    config = checked(root, strict=True)
     if is_delta(config):
         raise ValueError(f"{root} is a delta already; give the whole artifact")
     source = Base.open(_source_of(root) if base is None else base)

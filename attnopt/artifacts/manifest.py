@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 FOLDER = "attnopt"
 NAME = f"{FOLDER}/manifest.json"
@@ -29,8 +31,33 @@ def write_manifest(root: Path) -> None:
 
 def write_listed(root: Path, files: Mapping[str, Mapping[str, object]]) -> None:
     """Write a manifest of files whose sizes and hashes are known."""
+    (root / NAME).write_bytes(_rendered(files))
+
+
+def _rendered(files: Mapping[str, Any]) -> bytes:
+    """Return the one text that a manifest of these files has."""
     text = json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True)
-    (root / NAME).write_text(text + "\n", encoding="utf-8")
+    return f"{text}\n".encode()
+
+
+@contextmanager
+def unchanged(root: Path) -> Generator[None]:
+    """Raise IntegrityError where another artifact took the place of one that was being read."""
+    before = _stamp(root)
+    try:
+        yield
+    finally:
+        if _stamp(root) != before:
+            raise IntegrityError(f"{root} was replaced while it was read; load it again")
+
+
+def _stamp(root: Path) -> tuple[int, int] | None:
+    """Return what a manifest shares with no other, which was written at another time."""
+    try:
+        found = (root / NAME).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def check_manifest(root: Path, *, strict: bool = True) -> None:
@@ -40,7 +67,7 @@ def check_manifest(root: Path, *, strict: bool = True) -> None:
     for name, entry in listed.items():
         place = root / name
         if name not in present:
-            raise IntegrityError(f"{place} is missing; the manifest lists it")
+            raise IntegrityError(f"{str(place)[:300]} is missing; the manifest lists it")
         if place.stat().st_size != entry["size"] or digest(place) != entry["sha256"]:
             raise IntegrityError(
                 f"{place} does not match its sha256 in manifest.json (bit rot or an edit); "
@@ -83,15 +110,18 @@ def listed_files(root: Path) -> dict[str, dict[str, object]]:
     try:
         if place.stat().st_size > _LARGEST:
             raise ValueError("larger than any manifest")
-        content = json.loads(place.read_text(encoding="utf-8"))
+        text = place.read_bytes()
+        content = json.loads(text)
         files: dict[str, dict[str, object]] = content["files"]
         format_ = content["format"]
         for name, entry in files.items():
-            inside = (root / name).resolve().is_relative_to(root.resolve())
-            if not inside or not isinstance(entry["size"], int) or len(str(entry["sha256"])) != 64:
-                raise ValueError(f"entry {name!r}")
+            outside = ".." in name.split("/") or PurePosixPath(name).is_absolute()
+            if outside or not isinstance(entry["size"], int) or len(str(entry["sha256"])) != 64:
+                raise ValueError(f"entry {name[:120]!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{place} is broken: {error}") from error
     if format_ != FORMAT:
         raise IntegrityError(f"{place} has format {format_!r}; this attnopt reads {FORMAT}")
+    if text != _rendered(files):
+        raise IntegrityError(f"{place} is not as attnopt writes it (bit rot or an edit)")
     return files

@@ -18,11 +18,11 @@ from attnopt.lowering import kinds_of, learns, weight_named
 from attnopt.perlayer import MARK
 from attnopt.program import Program
 from attnopt.stored import read_program, write_program
+from attnopt.untrusted import read_json
 
 UNDERSTANDS = ("program",)
 NAME = f"{FOLDER}/program.json"
 SHARD = 5 * 10**9
-_LARGEST = 2**28
 _FORGOTTEN = ("auto_map", "_name_or_path", "name_or_path", MARK)
 
 
@@ -142,11 +142,11 @@ def stored_places(root: Path) -> dict[str, tuple[Path, str]]:
     return _places(root, _json(root / NAME))
 
 
-def tensor_places(root: Path, *, inside: bool) -> dict[str, tuple[Path, str]]:
+def tensor_places(root: Path) -> dict[str, tuple[Path, str]]:
     """Return the file of each tensor of a checkpoint or an artifact, and its name there."""
     if holds_program(root):
         return stored_places(root)
-    found = stored_tensors(root, inside=inside) or {}
+    found = stored_tensors(root) or {}
     return {name: (path, name) for name, path in found.items()}
 
 
@@ -193,14 +193,9 @@ def _is_ours(file: str) -> bool:
 
 def _json(place: Path) -> dict[str, Any]:
     try:
-        if place.stat().st_size > _LARGEST:
-            raise ValueError("larger than any program")
-        content = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(place)
+    except (OSError, ValueError) as error:
         raise IntegrityError(f"{place} is broken: {error}") from error
-    if not isinstance(content, dict):
-        raise IntegrityError(f"{place} is broken: no JSON object")
-    return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

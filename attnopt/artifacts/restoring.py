@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from attnopt.artifacts.delta import CONTENT, FILES, Base, Shard, free_place, is_ours
-from attnopt.artifacts.loading import checked, is_delta, refuse_code
+from attnopt.artifacts.loading import artifact_at, checked, is_delta, refuse_code
 from attnopt.artifacts.manifest import (
     FOLDER,
     NAME,
@@ -30,7 +30,8 @@ def restore(
     delta: str | os.PathLike[str], base: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> Path:
     """Write the artifact that a delta was made from, bit by bit; IntegrityError on another base."""
-    root, config = checked(delta, strict=True)
+    root = artifact_at(delta)
+    config = checked(root, strict=True)
     if not is_delta(config):
         raise ValueError(f"{root} is no delta: it is whole as it is")
     source = Base.open(base)

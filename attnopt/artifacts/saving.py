@@ -23,6 +23,7 @@ from attnopt.artifacts.stock import build, stock_class, stock_config, tier_of
 from attnopt.nouns import No, Plan
 from attnopt.perlayer import UNDERSTANDS as PER_LAYER
 from attnopt.program import Program
+from attnopt.untrusted import leaves, runs_code
 from attnopt.verifying import Report
 
 _MUST_UNDERSTAND = ((), PER_LAYER, PROGRAM)
@@ -179,10 +180,8 @@ def environment(result: Result) -> dict[str, Any]:
 def carry_over(source: Path, staging: Path) -> None:
     """Copy the tokenizer and its like; links, code and pickles stay behind."""
     for place in sorted(source.iterdir()):
-        if _CARRIED.fullmatch(place.name) and place.is_file():
-            inside = place.resolve().parent
-            if place.is_symlink() and "blobs" not in inside.parts:
-                continue
+        carried = _CARRIED.fullmatch(place.name) and not runs_code(place.name)
+        if carried and place.is_file() and not leaves(place):
             shutil.copyfile(place, staging / place.name)
 
 

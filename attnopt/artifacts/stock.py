@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnopt.nouns import No
-from attnopt.perlayer import MARK, is_marked
+from attnopt.perlayer import MARK, TURN, is_marked
 from attnopt.program import Program
 
 # What configs call the number of key and value heads.
@@ -66,7 +66,7 @@ def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Modu
 
     dtypes = [t.dtype for t in weights.values() if t.is_floating_point()]
     config.dtype = max(set(dtypes), key=dtypes.count)
-    with initialization.no_init_weights():
+    with TURN, initialization.no_init_weights():
         model: Any = cls._from_config(config)
     model.tie_weights()
     with torch.no_grad():
@@ -143,7 +143,7 @@ def _holds(
 
 def _shapes_of_class(cls: Any, config: Any) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Return the names (several where weights are tied) and the shape of every stored tensor."""
-    with torch.device("meta"):
+    with TURN, torch.device("meta"):
         model = cls._from_config(config)
     model.tie_weights()
     names: dict[int, tuple[str, ...]] = {}

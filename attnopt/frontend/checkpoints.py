@@ -4,7 +4,6 @@ The model is built with allocated but untouched parameters, which take address s
 torch.export reads their shapes only. Buffers are real.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from attnopt.perlayer import TURN
+from attnopt.untrusted import (
+    check_file,
+    check_files,
+    code_of,
+    is_weight_file,
+    read_json,
+    refuse_elsewhere,
+)
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"
@@ -34,8 +43,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self.directory} has no weights, and to capture it it must run: {why}"
             )
-        model: nn.Module = type(self.model).from_pretrained(self.directory)  # type: ignore[attr-defined]
-        return model.eval()
+        return _loaded(self.model, self.directory)
 
 
 class LazyWeights(Mapping[str, Tensor]):
@@ -92,16 +100,19 @@ def open_checkpoint(
     place: str | os.PathLike[str], *, trust_remote_code: bool = False
 ) -> Checkpoint:
     """Build the architecture of a checkpoint and find its weights; nothing is loaded yet."""
-    directory, from_hub = _directory(place)
-    described = _described(directory)
+    directory = _directory(place)
+    check_files(directory)
+    described = read_json(directory / "config.json")
     _refuse_delta(directory, described)
     _refuse_quantized(directory, described)
-    if described.get("auto_map") and not trust_remote_code:
+    code = code_of(described)
+    if code is not None and not trust_remote_code:
         raise ValueError(
-            f"{directory} brings its own code (auto_map in config.json); "
+            f"{directory} brings its own code ({code} in config.json); "
             "read it, then pass trust_remote_code=True"
         )
-    stored = stored_tensors(directory, inside=not from_hub)
+    refuse_elsewhere(described, directory / "config.json")
+    stored = stored_tensors(directory)
     model = _hollow_model(directory, described, trust_remote_code)
     if stored is None:
         names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
@@ -109,9 +120,9 @@ def open_checkpoint(
         return Checkpoint(model, weights, "config only: no weights", directory)
     match = _match_names(model, stored)
     if match.converted:
-        loaded = type(model).from_pretrained(directory)  # type: ignore[attr-defined]
+        loaded = _loaded(model, directory)
         return Checkpoint(
-            loaded.eval(),
+            loaded,
             _all_tensors(loaded),
             f"loaded: {match.converted} needs conversion",
             directory,
@@ -125,7 +136,7 @@ def open_checkpoint(
 def holds_program(place: str | os.PathLike[str]) -> bool:
     """Tell whether a directory is one of attnopt's that holds a program (tier 2)."""
     config = Path(place) / "config.json"
-    return config.is_file() and _json(config).get("model_type") == "attnopt"
+    return config.is_file() and read_json(config).get("model_type") == "attnopt"
 
 
 @dataclass
@@ -137,12 +148,21 @@ class _Match:
     converted: str = ""
 
 
-def _directory(place: str | os.PathLike[str]) -> tuple[Path, bool]:
+def _loaded(model: nn.Module, directory: Path) -> nn.Module:
+    """Return a model of the same class with the weights of a directory that was checked."""
+    cls: Any = type(model)
+    loaded: nn.Module = cls.from_pretrained(
+        directory, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return loaded.eval()
+
+
+def _directory(place: str | os.PathLike[str]) -> Path:
     path = Path(place)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is no Transformers checkpoint: it has no config.json")
-        return path, False
+        return path
     if path.exists() or path.is_absolute() or str(place).startswith((".", "~")):
         raise ValueError(
             f"{place} is no checkpoint directory; allowed are such a directory, a hub id, "
@@ -161,21 +181,7 @@ def _directory(place: str | os.PathLike[str]) -> tuple[Path, bool]:
             "or download it and give the directory"
         ) from error
     assert found is not None
-    return Path(found).parent, True
-
-
-def _described(directory: Path) -> dict[str, Any]:
-    return _json(directory / "config.json")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content
+    return Path(found).parent
 
 
 def _refuse_delta(directory: Path, described: Mapping[str, Any]) -> None:
@@ -194,14 +200,13 @@ def _refuse_quantized(directory: Path, described: Mapping[str, Any]) -> None:
         )
 
 
-def stored_tensors(directory: Path, *, inside: bool) -> dict[str, Path] | None:
+def stored_tensors(directory: Path) -> dict[str, Path] | None:
     """Return the file of each stored tensor; None where the directory has no weights at all."""
-    index = directory / _INDEX
-    if index.is_file():
-        return _indexed(directory, index, inside=inside)
     if (directory / _SINGLE).is_file():
-        path = _checked(directory, _SINGLE, inside=inside)
+        path = _checked(directory, _SINGLE)
         return dict.fromkeys(_header(path), path)
+    if (directory / _INDEX).is_file():
+        return _indexed(directory, directory / _INDEX)
     pickles = [p.name for p in sorted(directory.iterdir()) if p.suffix in _PICKLES]
     if pickles:
         raise ValueError(
@@ -211,15 +216,14 @@ def stored_tensors(directory: Path, *, inside: bool) -> dict[str, Path] | None:
     return None
 
 
-def _indexed(directory: Path, index: Path, *, inside: bool) -> dict[str, Path]:
-    content = _json(index)
-    names = content.get("weight_map")
+def _indexed(directory: Path, index: Path) -> dict[str, Path]:
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(
             f"{index} has no weight_map from tensor names to file names; "
             "save the checkpoint again with save_pretrained"
         )
-    files = {n: _checked(directory, n, inside=inside) for n in sorted(set(names.values()))}
+    files = {n: _checked(directory, n) for n in sorted(set(names.values()))}
     headers = {n: set(_header(path)) for n, path in files.items()}
     for tensor, file in names.items():
         if tensor not in headers[file]:
@@ -227,17 +231,16 @@ def _indexed(directory: Path, index: Path, *, inside: bool) -> dict[str, Path]:
     return {tensor: files[file] for tensor, file in names.items()}
 
 
-def _checked(directory: Path, name: str, *, inside: bool) -> Path:
+def _checked(directory: Path, name: str) -> Path:
     """Return the path of a weight file; refuse one that leaves the directory."""
-    path = directory / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or len(Path(name).parts) != 1:
-        raise ValueError(f"{directory / _INDEX} names {name!r}, which leaves the directory")
     if not name.endswith(".safetensors"):
-        raise ValueError(f"{directory / _INDEX} names {name!r}, which is no safetensors file")
-    if inside and path.is_symlink() and path.resolve().parent != directory.resolve():
-        raise ValueError(f"{path} is a link that leaves the directory")
-    if not path.is_file():
+        raise ValueError(f"{directory / _INDEX} names {name[:120]!r}, which is no safetensors file")
+    if not is_weight_file(name):
+        raise ValueError(f"{directory / _INDEX} names {name[:120]!r}, which leaves the directory")
+    path = directory / name
+    if not path.exists() and not path.is_symlink():
         raise ValueError(f"{path} is missing; {directory / _INDEX} names it")
+    check_file(path)
     return path
 
 
@@ -267,7 +270,7 @@ def _hollow_model(
             f"{transformers.__version__} (model_type {described.get('model_type')!r})"
         ) from error
     cls = _model_class(directory, config, described, trust_remote_code)
-    with initialization.no_init_weights():
+    with TURN, initialization.no_init_weights():
         model: Any = cls._from_config(config)
     model.tie_weights()
     _read_generation(model, directory / "generation_config.json")
@@ -284,7 +287,7 @@ def _read_generation(model: Any, path: Path) -> None:
     from transformers import GenerationConfig
 
     try:
-        model.generation_config = GenerationConfig.from_dict(_json(path))
+        model.generation_config = GenerationConfig.from_dict(read_json(path))
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no generation config: {error}") from error
 
