@@ -1,0 +1,264 @@
+"""Make a table of the zoo: stored, compiled, exported, decoding, each against the stock model.
+
+    python tests/bench/deploy.py
+    python tests/bench/deploy.py --only llama bert
+    python tests/bench/deploy.py --sample 8
+
+Every model is measured in a process of its own with a time limit; a crash ends one check of one
+model. What is measured is written as it comes: an interrupted run goes on where it was, and
+`--only` replaces the rows that it names. Exit status 1 where a check fails.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from harness import RESULTS, machine
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+SHARED: Final = ROOT.parent / "shared" / "zoo"
+SCRIPT: Final = ROOT / "tests" / "zoo_deploy.py"
+MARK: Final = "@deploy "
+CHECKS: Final = (
+    "stored",
+    "compiled",
+    "onnx",
+    "tokens_lowered",
+    "tokens_compiled",
+    "tokens_onnx",
+    "mutants",
+)
+SAMPLE: Final = ("llama", "bert", "t5", "gpt2", "vit", "gemma2", "wav2vec2", "mamba")
+"""Unlike each other; a shorter sample takes the first of them."""
+LIMIT: Final = 240.0
+"""Seconds that the checks of one model may take."""
+IN_PARTS: Final = ("in parts", "cross_key", "cross_value")
+"""Words of the reasons for which the models of two graphs are not exported yet."""
+
+Row = dict[str, Any]
+
+
+def measure(name: str, inner: str, limit: float) -> Row:
+    """Fill in one row; where a process dies, the checks that are left run in another."""
+    start = time.monotonic()
+    checks: dict[str, Row] = {}
+    while left := [check for check in CHECKS if check not in checks]:
+        remaining = limit - (time.monotonic() - start)
+        if remaining < 10:
+            checks |= {check: _failed("no time was left") for check in left}
+            break
+        checks |= _checked(name, left, inner, remaining)
+    ordered = {check: checks[check] for check in CHECKS}
+    seconds = round(time.monotonic() - start, 1)
+    return {"model": name, "checks": ordered, "seconds": seconds}
+
+
+def _checked(name: str, checks: Sequence[str], inner: str, limit: float) -> dict[str, Row]:
+    """Run checks in a process; the one that it died of is failed, those after it are absent."""
+    words = [sys.executable, "-P", str(SCRIPT), "check", name, *checks, "--inner", inner]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        ended = _run(words, out, err, limit)
+        out.seek(0)
+        err.seek(0)
+        lines = [json.loads(x.removeprefix(MARK)) for x in out if x.startswith(MARK)]
+        said = err.read().strip().splitlines()
+    found = {x.pop("check"): x for x in lines if "check" in x}
+    if ended:
+        at = next((x["started"] for x in lines[::-1] if "started" in x), checks[0])
+        last = said[-1][:200] if said else "it said nothing"
+        found.setdefault(at, _failed(ended if ended.startswith("took") else f"{ended}: {last}"))
+    missing = [] if found else checks
+    return found | {check: _failed("its process said nothing") for check in missing}
+
+
+def _run(words: Sequence[str], out: Any, err: Any, limit: float) -> str:
+    """Run a process, and end it with those that it started at the limit; return how it died."""
+    paths = (str(SHARED), str(SCRIPT.parent), os.environ.get("PYTHONPATH", ""))
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, stdout=out, stderr=err, start_new_session=True, env={**os.environ, **own}
+    )
+    try:
+        status = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return f"took more than {limit:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "" if status == 0 else f"ended with status {status}"
+
+
+def _failed(why: str) -> Row:
+    return {"status": "failed", "reason": why, "seconds": 0.0}
+
+
+# ------------------------------------------------------------------------------------- the file
+
+
+def read(place: Path) -> list[Row]:
+    """Read the rows of a file."""
+    rows: list[Row] = json.loads(place.read_text())["rows"] if place.is_file() else []
+    return rows
+
+
+def write(place: Path, rows: Iterable[Row], *, complete: bool) -> None:
+    """Write all rows, in the order of the zoo, in one step."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), "complete": complete, "rows": list(rows)}
+    staged = place.with_name(f"{place.name}.new")
+    staged.write_text(json.dumps(content, indent=1) + "\n")
+    staged.replace(place)
+
+
+def interrupted(place: Path) -> list[Row]:
+    """Return the rows of a run that was interrupted; none where the file is complete."""
+    if not place.is_file() or json.loads(place.read_text()).get("complete", True):
+        return []
+    return read(place)
+
+
+# ------------------------------------------------------------------------------------ the table
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a table in Markdown."""
+    yield f"| model | {' | '.join(check.replace('_', ' ') for check in CHECKS)} | s |"
+    yield f"|---|{'---|' * (len(CHECKS) + 1)}"
+    for row in rows:
+        cells = [cell(check, row["checks"][check]) for check in CHECKS]
+        yield f"| {row['model']} | {' | '.join(cells)} | {row['seconds']:.0f} |"
+
+
+def cell(name: str, found: Row) -> str:
+    """Say in a few words how a check came out."""
+    if found["status"] != "passed":
+        return {"failed": "**failed**", "refused": "refused", "n/a": ""}[found["status"]]
+    if name == "stored":
+        return f"equal, tier {found['tier']}"
+    if name == "compiled":
+        return f"{found['found']} of {found['sites']}, {found['rms_ratio']:.2f}x"
+    if name == "onnx":
+        return f"{max(found['exporter'], found['here']):.0e}"
+    if name == "mutants":
+        return f"{len(found['caught'])} noticed"
+    return f"{found['equal']} of {found['of']} ({found['distinct']})"
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what passed of how many, and the reasons of everything else."""
+    parts = []
+    for check in CHECKS:
+        states = [row["checks"][check]["status"] for row in rows]
+        asked = len(states) - states.count("n/a")
+        refused = f" ({states.count('refused')} refused)" if "refused" in states else ""
+        parts.append(f"{check} {states.count('passed')} of {asked}{refused}")
+    yield f"{len(rows)} models: {'; '.join(parts)}"
+    for row in rows:
+        for check, found in row["checks"].items():
+            if found["status"] in ("failed", "refused"):
+                yield f"  {row['model']} {check} {found['status']}: {found['reason']}"
+    yield from _about_tokens(rows)
+
+
+def _about_tokens(rows: Sequence[Row]) -> Iterator[str]:
+    """Say which texts prove little, and how often a mutant writes the text of the stock model."""
+    counts = {
+        row["model"]: found["distinct"]
+        for row in rows
+        if "distinct" in (found := row["checks"]["tokens_lowered"])
+    }
+    few = [f"{name} ({count})" for name, count in counts.items() if count < 4]
+    yield f"texts of fewer than 4 different tokens: {', '.join(few) or 'none'}"
+    made = [by for row in rows for by in row["checks"]["mutants"].get("caught", {}).values()]
+    texts = [by["tokens"] for by in made if "tokens" in by]
+    yield f"mutants that write another text: {sum(texts)} of {len(texts)}"
+
+
+def bad(row: Row) -> list[str]:
+    """List the checks that count as failed; a model of two graphs may be refused by ONNX."""
+    return [
+        check
+        for check, found in row["checks"].items()
+        if found["status"] == "failed"
+        or (found["status"] == "refused" and not any(w in found["reason"] for w in IN_PARTS))
+    ]
+
+
+def line(row: Row, number: int, count: int) -> str:
+    """Say how one model came out."""
+    short = [f"{check}: {row['checks'][check]['status']}" for check in CHECKS]
+    shown = [text for text in short if not text.endswith((": passed", ": n/a"))]
+    verdict = "; ".join(shown) or "all passed"
+    return f"{number:3} of {count} {row['model']:28} {row['seconds']:6.1f} s  {verdict}"
+
+
+# ---------------------------------------------------------------------------------------- start
+
+
+def names_of_zoo() -> list[str]:
+    """List the models of the zoo without importing them into this process."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import zoo; print(*zoo.ZOO)"
+    words = [sys.executable, "-c", code, str(SHARED)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1].split()
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these models")
+    parser.add_argument("--sample", type=int, help="a fixed sample of so many models")
+    parser.add_argument("--out", type=Path, help="the file of results")
+    parser.add_argument("--inner", default="eager", help="what compiles the rewritten graphs")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one model")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    given = options(arguments)
+    if not SHARED.is_dir():
+        print("skipped: ../shared absent")
+        return 0
+    if given.sample is not None and not 1 <= given.sample <= len(SAMPLE):
+        raise SystemExit(f"--sample {given.sample}: it is 1 to {len(SAMPLE)}")
+    order = names_of_zoo()
+    wanted = given.only or (SAMPLE[: given.sample] if given.sample else order)
+    unknown = sorted(set(wanted) - set(order))
+    if unknown:
+        raise SystemExit(f"the zoo has no {', '.join(unknown)}")
+    whole = wanted is order
+    place = given.out or (None if given.sample else RESULTS / "deploy.json")
+    kept = _kept(place, whole=whole)
+    if whole and kept:
+        print(f"{len(kept)} models were measured before the interruption", flush=True)
+    rows = {row["model"]: row for row in kept}
+    todo = [name for name in wanted if not (whole and name in rows)]
+    complete = not whole and set(rows) >= set(order)
+    for number, name in enumerate(todo, 1):
+        rows[name] = measure(name, given.inner, given.limit)
+        print(line(rows[name], number, len(todo)), flush=True)
+        if place is not None:
+            done = complete or (whole and number == len(todo))
+            write(place, [rows[n] for n in order if n in rows], complete=done)
+    made = [rows[name] for name in order if name in rows and (whole or name in wanted)]
+    print("\n".join(["", *table(made), "", *summary(made)]))
+    return int(any(bad(row) for row in made))
+
+
+def _kept(place: Path | None, *, whole: bool) -> list[Row]:
+    """Return the rows of a file that this run leaves as they are."""
+    if place is None:
+        return []
+    return interrupted(place) if whole else read(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
