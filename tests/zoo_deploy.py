@@ -1,25 +1,23 @@
 """Check every way to deploy one model of the zoo against the stock model, each check by itself.
 
-    python tests/zoo_deploy.py check llama stored compiled
-    python tests/zoo_deploy.py reload llama FOLDER
+    python tests/zoo_deploy.py SHELF llama bert
 
-`check` writes a line before and after each check, so that what was measured outlives a crash;
-`reload` is the fresh process that loads what `stored` saved. tests/bench/deploy.py runs it for
-every model, with the zoo of ../shared first on the path.
+tests/bench/deploy.py calls `check` in a process for each model, which writes a line before and
+after each check, so that what was measured outlives a crash. Called as a script this is the fresh
+process that loads what `stored` put on the shelf.
 """
 
-import argparse
 import contextlib
+import io
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -75,6 +73,7 @@ class Case:
     """A model of the zoo and what is made of it, each made once when it is needed."""
 
     name: str
+    shelf: Path = field(default_factory=Path)
     inner: str = "eager"
     folder: Path = field(default_factory=Path)
 
@@ -133,7 +132,7 @@ def same_tokens(got: Decoded, want: Decoded) -> Facts:
     same = got.tokens == want.tokens
     facts: Facts = {"equal": int(same.sum()), "of": same.numel(), "distinct": want.distinct}
     if same.all():
-        return facts
+        return {**facts, "logits_differ": float((got.logits - want.logits).abs().max())}
     step = int((~same).any(0).nonzero()[0])
     row = int((~same[:, step]).nonzero()[0])
     logits = want.logits[row, step]
@@ -166,59 +165,45 @@ def _difference(got: Tensor, want: Tensor) -> float:
 
 
 def check_stored(case: Case) -> Facts:
-    """Save in both tiers; a fresh process computes the same bits and tokens."""
+    """Save in both tiers, with what a process that loads them must compute, bit by bit."""
     stock, lowered = case.subject.model, case.lowered
-    attnopt.save(case.program, case.folder / "program", tier=2)
-    attnopt.save(case.program, case.folder / "natural")
-    tier = _tier(case.folder / "natural")
+    place = case.shelf / case.name
+    attnopt.save(case.program, place / "program", tier=2)
+    attnopt.save(case.program, place / "natural")
+    tier = _tier(place / "natural")
     for folder, model in (("program", lowered), ("natural", lowered if tier == 2 else stock)):
         wanted: dict[str, Any] = {"outputs": [case.outputs(model, d) for d in range(DRAWS)]}
         if case.task == "lm":
             wanted["tokens"] = decoded(model, case.subject.kwargs).tokens
-        torch.save(wanted, case.folder / f"{folder}.pt")
-    found = _reloaded(case)
-    wrong = [f"{folder}: {text}" for folder, told in found.items() for text in _wrong(told)]
-    if wrong:
-        raise DiffersError("; ".join(wrong), tier=tier, **found)
-    return {"tier": tier, **found}
+        torch.save(wanted, place / f"{folder}.pt")
+    return {"tier": tier}
 
 
 def _tier(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text())["attnopt"]["tier"])
 
 
-def _wrong(told: Facts) -> Iterator[str]:
-    if told["difference"]:
-        yield f"outputs differ by {told['difference']:.1e}"
-    if told["tokens_differ"]:
-        yield f"{told['tokens_differ']} tokens differ"
+def reload(shelf: Path, name: str) -> Facts:
+    """Load what `stored` saved, and compare it with what the models computed then."""
+    return settled(lambda: {"loaded": dict(_reloaded(Case(name), shelf / name))})
 
 
-def _reloaded(case: Case) -> dict[str, Facts]:
-    words = [sys.executable, "-P", __file__, "reload", case.name, str(case.folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise DiffersError(f"the fresh process ended with {done.returncode}: {last}")
-    (line,) = (x for x in done.stdout.splitlines() if x.startswith(MARK))
-    found: dict[str, Facts] = json.loads(line.removeprefix(MARK))
-    return found
-
-
-def reload(name: str, folder: Path) -> dict[str, Facts]:
-    """Load both directories and compare them with what was saved beside them."""
-    case, found = Case(name), {}
-    for place in (folder / "program", folder / "natural"):
-        stock = _tier(place) < 2
-        model: Any = attnopt.load(place, **({"attn_implementation": "eager"} if stock else {}))
-        wanted = torch.load(place.with_suffix(".pt"))
+def _reloaded(case: Case, place: Path) -> Iterator[tuple[str, Facts]]:
+    for folder in ("program", "natural"):
+        stock = _tier(place / folder) < 2
+        options = {"attn_implementation": "eager"} if stock else {}
+        model: Any = attnopt.load(place / folder, **options)
+        wanted = torch.load(place / f"{folder}.pt")
         deltas = [same_bits(case.outputs(model, d), x) for d, x in enumerate(wanted["outputs"])]
         differ = 0
         if "tokens" in wanted:
             tokens = decoded(model, case.subject.kwargs).tokens
             differ = int((tokens != wanted["tokens"]).sum())
-        found[place.name] = {"difference": max(deltas), "tokens_differ": differ}
-    return found
+        if differ or max(deltas):
+            raise DiffersError(
+                f"{folder}: outputs differ by {max(deltas):.1e}, and {differ} tokens differ"
+            )
+        yield folder, {"difference": max(deltas), "tokens_differ": differ}
 
 
 # ------------------------------------------------------------------------------------- compiled
@@ -241,7 +226,8 @@ def compiled(case: Case) -> Iterator[Any]:
 
 def check_compiled(case: Case) -> Facts:
     """Compile the model: every attention is rewritten, and it is as exact as the stock one."""
-    stock = zoo_parity.subject(case.name, "eager", case.task)
+    # Whole calls; decoding step by step is compared by its tokens.
+    stock = replace(zoo_parity.subject(case.name, "eager", case.task), task="base")
     with compiled(case) as model:
         verdict = zoo_parity.parity(stock, {"compiled": model})["compiled"]
         report = attnopt.compile_report()
@@ -289,9 +275,15 @@ def check_onnx(case: Case) -> Facts:
 
 def onnx_difference(case: Case, file: Path, draw: int) -> float:
     """Return how far the file is from the stock model on one call, at valid positions."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     call = zoo_parity.drawn(case.subject, draw)
-    got = run_file(file, call)
-    return distance(case, call, got, stock_outputs(case, call))
+    if "position_ids" in {i.name for i in session.get_inputs()} - call.keys():
+        call["position_ids"] = (call["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return distance(case, call, run_session(session, call), stock_outputs(case, call))
 
 
 @torch.no_grad()
@@ -300,16 +292,8 @@ def stock_outputs(case: Case, call: dict[str, Any]) -> Named:
     return zoo_parity.compared(case.subject.model(**call))
 
 
-def run_file(file: Path, call: dict[str, Tensor]) -> Named:
+def run_session(session: Any, call: dict[str, Tensor]) -> Named:
     """Run a file in ONNX Runtime, from an empty cache where it takes one."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    mask = call.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        call = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), **call}
     rows = len(next(iter(call.values())))
     given = {
         i.name: call[i.name].numpy() if i.name in call else torch.zeros(_sizes(i, rows)).numpy()
@@ -417,22 +401,26 @@ CHECKS: Final[dict[str, Callable[[Case], Facts]]] = {
 
 
 def measure(case: Case, check: str) -> Facts:
-    """Return how one check came out: passed, failed, refused or not applicable, and why."""
+    """Return how one check came out, and how long it took."""
     start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        case.folder = Path(folder)
+        found = settled(lambda: CHECKS[check](case))
+    return {**found, "seconds": round(time.monotonic() - start, 2)}
+
+
+def settled(work: Callable[[], Facts]) -> Facts:
+    """Return what was measured: passed, failed, refused or not applicable, and why."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            case.folder = Path(folder)
-            status, why, facts = "passed", "", CHECKS[check](case)
+        return {"status": "passed", "reason": "", **work()}
     except DiffersError as error:
-        status, why, facts = "failed", str(error), error.facts
+        return {"status": "failed", "reason": str(error), **error.facts}
     except NotApplicableError as error:
-        status, why, facts = "n/a", str(error), {}
+        return {"status": "n/a", "reason": str(error)}
     except NotImplementedError as error:
-        status, why, facts = "refused", _first_line(error), {}
+        return {"status": "refused", "reason": _first_line(error)}
     except Exception as error:
-        status, why, facts = "failed", _told(error), {}
-    seconds = round(time.monotonic() - start, 2)
-    return {"status": status, "reason": why, "seconds": seconds, **facts}
+        return {"status": "failed", "reason": _told(error)}
 
 
 def _first_line(error: BaseException) -> str:
@@ -451,27 +439,41 @@ def say(content: Any) -> None:
     print(MARK + json.dumps(content), flush=True)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    checking = commands.add_parser("check")
-    checking.add_argument("name")
-    checking.add_argument("checks", nargs="*", default=list(CHECKS))
-    checking.add_argument("--inner", default="eager")
-    reloading = commands.add_parser("reload")
-    reloading.add_argument("name")
-    reloading.add_argument("folder", type=Path)
-    given = parser.parse_args(arguments)
+def prepare() -> None:
+    """Settle what every process needs."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
-    if given.command == "reload":
-        say(reload(given.name, given.folder))
-        return 0
-    case = Case(given.name, given.inner)
-    for check in given.checks:
-        say({"started": check})
-        say({"check": check, **measure(case, check)})
+    transformers.utils.logging.disable_progress_bar()
+
+
+def warm() -> None:
+    """Have torch import what its exporters and its compiler import at their first use."""
+    import onnxruntime  # noqa: F401
+
+    example = torch.nn.Linear(2, 2)
+    given = (torch.ones(2, 2),)
+    torch.export.export(example, given)
+    torch.compile(example, backend="eager", dynamic=True)(*given)
+    with contextlib.redirect_stderr(io.StringIO()):
+        torch.onnx.export(example, given, dynamo=True, verbose=False)
+    torch._dynamo.reset()
+
+
+def check(name: str, checks: Sequence[str], inner: str, shelf: Path) -> None:
+    """Run checks of one model, and write a line before and after each."""
+    case = Case(name, shelf, inner)
+    for each in checks:
+        say({"started": each})
+        say({"check": each, **measure(case, each)})
+
+
+def main(arguments: Sequence[str]) -> int:
+    shelf, *names = arguments
+    prepare()
+    for name in names:
+        say({"started": name})
+        say({"name": name, **reload(Path(shelf), name)})
     return 0
 
 

@@ -10,14 +10,18 @@ model. What is measured is written as it comes: an interrupted run goes on where
 """
 
 import argparse
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,61 +44,126 @@ SAMPLE: Final = ("llama", "bert", "t5", "gpt2", "vit", "gemma2", "wav2vec2", "ma
 """Unlike each other; a shorter sample takes the first of them."""
 LIMIT: Final = 240.0
 """Seconds that the checks of one model may take."""
+RELOAD: Final = 60.0
+"""Seconds that loading the directories of one model may take."""
 IN_PARTS: Final = ("in parts", "cross_key", "cross_value")
 """Words of the reasons for which the models of two graphs are not exported yet."""
+
+BATCH: Final = 12
+"""How many models a fresh process loads; importing takes longer than loading them all."""
 
 Row = dict[str, Any]
 
 
-def measure(name: str, inner: str, limit: float) -> Row:
-    """Fill in one row; where a process dies, the checks that are left run in another."""
-    start = time.monotonic()
-    checks: dict[str, Row] = {}
-    while left := [check for check in CHECKS if check not in checks]:
-        remaining = limit - (time.monotonic() - start)
-        if remaining < 10:
-            checks |= {check: _failed("no time was left") for check in left}
-            break
-        checks |= _checked(name, left, inner, remaining)
-    ordered = {check: checks[check] for check in CHECKS}
-    seconds = round(time.monotonic() - start, 1)
-    return {"model": name, "checks": ordered, "seconds": seconds}
+@dataclass(frozen=True)
+class Bench:
+    """What measures models: a module that this process has imported, for processes forked of it."""
+
+    checks: Any
+    inner: str
+    limit: float
+    shelf: Path
+
+    def measure(self, name: str) -> Row:
+        """Fill in a row; where a process dies, the checks that are left run in another."""
+        start = time.monotonic()
+        found: dict[str, Row] = {}
+        while left := [check for check in CHECKS if check not in found]:
+            remaining = self.limit - (time.monotonic() - start)
+            if remaining < 5:
+                found |= {check: _failed("no time was left") for check in left}
+                break
+            found |= self._checked(name, left, remaining)
+        ordered = {check: found[check] for check in CHECKS}
+        return {"model": name, "checks": ordered, "seconds": round(time.monotonic() - start, 1)}
+
+    def _checked(self, name: str, checks: Sequence[str], limit: float) -> dict[str, Row]:
+        """Run checks in a process; the one that it died of is failed, those after it are absent."""
+        work = lambda: self.checks.check(name, checks, self.inner, self.shelf)  # noqa: E731
+        lines, ended = _in_a_process(lambda out, err: _forked(work, out, err), limit)
+        found = {x.pop("check"): x for x in lines if "check" in x}
+        if ended:
+            at = next((x["started"] for x in lines[::-1] if "started" in x), checks[0])
+            found.setdefault(at, _failed(ended))
+        return found or {check: _failed("its process said nothing") for check in checks}
+
+    def reload(self, rows: Sequence[Row]) -> None:
+        """Load in a fresh process what the rows' models saved, and put into them what came out."""
+        left = {row["model"]: row["checks"]["stored"] for row in rows if unsettled(row)}
+        while left:
+            lines, ended = _in_a_process(
+                lambda out, err: _fresh([str(self.shelf), *left], out, err), RELOAD * len(left)
+            )
+            for found in [x for x in lines if "name" in x]:
+                left.pop(found.pop("name")).update(found)
+            if ended:
+                at = next((x["started"] for x in lines[::-1] if "started" in x), next(iter(left)))
+                left.pop(at, {}).update(status="failed", reason=f"while loading: {ended}")
+        for row in rows:
+            shutil.rmtree(self.shelf / row["model"], ignore_errors=True)
 
 
-def _checked(name: str, checks: Sequence[str], inner: str, limit: float) -> dict[str, Row]:
-    """Run checks in a process; the one that it died of is failed, those after it are absent."""
-    words = [sys.executable, "-P", str(SCRIPT), "check", name, *checks, "--inner", inner]
+def unsettled(row: Row) -> bool:
+    """Tell whether what a model saved has not been loaded yet."""
+    stored = row["checks"]["stored"]
+    return stored["status"] == "passed" and "loaded" not in stored
+
+
+def _in_a_process(begin: Callable[[Any, Any], int], limit: float) -> tuple[list[Row], str]:
+    """Run a process with those that it starts; return the lines of its results, and how it died."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        ended = _run(words, out, err, limit)
+        ended = _waited(begin(out, err), limit)
         out.seek(0)
         err.seek(0)
         lines = [json.loads(x.removeprefix(MARK)) for x in out if x.startswith(MARK)]
         said = err.read().strip().splitlines()
-    found = {x.pop("check"): x for x in lines if "check" in x}
-    if ended:
-        at = next((x["started"] for x in lines[::-1] if "started" in x), checks[0])
-        last = said[-1][:200] if said else "it said nothing"
-        found.setdefault(at, _failed(ended if ended.startswith("took") else f"{ended}: {last}"))
-    missing = [] if found else checks
-    return found | {check: _failed("its process said nothing") for check in missing}
+    return lines, f"{ended} ({said[-1][:200]})" if ended and said else ended
 
 
-def _run(words: Sequence[str], out: Any, err: Any, limit: float) -> str:
-    """Run a process, and end it with those that it started at the limit; return how it died."""
-    paths = (str(SHARED), str(SCRIPT.parent), os.environ.get("PYTHONPATH", ""))
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        words, stdout=out, stderr=err, start_new_session=True, env={**os.environ, **own}
-    )
+def _forked(work: Callable[[], None], out: Any, err: Any) -> int:
+    """Do something in a copy of this process, in a process group of its own."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    status = 1
     try:
-        status = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return f"took more than {limit:.0f} s"
+        os.setsid()
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "" if status == 0 else f"ended with status {status}"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _fresh(arguments: Sequence[str], out: Any, err: Any) -> int:
+    """Start a new interpreter, the zoo of ../shared first on its path."""
+    paths = (str(SHARED), str(SCRIPT.parent), os.environ.get("PYTHONPATH", ""))
+    own = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    words = [sys.executable, "-P", str(SCRIPT), *arguments]
+    return subprocess.Popen(words, stdout=out, stderr=err, start_new_session=True, env=own).pid
+
+
+def _waited(process: int, limit: float) -> str:
+    """Wait for a process, end its group at the limit, and say how it died."""
+    end, state = time.monotonic() + limit, (0, 0)
+    try:
+        while not state[0] and time.monotonic() < end:
+            state = os.waitpid(process, os.WNOHANG)
+            time.sleep(0.02)
+    finally:
+        if not state[0]:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    if not state[0]:
+        return f"took more than {limit:.0f} s"
+    status = os.waitstatus_to_exitcode(state[1])
+    return "" if status == 0 else f"its process ended with status {status}"
 
 
 def _failed(why: str) -> Row:
@@ -123,7 +192,7 @@ def interrupted(place: Path) -> list[Row]:
     """Return the rows of a run that was interrupted; none where the file is complete."""
     if not place.is_file() or json.loads(place.read_text()).get("complete", True):
         return []
-    return read(place)
+    return [row for row in read(place) if not unsettled(row)]
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -204,12 +273,14 @@ def line(row: Row, number: int, count: int) -> str:
 # ---------------------------------------------------------------------------------------- start
 
 
-def names_of_zoo() -> list[str]:
-    """List the models of the zoo without importing them into this process."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import zoo; print(*zoo.ZOO)"
-    words = [sys.executable, "-c", code, str(SHARED)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()[-1].split()
+def loaded_checks() -> Any:
+    """Import the checks with the zoo of ../shared; the processes of all models are copies of it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[1:1] = [str(SHARED), str(SCRIPT.parent)]
+    checks = importlib.import_module(SCRIPT.stem)
+    checks.prepare()
+    checks.warm()
+    return checks
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -229,28 +300,45 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if given.sample is not None and not 1 <= given.sample <= len(SAMPLE):
         raise SystemExit(f"--sample {given.sample}: it is 1 to {len(SAMPLE)}")
-    order = names_of_zoo()
+    checks = loaded_checks()
+    order = list(checks.zoo.ZOO)
     wanted = given.only or (SAMPLE[: given.sample] if given.sample else order)
     unknown = sorted(set(wanted) - set(order))
     if unknown:
         raise SystemExit(f"the zoo has no {', '.join(unknown)}")
-    whole = wanted is order
     place = given.out or (None if given.sample else RESULTS / "deploy.json")
-    kept = _kept(place, whole=whole)
-    if whole and kept:
-        print(f"{len(kept)} models were measured before the interruption", flush=True)
-    rows = {row["model"]: row for row in kept}
-    todo = [name for name in wanted if not (whole and name in rows)]
-    complete = not whole and set(rows) >= set(order)
-    for number, name in enumerate(todo, 1):
-        rows[name] = measure(name, given.inner, given.limit)
-        print(line(rows[name], number, len(todo)), flush=True)
-        if place is not None:
-            done = complete or (whole and number == len(todo))
-            write(place, [rows[n] for n in order if n in rows], complete=done)
-    made = [rows[name] for name in order if name in rows and (whole or name in wanted)]
+    rows = {row["model"]: row for row in _kept(place, whole=wanted is order)}
+    with tempfile.TemporaryDirectory() as shelf:
+        bench = Bench(checks, given.inner, given.limit, Path(shelf))
+        fill(bench, rows, wanted, order, place)
+    made = [rows[name] for name in order if name in wanted]
     print("\n".join(["", *table(made), "", *summary(made)]))
     return int(any(bad(row) for row in made))
+
+
+def fill(
+    bench: Bench,
+    rows: dict[str, Row],
+    wanted: Sequence[str],
+    order: Sequence[str],
+    place: Path | None,
+) -> None:
+    """Measure the models that are wanted; of the whole zoo, those that have no row yet."""
+    whole = wanted is order
+    todo = [name for name in wanted if not (whole and name in rows)]
+    if len(todo) < len(wanted):
+        print(f"{len(rows)} models were measured before an interruption", flush=True)
+    saved: list[Row] = []
+    for number, name in enumerate(todo, 1):
+        rows[name] = bench.measure(name)
+        saved.append(rows[name])
+        if len(saved) == BATCH or number == len(todo):
+            bench.reload(saved)
+            saved = []
+        print(line(rows[name], number, len(todo)), flush=True)
+        if place is not None:
+            complete = set(rows) >= set(order) and (number == len(todo) or not whole)
+            write(place, [rows[n] for n in order if n in rows], complete=complete)
 
 
 def _kept(place: Path | None, *, whole: bool) -> list[Row]:
