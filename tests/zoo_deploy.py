@@ -32,6 +32,8 @@ from transformers import GenerationMixin
 import attnopt
 
 TOKENS: Final = 64
+STEPS: Final = 16
+"""How many tokens the exporter decodes for its own comparison."""
 LIMIT: Final = 1e-4
 """How much a logit of ONNX Runtime may differ."""
 DRAWS: Final = 2
@@ -255,7 +257,7 @@ def check_compiled(case: Case) -> Facts:
 
 def check_onnx(case: Case) -> Facts:
     """Export, and run the file on calls of its own beside the comparison of the exporter."""
-    made = attnopt.export_onnx(case.program, case.folder / "onnx")
+    made = attnopt.export_onnx(case.program, case.folder / "onnx", steps=STEPS)
     cases = made.parity.cases
     told = max((c.max_delta_logit for c in cases), default=math.inf)
     facts: Facts = {"exporter": told, "largest": max((c.largest_logit for c in cases), default=0.0)}

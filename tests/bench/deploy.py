@@ -10,6 +10,7 @@ model. What is measured is written as it comes: an interrupted run goes on where
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -280,6 +281,9 @@ def loaded_checks() -> Any:
     checks = importlib.import_module(SCRIPT.stem)
     checks.prepare()
     checks.warm()
+    # What is imported by now is never collected, and no process lives long enough to need it.
+    gc.freeze()
+    gc.disable()
     return checks
 
 
@@ -326,6 +330,8 @@ def fill(
     """Measure the models that are wanted; of the whole zoo, those that have no row yet."""
     whole = wanted is order
     todo = [name for name in wanted if not (whole and name in rows)]
+    # Language models take the longest.
+    todo.sort(key=lambda name: name in bench.checks.zoo.LM)
     if len(todo) < len(wanted):
         print(f"{len(rows)} models were measured before an interruption", flush=True)
     saved: list[Row] = []
