@@ -257,6 +257,22 @@ def test_writes_are_kept_or_the_graph_is_left_alone(through_view):
     assert bool(attnopt.compile_report().rewritten) is not through_view
 
 
+class MasksInPlace(nn.Module):
+    """Attention that writes its mask into the scores, after another tensor took their size."""
+
+    def forward(self, q, k, v, hidden):
+        scores = q @ k.transpose(-1, -2)
+        scores.masked_fill_(hidden[:, None, None].expand_as(scores), -1e9)
+        return torch.softmax(scores, dim=-1) @ v
+
+
+def test_a_write_is_taken_out_where_another_tensor_has_only_the_size():
+    operands = (*qkv(), torch.arange(9).expand(2, -1) > 6)
+    got = compiled(MasksInPlace())(*operands)
+    torch.testing.assert_close(got, MasksInPlace()(*operands))
+    assert len(attnopt.compile_report().rewritten) == 1
+
+
 def test_the_backend_is_registered_by_its_entry_point_alone():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, name = project["entry-points"]["torch_dynamo_backends"]["attnopt"].split(":")

@@ -87,7 +87,7 @@ def _why_not(write: fx.Node) -> No | None:
     target = write.args[0] if write.args else None
     if not isinstance(target, fx.Node) or _returning(write) is None:
         return No("the graph changes a tensor in place", write.name)
-    shared = [u for u in target.users if u < write and u.users and _is_view(u)]
+    shared = [u for u in target.users if u < write and u.users and _is_view_of(u, target)]
     if _is_view(target) or shared:
         return No("the graph changes a tensor in place that other tensors share", write.name)
     return None
@@ -110,6 +110,16 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return True
     return any(r.alias_info is not None for r in schema_of(node.target).returns)
+
+
+def _is_view_of(node: fx.Node, operand: fx.Node) -> bool:
+    """Tell whether a node may share the memory of this operand, and does not only read its size."""
+    if not _is_view(node) or not isinstance(node.target, OpOverload):
+        return _is_view(node)
+    arguments = schema_of(node.target).arguments
+    given = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    shared = [given.get(a.name) for a in arguments if a.alias_info is not None]
+    return any(operand is x or (isinstance(x, list | tuple) and operand in x) for x in shared)
 
 
 def _listed(output: fx.Node) -> tuple[Any, ...]:
