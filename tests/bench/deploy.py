@@ -45,6 +45,8 @@ SAMPLE: Final = ("llama", "bert", "t5", "gpt2", "vit", "gemma2", "wav2vec2", "ma
 """Unlike each other; a shorter sample takes the first of them."""
 LIMIT: Final = 240.0
 """Seconds that the checks of one model may take."""
+LEAST: Final = 5.0
+"""Seconds that a process needs to be worth starting."""
 RELOAD: Final = 60.0
 """Seconds that loading the directories of one model may take."""
 IN_PARTS: Final = ("in parts", "cross_key", "cross_value")
@@ -71,7 +73,7 @@ class Bench:
         found: dict[str, Row] = {}
         while left := [check for check in CHECKS if check not in found]:
             remaining = self.limit - (time.monotonic() - start)
-            if remaining < 5:
+            if remaining < LEAST:
                 found |= {check: _failed("no time was left") for check in left}
                 break
             found |= self._checked(name, left, remaining)
@@ -132,6 +134,7 @@ def _forked(work: Callable[[], None], out: Any, err: Any) -> int:
         os.setsid()
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         work()
         status = 0
     except BaseException:
