@@ -429,7 +429,9 @@ def settled(work: Callable[[], Facts]) -> Facts:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]
+    lines = str(error).strip().splitlines() or ["no message"]
+    # A compiler says first which backend it was.
+    return " ".join(lines[: 1 + lines[0].endswith("raised:")])[:300]
 
 
 def _told(error: BaseException) -> str:

@@ -88,7 +88,7 @@ def _why_not(write: fx.Node) -> No | None:
     if not isinstance(target, fx.Node) or _returning(write) is None:
         return No("the graph changes a tensor in place", write.name)
     shared = [u for u in target.users if u < write and u.users and _is_view_of(u, target)]
-    if _is_view(target) or shared:
+    if shared or not _is_only_name(target, write):
         return No("the graph changes a tensor in place that other tensors share", write.name)
     return None
 
@@ -114,12 +114,36 @@ def _is_view(node: fx.Node) -> bool:
 
 def _is_view_of(node: fx.Node, operand: fx.Node) -> bool:
     """Tell whether a node may share the memory of this operand, and does not only read its size."""
-    if not _is_view(node) or not isinstance(node.target, OpOverload):
-        return _is_view(node)
-    arguments = schema_of(node.target).arguments
-    given = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    return _is_view(node) and operand in _shared_by(node)
+
+
+def _shared_by(view: fx.Node) -> list[fx.Node]:
+    """List the operands whose memory a view may share."""
+    if not isinstance(view.target, OpOverload):
+        return view.all_input_nodes
+    arguments = schema_of(view.target).arguments
+    given = {**dict(zip((a.name for a in arguments), view.args, strict=False)), **view.kwargs}
     shared = [given.get(a.name) for a in arguments if a.alias_info is not None]
-    return any(operand is x or (isinstance(x, list | tuple) and operand in x) for x in shared)
+    held = [y for x in shared for y in (x if isinstance(x, list | tuple) else (x,))]
+    return [x for x in held if isinstance(x, fx.Node)]
+
+
+def _is_only_name(target: fx.Node, write: fx.Node) -> bool:
+    """Tell whether nothing sees a write through what `target` is a view of, if it is one.
+
+    That is so where the graph made that tensor itself, and reads it no more, nor another view.
+    """
+    view = target
+    while _is_view(view):
+        bases = _shared_by(view)
+        if len(bases) != 1:
+            return False
+        for user in bases[0].users.keys() - {view}:
+            named = is_write(user) or (_is_view_of(user, bases[0]) and user.users)
+            if named or user > write:
+                return False
+        view = bases[0]
+    return view is target or view.op == "call_function"
 
 
 def _listed(output: fx.Node) -> tuple[Any, ...]:
