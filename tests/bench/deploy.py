@@ -52,7 +52,7 @@ RELOAD: Final = 60.0
 IN_PARTS: Final = ("in parts", "cross_key", "cross_value")
 """Words of the reasons for which the models of two graphs are not exported yet."""
 
-BATCH: Final = 12
+BATCH: Final = 6
 """How many models a fresh process loads; importing takes longer than loading them all."""
 
 Row = dict[str, Any]
@@ -178,9 +178,9 @@ def _failed(why: str) -> Row:
 
 
 def read(place: Path) -> list[Row]:
-    """Read the rows of a file."""
+    """Read the rows of a file; those whose directories were never loaded are no results."""
     rows: list[Row] = json.loads(place.read_text())["rows"] if place.is_file() else []
-    return rows
+    return [row for row in rows if not unsettled(row)]
 
 
 def write(place: Path, rows: Iterable[Row], *, complete: bool) -> None:
@@ -196,7 +196,7 @@ def interrupted(place: Path) -> list[Row]:
     """Return the rows of a run that was interrupted; none where the file is complete."""
     if not place.is_file() or json.loads(place.read_text()).get("complete", True):
         return []
-    return [row for row in read(place) if not unsettled(row)]
+    return read(place)
 
 
 # ------------------------------------------------------------------------------------ the table
