@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 PIP_ARGS ?=
 JOBS ?= 2
 CASES ?= 3000
+DEPLOY ?=
 SEED ?= $(shell date +%s)
 
 VENV := .venv
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test slow fuzz zoo lint types demo readme build bench batteries clean
+.PHONY: help setup test slow fuzz zoo deploy lint types demo readme build bench batteries clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +47,9 @@ zoo: $(STAMP)  ## run every test of the model zoo
 fuzz: $(STAMP)  ## compose random attention spellings and look-alikes (CASES, SEED)
 	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
+deploy: $(STAMP)  ## store, compile, export and decode every model of the zoo (DEPLOY="--sample 8")
+	$(BIN)/python tests/bench/deploy.py $(DEPLOY)
+
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,7 +72,7 @@ build: $(STAMP)  ## build the wheel, and run it in an empty environment
 	cd build && clean/bin/attnopt --help
 
 bench: $(STAMP)  ## run the benchmarks, side by side with their baselines
-	@set -e; for script in $(filter-out %/harness.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out %/harness.py %/deploy.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 batteries: $(STAMP)  ## harm, kill and trap artifacts thousands of times; the counts are kept
 	OMP_NUM_THREADS=1 $(BIN)/python tests/batteries/full.py

@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from dha_models import decoder, ids
+from transformers import GenerationConfig
 
 import attnopt
 from attnopt.artifacts.manifest import IntegrityError
@@ -89,6 +91,17 @@ def test_loading_gives_the_model_bit_by_bit(program: Program, tmp_path: Path):
     model = attnopt.load(tmp_path / "out")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, program.weights[name])
+
+
+@pytest.mark.parametrize("tier", [0, 2])
+def test_what_was_never_a_checkpoint_generates_as_its_source_does(tier: Any, tmp_path: Path):
+    """The source ends no text, and has a flag that Transformers saves with sampling only."""
+    model = decoder("llama")
+    model.generation_config = GenerationConfig(max_length=30, pad_token_id=3, temperature=0.5)
+    program = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 9)}), "exact")
+    loaded: Any = attnopt.load(attnopt.save(program, tmp_path / "out", tier=tier))
+    assert loaded.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
+    assert torch.equal(loaded.generate(ids(2, 9)), model.generate(ids(2, 9)))
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(program: Program, source: Path, tmp_path: Path):

@@ -2,11 +2,13 @@
 
 import importlib
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -255,6 +257,59 @@ def test_writes_are_kept_or_the_graph_is_left_alone(through_view):
         torch.testing.assert_close(got, stock(*operands))
         torch.testing.assert_close(twin.total, stock.total)
     assert bool(attnopt.compile_report().rewritten) is not through_view
+
+
+class MasksInPlace(nn.Module):
+    """Attention that writes its mask into the scores, after another tensor took their size."""
+
+    def forward(self, q, k, v, hidden):
+        scores = q @ k.transpose(-1, -2)
+        scores.masked_fill_(hidden[:, None, None].expand_as(scores), -1e9)
+        return torch.softmax(scores, dim=-1) @ v
+
+
+def test_a_write_is_taken_out_where_another_tensor_has_only_the_size():
+    operands = (*qkv(), torch.arange(9).expand(2, -1) > 6)
+    got = compiled(MasksInPlace())(*operands)
+    torch.testing.assert_close(got, MasksInPlace()(*operands))
+    assert len(attnopt.compile_report().rewritten) == 1
+
+
+class AddsToAView(nn.Module):
+    """Attention that adds a bias to a view of scores, which may be read again as a whole."""
+
+    def __init__(self, *, again):
+        super().__init__()
+        self.again = again
+
+    def forward(self, q, k, v, bias):
+        whole = q @ k.transpose(-1, -2)
+        scores = whole.unsqueeze(0).squeeze(0)
+        scores += bias
+        out = torch.softmax(scores, dim=-1) @ v
+        return (out, whole) if self.again else out
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_write_into_a_view_is_taken_out_where_the_whole_is_read_no_more(again):
+    operands = (*qkv(), torch.randn(9, 9))
+    module = AddsToAView(again=again)
+    if again:
+        with pytest.warns(UserWarning, match="that other tensors share"):
+            got = compiled(module)(*operands)
+    else:
+        got = compiled(module)(*operands)
+    torch.testing.assert_close(got, module(*operands))
+    assert bool(attnopt.compile_report().rewritten) is not again
+
+
+@pytest.mark.slow
+def test_attention_of_blocks_takes_sizes_that_it_cannot_be_tried_at():
+    model, kwargs, _ = zoo.build("big_bird_sparse")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = torch.compile(model, backend="attnopt", dynamic=True, options={"inner": "eager"})
+        torch.testing.assert_close(got(**kwargs)[0], model(**kwargs)[0])
 
 
 def test_the_backend_is_registered_by_its_entry_point_alone():

@@ -31,9 +31,6 @@ def write_stored(program: Program, root: Path, *, shard: int = SHARD) -> None:
     content = write_program(program)
     (root / FOLDER).mkdir(exist_ok=True)
     _write_json(root / "config.json", _config_of(program))
-    generation = program.source.generation_config
-    if generation is not None:
-        generation.save_pretrained(root)
     content["weights"] = dict(_write_weights(program, root, shard))
     kinds = kinds_of(program)
     content["parameters"] = {

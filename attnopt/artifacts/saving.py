@@ -132,6 +132,7 @@ def write(result: Result, model: Any, staging: Path, shard: int = SHARD) -> None
         write_stored(result.program, staging, shard=shard)
     else:
         model.save_pretrained(staging, max_shard_size=shard)
+    _write_generation(result.program, staging)
     source = source_folder(result.program)
     if source is not None:
         carry_over(source, staging)
@@ -175,6 +176,13 @@ def environment(result: Result) -> dict[str, Any]:
         "platform": f"{sys.platform} {platform.machine()}",
         "packages": {name: version(name) for name in packages},
     }
+
+
+def _write_generation(program: Program, staging: Path) -> None:
+    """Write how the source generates, with flags that only sampling reads: others refuse those."""
+    config = program.source.generation_config
+    if config is not None:
+        config.to_json_file(staging / "generation_config.json")
 
 
 def carry_over(source: Path, staging: Path) -> None:

@@ -342,7 +342,7 @@ class MaskReader:
             try:
                 visible = self.visible(sizes, self._all_visible(sizes))
                 full = self._full(visible, sizes)
-            except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+            except (RuntimeError, IndexError, KeyError, ValueError, TypeError, ZeroDivisionError):
                 continue
             if full is None:
                 return Mask("dense")

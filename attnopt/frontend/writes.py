@@ -87,8 +87,8 @@ def _why_not(write: fx.Node) -> No | None:
     target = write.args[0] if write.args else None
     if not isinstance(target, fx.Node) or _returning(write) is None:
         return No("the graph changes a tensor in place", write.name)
-    shared = [u for u in target.users if u < write and u.users and _is_view(u)]
-    if _is_view(target) or shared:
+    shared = [u for u in target.users if u < write and u.users and _is_view_of(u, target)]
+    if shared or not _is_only_name(target, write):
         return No("the graph changes a tensor in place that other tensors share", write.name)
     return None
 
@@ -110,6 +110,40 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return True
     return any(r.alias_info is not None for r in schema_of(node.target).returns)
+
+
+def _is_view_of(node: fx.Node, operand: fx.Node) -> bool:
+    """Tell whether a node may share the memory of this operand, and does not only read its size."""
+    return _is_view(node) and operand in _shared_by(node)
+
+
+def _shared_by(view: fx.Node) -> list[fx.Node]:
+    """List the operands whose memory a view may share."""
+    if not isinstance(view.target, OpOverload):
+        return view.all_input_nodes
+    arguments = schema_of(view.target).arguments
+    given = {**dict(zip((a.name for a in arguments), view.args, strict=False)), **view.kwargs}
+    shared = [given.get(a.name) for a in arguments if a.alias_info is not None]
+    held = [y for x in shared for y in (x if isinstance(x, list | tuple) else (x,))]
+    return [x for x in held if isinstance(x, fx.Node)]
+
+
+def _is_only_name(target: fx.Node, write: fx.Node) -> bool:
+    """Tell whether nothing sees a write through what `target` is a view of, if it is one.
+
+    That is so where the graph made that tensor itself, and reads it no more, nor another view.
+    """
+    view = target
+    while _is_view(view):
+        bases = _shared_by(view)
+        if len(bases) != 1:
+            return False
+        for user in bases[0].users.keys() - {view}:
+            named = is_write(user) or (_is_view_of(user, bases[0]) and user.users)
+            if named or user > write:
+                return False
+        view = bases[0]
+    return view is target or view.op == "call_function"
 
 
 def _listed(output: fx.Node) -> tuple[Any, ...]:
