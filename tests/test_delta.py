@@ -373,8 +373,9 @@ def test_a_wrong_call_is_told_in_one_line(
 def test_a_base_in_a_cache_of_the_hub_is_named_with_its_commit(
     artifact: Path, base: Path, tmp_path: Path
 ):
-    blobs, place = tmp_path / "blobs", tmp_path / "models--some--model/snapshots/0123abc"
-    blobs.mkdir()
+    home = tmp_path / "models--some--model"
+    blobs, place = home / "blobs", home / "snapshots/0123abc"
+    blobs.mkdir(parents=True)
     place.mkdir(parents=True)
     for file in base.iterdir():
         (blobs / file.name).write_bytes(file.read_bytes())
