@@ -37,6 +37,7 @@ class Call:
     heads: tuple[int, int] = (4, 2)
     tokens: tuple[int, int] = (5, 5)
     past: int | None = None
+    right: bool = False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Draw queries, keys, values, and the past of a cache."""
@@ -53,9 +54,9 @@ class Call:
         heads, (queries, keys) = self.heads[0], self.tokens
         keys += self.past or 0
         torch.manual_seed(1)
+        place, rows = torch.arange(keys).view(1, 1, 1, -1), torch.tensor([0, 3]).view(2, 1, 1, 1)
         made = {
-            "padding": torch.arange(keys).view(1, 1, 1, -1)
-            >= torch.tensor([0, 3]).view(2, 1, 1, 1),
+            "padding": place < keys - rows if self.right else place >= rows,
             "mask": torch.rand(2, heads, queries, keys) > 0.4,
             "bias": torch.randn(heads, queries, keys),
             "sinks": torch.randn(heads),
@@ -102,10 +103,10 @@ def node_of(call: Call) -> fx.Node:
 class Everything(torch.nn.Module):
     """Makes all calls with the kernels that are chosen for a target."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, calls: tuple[Call, ...] = CALLS) -> None:
         super().__init__()
-        self.choices: tuple[Choice, ...] = tuple(choose(node_of(c), target) for c in CALLS)
-        self.options = [call.given() for call in CALLS]
+        self.choices: tuple[Choice, ...] = tuple(choose(node_of(c), target) for c in calls)
+        self.options = [call.given() for call in calls]
 
     def forward(self, calls: list[list[Tensor]]) -> list[Tensor]:
         memo: dict[Any, Any] = {}
@@ -116,10 +117,10 @@ class Everything(torch.nn.Module):
         return found
 
 
-def wanted() -> list[Tensor]:
+def wanted(calls: tuple[Call, ...] = CALLS) -> list[Tensor]:
     """Return what the references give for all calls."""
     found: list[Tensor] = []
-    for call in CALLS:
+    for call in calls:
         if call.past is None:
             found.append(attention_reference(*call.tensors(), **call.given())[0])
         else:
@@ -127,24 +128,57 @@ def wanted() -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("opset", [23, 21])
-def test_every_operator_of_attention_computes_the_reference(opset: int, tmp_path: Path):
-    module = Everything(Target(opset=opset)).eval()
-    calls = [list(call.tensors()) for call in CALLS]
-    flat = [tensor for call in calls for tensor in call]
+def computed(module: Everything, calls: tuple[Call, ...], opset: int, place: Path) -> list[Tensor]:
+    """Return what ONNX Runtime gives for all calls."""
+    tensors = [list(call.tensors()) for call in calls]
+    flat = [tensor for call in tensors for tensor in call]
     names = [f"x{number}" for number in range(len(flat))]
     torch.onnx.export(
-        module, (calls,), tmp_path / "all.onnx", dynamo=True, opset_version=opset,
+        module.eval(), (tensors,), place, dynamo=True, opset_version=opset,
         input_names=names, verbose=False,
     )  # fmt: skip
-    session = ort.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(place, providers=["CPUExecutionProvider"])
     found = session.run(None, {n: x.numpy() for n, x in zip(names, flat, strict=True)})
+    return [torch.from_numpy(x) for x in found]
+
+
+@pytest.mark.parametrize("opset", [23, 21])
+def test_every_operator_of_attention_computes_the_reference(opset: int, tmp_path: Path):
+    module = Everything(Target(opset=opset))
+    found = computed(module, CALLS, opset, tmp_path / "all.onnx")
     used = {choice.operator for choice in module.choices}
     assert used == {"Attention" if opset == 23 else "MultiHeadAttention", "decomposed"}
     for number, (got, want) in enumerate(zip(found, wanted(), strict=True)):
-        torch.testing.assert_close(
-            torch.from_numpy(got), want, rtol=1e-4, atol=1e-5, msg=f"output {number}"
-        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=f"output {number}")
+
+
+GROUPED = (
+    Call({"causal": True}, past=0),
+    Call({"causal": True}, heads=(4, 4), tokens=(1, 1), past=6),
+    Call({"causal": True, "scale": 0.2, "softcap": 1.5}, tokens=(1, 1), past=6),
+    Call({"causal": True}, ("sinks",), tokens=(1, 1), past=3),
+    Call({"causal": True}, ("padding",), past=0, right=True),
+)
+
+
+def test_grouped_query_attention_computes_the_reference_where_rows_end_in_padding(tmp_path: Path):
+    module = Everything(Target(right_padded=True), GROUPED)
+    assert {choice.operator for choice in module.choices} == {"GroupQueryAttention"}
+    found = computed(module, GROUPED, 23, tmp_path / "grouped.onnx")
+    want = wanted(GROUPED)
+    # The last call's second row has two tokens; what stands behind them is padding.
+    for results in (found, want):
+        results[-3][1, :, 2:] = 0.0
+    for number, (got, expected) in enumerate(zip(found, want, strict=True)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=f"output {number}")
+
+
+def test_what_grouped_query_attention_counts_in_another_way_is_left_to_others():
+    target = Target(right_padded=True)
+    windowed = Call({"causal": True, "window": 4}, past=4)
+    assert choose(node_of(windowed), target).operator == "Attention"
+    biased = Call({"causal": True}, ("bias",), past=4)
+    assert choose(node_of(biased), target).operator == "Attention"
 
 
 @pytest.mark.parametrize(
