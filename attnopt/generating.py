@@ -59,6 +59,8 @@ class Generates(LoweredTransformer, GenerationMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the inputs of a step that the captured graphs have."""
         mixin: Any = GenerationMixin
+        if not self.program.states:
+            kwargs["next_sequence_length"] = None  # without a cache, each step reads the whole text
         prepared = mixin.prepare_inputs_for_generation(self, *args, **kwargs)
         return {name: x for name, x in prepared.items() if name in self.accepted}
 
@@ -76,7 +78,7 @@ class Generates(LoweredTransformer, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: a lowered model "
                 "keeps its own state; leave cache_implementation out"
             )
-        if generation_config.use_cache is not False:
+        if generation_config.use_cache is not False and self.program.states:
             model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
         return False
 
@@ -96,12 +98,37 @@ class LoweredLanguageModel(Generates):
         """Call the program as its source is called; without a cache it starts anew."""
         given = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            "attention_mask": self._mask(input_ids, attention_mask),
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             **kwargs,
         }
+        if past_key_values is not None:
+            given[self.cache_argument] = past_key_values
         result = self.run((), {name: x for name, x in given.items() if x is not None})
-        if use_cache is False:
-            result.past_key_values = None
+        if use_cache is False and self.cache_argument in result:
+            result[self.cache_argument] = None
         return result
+
+    @property
+    def cache_argument(self) -> str:
+        """The name that the source gives its cache."""
+        return str(getattr(self.program.form.made_of, "argument", "past_key_values"))
+
+    def _mask(self, input_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Return the mask of the new tokens alone where no state keeps the tokens of the past."""
+        states = self.program.states
+        if mask is None or input_ids is None or not states or any(s.grows for s in states):
+            return mask
+        return mask[:, -input_ids.shape[1] :]
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand the cache on by one name, whatever the source calls it."""
+        mixin: Any = GenerationMixin
+        updated: dict[str, Any] = mixin._update_model_kwargs_for_generation(
+            self, outputs, model_kwargs, *args, **kwargs
+        )
+        if self.cache_argument in updated:
+            updated["past_key_values"] = updated.pop(self.cache_argument)
+        return updated

@@ -37,7 +37,7 @@ def lowered_class(program: Program) -> Any:
     """Return the class whose instances run a program as its source is used."""
     if not _is_transformer(program):
         return LoweredModule
-    if program.source.generation_config is None or not program.states:
+    if not program.generates:
         from attnopt.generating import LoweredTransformer
 
         return LoweredTransformer

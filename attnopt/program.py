@@ -160,6 +160,13 @@ class Program:
 
         return find_sites(self).near_misses
 
+    @property
+    def generates(self) -> bool:
+        """Whether it continues a text token by token, with a cache or without one."""
+        if self.source.generation_config is None:
+            return False
+        return bool(self.states) or not getattr(self.config, "is_encoder_decoder", False)
+
     def with_graph(self, graph_module: fx.GraphModule, *, note: str) -> "Program":
         """Return a program with another graph and one more line of history."""
         return replace(self, graph_module=graph_module, history=(*self.history, note))

@@ -82,7 +82,7 @@ def _config_of(program: Program) -> dict[str, Any]:
 
 def _architecture(program: Program) -> str:
     """Name the class of `attnopt.auto` that runs a program."""
-    if program.source.generation_config is None or not program.states:
+    if not program.generates:
         return "AttnoptModel"
     return "AttnoptForSeq2SeqLM" if program.parts else "AttnoptForCausalLM"
 

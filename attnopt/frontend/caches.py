@@ -199,6 +199,11 @@ class StateCache(DynamicCache):
             self.layers.append(_stored_layer(by_layer.get(index, {}), seen))
         self.seen = seen
 
+    @property
+    def is_compileable(self) -> bool:
+        """Tell generation that masks stay as they are: the graph makes its own of them."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen."""
         return self.seen

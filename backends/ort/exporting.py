@@ -24,6 +24,7 @@ from attnopt.backends.ort.files import save_together
 from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.operators import Choice, Provider, Target
 from attnopt.backends.ort.parity import CASES, RIGHT_PADDED, Parity, compare
+from attnopt.backends.ort.rotary import give_every_row_its_table
 from attnopt.backends.ort.signature import Signature, StepSignature, signature_of
 from attnopt.backends.ort.standalone import standalone
 from attnopt.backends.ort.translations import table
@@ -227,6 +228,7 @@ def _model(module: fx.GraphModule, signature: Signature, target: Target, name: s
                 ) from error
             loosely = signature.dynamic(loosely=True)
             made = _translated(module, signature, target.opset, loosely)
+    give_every_row_its_table(made.model)
     _describe(made.model, signature)
     assert made.model.opset_imports[""] == target.opset
     return made.model

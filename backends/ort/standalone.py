@@ -16,6 +16,9 @@ from attnopt.ops import attention, cached_attention
 from attnopt.program import Program
 
 
+aten = torch.ops.aten
+
+
 def standalone(
     program: Program, signature: Signature, weights: nn.Module, target: Target
 ) -> tuple[fx.GraphModule, tuple[Choice, ...]]:
@@ -25,6 +28,7 @@ def standalone(
     """
     graph_module = program.cast(torch.float32).graph_module
     graph = graph_module.graph
+    _put_tensors_first(graph)
     _keep_outputs(graph, signature.kept)
     fold_caches(graph_module, signature.states)
     choices = _inline(graph_module, target)
@@ -41,6 +45,14 @@ def standalone(
     remove_dead(made)
     made.recompile()
     return made.eval(), choices
+
+
+def _put_tensors_first(graph: fx.Graph) -> None:
+    """Say `number - tensor` by the op that takes the tensor first, as the exporter wants it."""
+    for node in graph.find_nodes(op="call_function", target=aten.sub.Tensor):
+        number, tensor = node.args[:2]
+        if isinstance(number, int | float) and not node.kwargs:
+            node.target, node.args = aten.rsub.Scalar, (tensor, number)
 
 
 def _keep_outputs(graph: fx.Graph, kept: tuple[int, ...]) -> None:
