@@ -48,9 +48,14 @@ class Generates(LoweredTransformer, GenerationMixin):
     def __init__(self, program: Program, backend: Backend):
         super().__init__(program, backend)
         self.generation_config = copy.deepcopy(program.source.generation_config)
+        parts = (program, *program.parts.values())
+        # State space models call their cache by a name of their own.
+        self.cache_name = str(getattr(program.form.made_of, "argument", "past_key_values"))
+        # States of constant size have no place for a mask of what they have seen.
+        self.sees_past = any(s.grows is not None for p in parts for s in p.states)
         self.accepted = {
             *self.inputs,
-            "past_key_values",
+            self.cache_name,
             "encoder_outputs",
             "use_cache",
             "return_dict",
@@ -60,6 +65,9 @@ class Generates(LoweredTransformer, GenerationMixin):
         """Return the inputs of a step that the captured graphs have."""
         mixin: Any = GenerationMixin
         prepared = mixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        mask, ids = prepared.get("attention_mask"), prepared.get("input_ids")
+        if not self.sees_past and mask is not None and ids is not None:
+            prepared["attention_mask"] = mask[:, -ids.shape[1] :]
         return {name: x for name, x in prepared.items() if name in self.accepted}
 
     def _prepare_cache_for_generation(
@@ -77,7 +85,7 @@ class Generates(LoweredTransformer, GenerationMixin):
                 "keeps its own state; leave cache_implementation out"
             )
         if generation_config.use_cache is not False:
-            model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
+            model_kwargs.setdefault(self.cache_name, StateCache((), {}, 0))
         return False
 
 
@@ -98,10 +106,10 @@ class LoweredLanguageModel(Generates):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            self.cache_name: past_key_values,
             **kwargs,
         }
         result = self.run((), {name: x for name, x in given.items() if x is not None})
         if use_cache is False:
-            result.past_key_values = None
+            result[self.cache_name] = None
         return result

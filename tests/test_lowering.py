@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+import zoo
 from torch import nn
 from transformers import (
     BartConfig,
@@ -188,6 +189,14 @@ def test_an_encoder_decoder_generates_the_same_tokens(make, way):
         torch.manual_seed(3)
         results.append(m.generate(ids, attention_mask=mask, max_new_tokens=10, **way))
     assert torch.equal(*results)
+
+
+@pytest.mark.slow
+def test_a_state_space_model_generates_the_same_tokens():
+    model, kwargs, _ = zoo.build("mamba", task="lm", pad="left")
+    twin = attnopt.lower(attnopt.capture(model, (), kwargs), backend="eager")
+    way = {"max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(twin.generate(**kwargs, **way), model.generate(**kwargs, **way))
 
 
 def test_tokens_stream_as_they_come():
