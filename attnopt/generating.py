@@ -70,6 +70,12 @@ class Generates(LoweredTransformer, GenerationMixin):
             prepared["attention_mask"] = mask[:, -ids.shape[1] :]
         return {name: x for name, x in prepared.items() if name in self.accepted}
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Refuse what no captured graph takes; `forward` does not name all that they take."""
+        mixin: Any = GenerationMixin
+        others = {n: x for n, x in model_kwargs.items() if n not in self.accepted}
+        mixin._validate_model_kwargs(self, others)
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
