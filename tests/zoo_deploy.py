@@ -38,8 +38,6 @@ LIMIT: Final = 1e-4
 """How much a logit of ONNX Runtime may differ."""
 DRAWS: Final = 2
 """Calls that are compared bit by bit: one padded at the left, one at the right."""
-NOT_DYNAMIC: Final = ("nystromformer",)
-"""Stock models that dynamo itself does not compile for sizes that vary."""
 POSITIONS: Final = {"whisper": 128}
 """Models that have fewer positions than the prompt and the tokens take."""
 MARK: Final = "@deploy "
@@ -111,8 +109,7 @@ class Case:
 
     @cached_property
     def compiled_forward(self) -> Callable[..., Any]:
-        dynamic = None if self.name in NOT_DYNAMIC else True
-        way = {"backend": "attnopt", "options": {"inner": self.inner}, "dynamic": dynamic}
+        way = {"backend": "attnopt", "options": {"inner": self.inner}, "dynamic": True}
         compiled: Callable[..., Any] = torch.compile(self.subject.model.forward, **way)
         return compiled
 
