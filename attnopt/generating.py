@@ -48,9 +48,14 @@ class Generates(LoweredTransformer, GenerationMixin):
     def __init__(self, program: Program, backend: Backend):
         super().__init__(program, backend)
         self.generation_config = copy.deepcopy(program.source.generation_config)
+        parts = (program, *program.parts.values())
+        # State space models call their cache by a name of their own.
+        self.cache_name = str(getattr(program.form.made_of, "argument", "past_key_values"))
+        # States of constant size have no place for a mask of what they have seen.
+        self.sees_past = any(s.grows is not None for p in parts for s in p.states)
         self.accepted = {
             *self.inputs,
-            "past_key_values",
+            self.cache_name,
             "encoder_outputs",
             "use_cache",
             "return_dict",
@@ -62,7 +67,16 @@ class Generates(LoweredTransformer, GenerationMixin):
         if not self.program.states:
             kwargs["next_sequence_length"] = None  # without a cache, each step reads the whole text
         prepared = mixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        mask, ids = prepared.get("attention_mask"), prepared.get("input_ids")
+        if not self.sees_past and mask is not None and ids is not None:
+            prepared["attention_mask"] = mask[:, -ids.shape[1] :]
         return {name: x for name, x in prepared.items() if name in self.accepted}
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Refuse what no captured graph takes; `forward` does not name all that they take."""
+        mixin: Any = GenerationMixin
+        others = {n: x for n, x in model_kwargs.items() if n not in self.accepted}
+        mixin._validate_model_kwargs(self, others)
 
     def _prepare_cache_for_generation(
         self,
@@ -79,7 +93,7 @@ class Generates(LoweredTransformer, GenerationMixin):
                 "keeps its own state; leave cache_implementation out"
             )
         if generation_config.use_cache is not False and self.program.states:
-            model_kwargs.setdefault("past_key_values", StateCache((), {}, 0))
+            model_kwargs.setdefault(self.cache_name, StateCache((), {}, 0))
         return False
 
 
@@ -98,37 +112,12 @@ class LoweredLanguageModel(Generates):
         """Call the program as its source is called; without a cache it starts anew."""
         given = {
             "input_ids": input_ids,
-            "attention_mask": self._mask(input_ids, attention_mask),
+            "attention_mask": attention_mask,
             "position_ids": position_ids,
+            self.cache_name: past_key_values,
             **kwargs,
         }
-        if past_key_values is not None:
-            given[self.cache_argument] = past_key_values
         result = self.run((), {name: x for name, x in given.items() if x is not None})
-        if use_cache is False and self.cache_argument in result:
-            result[self.cache_argument] = None
+        if use_cache is False and self.cache_name in result:
+            result[self.cache_name] = None
         return result
-
-    @property
-    def cache_argument(self) -> str:
-        """The name that the source gives its cache."""
-        return str(getattr(self.program.form.made_of, "argument", "past_key_values"))
-
-    def _mask(self, input_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Return the mask of the new tokens alone where no state keeps the tokens of the past."""
-        states = self.program.states
-        if mask is None or input_ids is None or not states or any(s.grows for s in states):
-            return mask
-        return mask[:, -input_ids.shape[1] :]
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Hand the cache on by one name, whatever the source calls it."""
-        mixin: Any = GenerationMixin
-        updated: dict[str, Any] = mixin._update_model_kwargs_for_generation(
-            self, outputs, model_kwargs, *args, **kwargs
-        )
-        if self.cache_argument in updated:
-            updated["past_key_values"] = updated.pop(self.cache_argument)
-        return updated

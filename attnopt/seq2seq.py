@@ -65,12 +65,6 @@ class LoweredSeq2Seq(Generates):
             result.past_key_values = None
         return result
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Check what generation was given, beside what the encoder reads."""
-        mixin: Any = GenerationMixin
-        rest = {n: x for n, x in model_kwargs.items() if n not in self.encoder_inputs}
-        mixin._validate_model_kwargs(self, rest)
-
     def _prepare_text_encoder_decoder_kwargs_for_generation(
         self,
         inputs_tensor: Tensor,

@@ -94,7 +94,8 @@ def compile_graph(
         return inner(graph_module, list(example_inputs), **others)
     _fix_floats(graph_module)
     program = traced(graph_module, example_inputs)
-    written = take_out_writes(program.graph_module)
+    leaked = _without_data(program)
+    written = take_out_writes(program.graph_module) if leaked is None else leaked
     changed, report = _rewritten(program, chosen, written)
     _PROCESS.report += report
     _speak(report, program, chosen)
@@ -180,6 +181,16 @@ def traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Progr
     bindings |= {name: Binding("constant", name) for name in constants}
     weights |= constants
     return Program("compiled", made, bindings, weights, CallForm(_no_call, _no_call))
+
+
+def _without_data(program: Program) -> No | None:
+    """Say where tracing left a value of its own in the graph, as it does in loops that are ops."""
+    for binding in program.bindings.values():
+        if binding.kind == "constant" and isinstance(
+            program.weights[binding.name], torch._subclasses.FakeTensor
+        ):
+            return No("tracing the graph again leaves a constant without data", binding.name)
+    return None
 
 
 def _no_call(*args: Any) -> Any:

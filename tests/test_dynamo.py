@@ -304,6 +304,16 @@ def test_a_write_into_a_view_is_taken_out_where_the_whole_is_read_no_more(again)
 
 
 @pytest.mark.slow
+def test_a_graph_with_a_loop_that_is_an_op_is_left_alone():
+    model, kwargs, _ = zoo.build("jamba")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = torch.compile(model, backend="attnopt", dynamic=True, options={"inner": "eager"})
+        torch.testing.assert_close(got(**kwargs)[0], model(**kwargs)[0])
+    assert "constant without data" in str(attnopt.compile_report().refused[0])
+
+
+@pytest.mark.slow
 def test_attention_of_blocks_takes_sizes_that_it_cannot_be_tried_at():
     model, kwargs, _ = zoo.build("big_bird_sparse")
     with torch.no_grad(), warnings.catch_warnings():

@@ -4,12 +4,14 @@ from functools import cache
 
 import pytest
 import torch
+import zoo
 from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
     BertModel,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -188,6 +190,19 @@ def test_an_encoder_decoder_generates_the_same_tokens(make, way):
         torch.manual_seed(3)
         results.append(m.generate(ids, attention_mask=mask, max_new_tokens=10, **way))
     assert torch.equal(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mamba", "whisper"])
+def test_a_cache_or_an_input_of_another_name_generates_the_same_tokens(name):
+    model, kwargs, _ = zoo.build(name, task="lm", pad="left")
+    twin = attnopt.lower(attnopt.capture(model, (), kwargs), backend="eager")
+    way = {"max_new_tokens": 24, "do_sample": False}
+    # Whisper's own loop cuts speech into windows.
+    want = GenerationMixin.generate(model, **kwargs, **way)
+    assert torch.equal(twin.generate(**kwargs, **way), want)
+    with pytest.raises(ValueError, match="not used by the model"):
+        twin.generate(**kwargs, **way, inputs_features=1)
 
 
 def test_tokens_stream_as_they_come():

@@ -15,7 +15,6 @@ from attnopt.inlining import inline_attention
 from attnopt.ops import attention, cached_attention
 from attnopt.program import Program
 
-
 aten = torch.ops.aten
 
 
