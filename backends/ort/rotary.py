@@ -21,7 +21,7 @@ def give_every_row_its_table(model: Any) -> None:
             if _rows(table) is not None and _rows(table) == _rows(x):
                 continue
             if table not in repeated:
-                made = _repeated(ir, table, x)
+                made = _repeated(ir, table, x, f"rotary_table_{len(repeated)}")
                 model.graph.insert_before(node, made)
                 repeated[table] = made[-1].outputs[0]
             node.replace_input_with(number, repeated[table])
@@ -31,7 +31,7 @@ def _rows(value: Any) -> str | None:
     return None if value.shape is None else str(value.shape[0])
 
 
-def _repeated(ir: Any, table: Any, x: Any) -> list[Any]:
+def _repeated(ir: Any, table: Any, x: Any, name: str) -> list[Any]:
     """Return the nodes that repeat a table (1 or rows, T, D) for the rows of x."""
     rows = ir.node("Shape", [x], attributes={"start": 0, "end": 1})
     rest = ir.node("Shape", [table], attributes={"start": 1})
@@ -39,7 +39,7 @@ def _repeated(ir: Any, table: Any, x: Any) -> list[Any]:
     whole = ir.node("Expand", [table, shape.outputs[0]])
     made = [rows, rest, shape, whole]
     for number, node in enumerate(made):
-        node.outputs[0].name = f"{table.name}_rows_{number}"
+        node.outputs[0].name = f"{name}_{number}"
     if table.dtype is not None:
         whole.outputs[0].dtype = table.dtype
     return made

@@ -51,8 +51,8 @@ LEAST: Final = 5.0
 """Seconds that a process needs to be worth starting."""
 RELOAD: Final = 60.0
 """Seconds that loading the directories of one model may take."""
-IN_PARTS: Final = ("in parts", "cross_key", "cross_value")
-"""Words of the reasons for which the models of two graphs are not exported yet."""
+IN_PARTS: Final = ("module by module",)
+"""Words of the reason for which models captured in pieces are not exported."""
 
 BATCH: Final = 6
 """How many models a fresh process loads; importing takes longer than loading them all."""
