@@ -74,6 +74,8 @@ CALLS = (
     Call({"causal": True, "prefix": 2}, ("bias",)),
     Call({"scale": 0.3}, ("bias", "padding"), heads=(4, 4)),
     Call({"mean_if_blind": True}, ("mask",)),
+    Call({"mean_if_blind": True, "causal": True, "window": 2}, ("padding",)),
+    Call({"mean_if_blind": True}, ("padding",), tokens=(3, 3)),
     Call({"softcap": 2.0, "causal": True}, ("padding",)),
     Call({"causal": True}, ("sinks", "padding")),
     Call({"k_map": [0, 1, 1, 0], "v_map": [0, 1, 1, 0], "causal": True}),

@@ -15,6 +15,8 @@ from attnopt.ops.options import Options
 from attnopt.ops.structure import visible_keys
 
 Memo = dict[Hashable, tuple[Any, ...]]
+# Any score added to it vanishes.
+_LEAST = -1e30
 
 
 def attend(
@@ -83,9 +85,12 @@ def hidden_keys(
 def _as_numbers(
     seen: Tensor | None, dtype: torch.dtype, *, some: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return a mask to add; its least number is finite, so that a row of it gives no NaN."""
+    """Return a mask to add; its least number is finite, so that a row of it gives no NaN.
+
+    It is not the dtype's least: for a row of that, ONNX Runtime's Attention gives zeros.
+    """
     if seen is None:
         return None, None
-    least = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=seen.device)
+    least = torch.full((), _LEAST, dtype=dtype, device=seen.device)
     hidden = torch.where(seen, torch.zeros_like(least), least)
     return hidden, seen.any(dim=-1, keepdim=True) if some else None
