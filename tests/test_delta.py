@@ -153,7 +153,7 @@ def test_what_is_whole_takes_no_base(artifact: Path, base: Path, tmp_path: Path)
         restore(artifact, base, tmp_path / "out")
 
 
-@pytest.mark.parametrize("first", ["import attnopt", ""])
+@pytest.mark.parametrize("first", [pytest.param("import attnopt", marks=pytest.mark.slow), ""])
 def test_stock_loaders_fail_loudly(first: str, delta: Path):
     """A process of its own, as only there attnopt is not imported: that takes seconds."""
     code = f"""

@@ -257,6 +257,7 @@ def test_a_model_without_a_cache_is_exported_as_its_source_is_called(
     assert all(i.type.tensor_type.shape.dim[0].dim_param == "batch" for i in graph.input)
 
 
+@pytest.mark.slow
 def test_a_wrong_output_of_a_model_without_a_cache_is_rejected(tmp_path: Path, monkeypatch):
     model, kwargs, _ = zoo.build("bert", "eager", pad="right")
     program = attnopt.apply(attnopt.capture(model, (), kwargs), "exact")
@@ -286,7 +287,7 @@ def test_a_model_in_bfloat16_is_cast_and_says_so(tmp_path: Path):
     assert (made.accepted, made.opset, made.dtype) == (True, 23, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 def test_a_model_runs_in_onnxruntime_from_python(name: str):
     task = "lm" if name == "llama" else "base"
     model, kwargs, _ = zoo.build(name, "eager", task=task, pad="left")
