@@ -340,3 +340,35 @@ def test_numbers_that_dynamo_hands_over_as_inputs_are_constants_with_a_guard():
         torch.testing.assert_close(run(**given).logits, model(**given).logits, rtol=0, atol=1e-5)
     assert len(attnopt.compile_report().rewritten) == 4
     assert not attnopt.compile_report().refused
+
+
+class WritesSlices(nn.Module):
+    """Attention whose queries are changed slice by slice; a view from before may be read after."""
+
+    def __init__(self, *, watched):
+        super().__init__()
+        self.watched = watched
+
+    def forward(self, q, k, v, w):
+        queries = q * w
+        before = queries[:, :, 1:]
+        queries[..., 4:] *= 2.0
+        queries[:, 0, 2:5] = k[:, 0, 2:5]
+        top, index = torch.topk(v, 3, dim=-1)
+        top /= top.sum(dim=-1, keepdim=True)
+        out = F.scaled_dot_product_attention(queries, k, v) + top.sum() + index.sum()
+        return (out + before.sum() if self.watched else out), queries
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_writes_into_slices_are_taken_out_unless_another_name_shows_them(watched):
+    operands = (*qkv(), torch.randn(8))
+    module = WritesSlices(watched=watched)
+    if watched:
+        with pytest.warns(UserWarning, match="that other tensors share"):
+            got = compiled(module)(*operands)
+    else:
+        got = compiled(module)(*operands)
+    for found, want in zip(got, module(*operands), strict=True):
+        torch.testing.assert_close(found, want)
+    assert len(attnopt.compile_report().rewritten) == (0 if watched else 1)

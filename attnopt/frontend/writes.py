@@ -1,5 +1,6 @@
 """Writes into inputs, such as a static cache's, as outputs of their own while a graph changes."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,12 @@ from torch._ops import OpOverload
 
 from attnopt.frontend.cleanup import is_write, schema_of
 from attnopt.nouns import No
+
+aten = torch.ops.aten
+_SCATTERED: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 
 
 def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
@@ -21,10 +28,13 @@ def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
     for node in writes:
         _pass_idle_casts(node)
         reason = _why_not(node)
-        if reason is not None:
+        if reason is not None and not _is_a_part(node):
             return reason
     latest: dict[fx.Node, fx.Node] = {}
     for node in writes:
+        if _why_not(node) is not None:
+            _scatter(node)
+            continue
         target: Any = node.args[0]  # what the write before returned, if there was one
         with graph.inserting_before(node):
             made = graph.call_function(_returning(node), node.args, node.kwargs)
@@ -107,6 +117,9 @@ def _is_view(node: fx.Node) -> bool:
     """Tell whether a node may share its memory with an operand."""
     if node.op != "call_function" or is_write(node):
         return False
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        # One of several results shares memory as the op says that its results do.
+        return not isinstance(node.args[0].target, OpOverload) or _is_view(node.args[0])
     if not isinstance(node.target, OpOverload):
         return True
     return any(r.alias_info is not None for r in schema_of(node.target).returns)
@@ -144,6 +157,56 @@ def _is_only_name(target: fx.Node, write: fx.Node) -> bool:
                 return False
         view = bases[0]
     return view is target or view.op == "call_function"
+
+
+def _parts(target: Any) -> tuple[list[fx.Node], fx.Node]:
+    """Return the slices that lead to a target, innermost first, and what they are cut from."""
+    found: list[fx.Node] = []
+    while target.target in _SCATTERED:
+        found.append(target)
+        target = target.args[0]
+    return found, target
+
+
+def _is_a_part(write: fx.Node) -> bool:
+    """Tell whether a write goes to a slice of a tensor of the graph that no other name shows.
+
+    Views from before the write must not be read after it.
+    """
+    target: Any = write.args[0] if write.args else None
+    if not isinstance(target, fx.Node) or _returning(write) is None:
+        return False
+    slices, base = _parts(target)
+    if not slices or base.op != "call_function" or _is_view(base) or is_write(base):
+        return False
+    held = {base, *slices}
+    return not any(
+        is_write(user) or any(later > write for later in user.users)
+        for node in held
+        for user in node.users.keys() - held - {write}
+        if user < write and (is_write(user) or _is_view_of(user, node))
+    )
+
+
+def _scatter(write: fx.Node) -> None:
+    """Return what a write changes as new tensors, from the slice out to the whole."""
+    target: Any = write.args[0]
+    slices, _ = _parts(target)
+    graph = write.graph
+    with graph.inserting_before(write):
+        value = graph.call_function(_returning(write), write.args, write.kwargs)
+        value.meta = dict(write.meta)
+        changed = {target: value}
+        for part in slices:
+            whole: Any = part.args[0]
+            arguments = (whole, changed[part], *part.args[1:])
+            made = graph.call_function(_SCATTERED[part.target], arguments, part.kwargs)
+            made.meta = dict(whole.meta)
+            changed[whole] = made
+    for old, new in changed.items():
+        old.replace_all_uses_with(new, lambda user: user > write)
+    write.replace_all_uses_with(value)
+    graph.erase_node(write)
 
 
 def _listed(output: fx.Node) -> tuple[Any, ...]:
