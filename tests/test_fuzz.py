@@ -16,7 +16,7 @@ from torch import fx
 
 from attnopt.nouns import Mask, Site
 
-CASES = int(os.environ.get("ATTNOPT_FUZZ_CASES", "60"))
+CASES = int(os.environ.get("ATTNOPT_FUZZ_CASES", "24"))
 SEED = int(os.environ.get("ATTNOPT_FUZZ_SEED", "0"))
 SHARDS = 6
 

@@ -66,7 +66,10 @@ def test_the_facts_of_every_cached_site_agree_with_the_config(name: str, attenti
     check(name, attention, "lm")
 
 
-@pytest.mark.parametrize(("name", "window"), [("mistral", 4096), ("llama4_text", 8192)])
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [("mistral", 4096), pytest.param("llama4_text", 8192, marks=pytest.mark.slow)],
+)
 def test_a_window_larger_than_the_example_is_read_from_the_graph(name: str, window: int) -> None:
     check(name, "eager", "base", window=window, positions=4 * window)
 

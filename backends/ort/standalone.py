@@ -47,11 +47,19 @@ def standalone(
 
 
 def _put_tensors_first(graph: fx.Graph) -> None:
-    """Say `number - tensor` by the op that takes the tensor first, as the exporter wants it."""
-    for node in graph.find_nodes(op="call_function", target=aten.sub.Tensor):
-        number, tensor = node.args[:2]
-        if isinstance(number, int | float) and not node.kwargs:
-            node.target, node.args = aten.rsub.Scalar, (tensor, number)
+    """Say `number - integers` as `-integers + number`: the exporter's own promotion fails on it."""
+    for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
+        tensor, number, *more = node.args
+        dtype = node.meta["val"].dtype
+        if more or node.kwargs or tensor.meta["val"].dtype == dtype:
+            continue
+        with graph.inserting_before(node):
+            promoted = graph.call_function(aten.to.dtype, (tensor, dtype))
+            negative = graph.call_function(aten.neg.default, (promoted,))
+            made = graph.call_function(aten.add.Tensor, (negative, number))
+        promoted.meta = negative.meta = made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
 
 
 def _keep_outputs(graph: fx.Graph, kept: tuple[int, ...]) -> None:
