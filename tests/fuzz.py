@@ -35,7 +35,7 @@ from site_facts import all_mismatches
 
 import attnopt
 
-TIMEOUT: Final = 60.0
+TIMEOUT: Final = 150.0
 """Seconds that one case may take."""
 DRAWS: Final = 2
 MORE_DRAWS: Final = 40
