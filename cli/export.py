@@ -39,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the files go")
     parser.add_argument(
-        "--ep", default="cpu", help="provider of ONNX Runtime: cpu or cuda (default cpu)"
+        "--ep",
+        default="cpu",
+        help="provider of ONNX Runtime, kept in export.json: cpu or cuda (default cpu)",
     )
     parser.add_argument("--opset", type=int, default=23, help="opset of ONNX (default 23)")
     parser.add_argument(
@@ -146,6 +148,8 @@ def _summary(output: Output, made: "Export") -> None:
         headings = ("against the program", "tokens equal", "largest logit", "max |delta logit|")
         output.table(headings, rows, foldable={"against the program"})
         output.line()
+    for case in made.parity.left_out:
+        output.line(f"not compared: {case}")
     for line in _verdict(made):
         output.line(line)
 

@@ -164,7 +164,7 @@ GROUPED = (
 
 
 def test_grouped_query_attention_computes_the_reference_where_rows_end_in_padding(tmp_path: Path):
-    module = Everything(Target(right_padded=True), GROUPED)
+    module = Everything(Target(genai=True), GROUPED)
     assert {choice.operator for choice in module.choices} == {"GroupQueryAttention"}
     found = computed(module, GROUPED, 23, tmp_path / "grouped.onnx")
     want = wanted(GROUPED)
@@ -176,7 +176,7 @@ def test_grouped_query_attention_computes_the_reference_where_rows_end_in_paddin
 
 
 def test_what_grouped_query_attention_counts_in_another_way_is_left_to_others():
-    target = Target(right_padded=True)
+    target = Target(genai=True)
     windowed = Call({"causal": True, "window": 4}, past=4)
     assert choose(node_of(windowed), target).operator == "Attention"
     biased = Call({"causal": True}, ("bias",), past=4)
@@ -187,7 +187,7 @@ def test_what_grouped_query_attention_counts_in_another_way_is_left_to_others():
     ("call", "opset", "operator", "why"),
     [
         (Call({"causal": True}), 23, "Attention", ""),
-        (Call({"causal": True}), 22, "decomposed", "no groups of heads"),
+        (Call({"causal": True}), 22, "decomposed", "heads share keys"),
         (Call(heads=(4, 4)), 22, "MultiHeadAttention", "opset 22 has no Attention"),
         (Call({"softcap": 1.0}), 23, "decomposed", "a soft cap"),
         (Call(extra=("sinks",)), 23, "decomposed", "sinks"),

@@ -25,14 +25,18 @@ def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
     """
     graph = graph_module.graph
     writes = [node for node in graph.nodes if is_write(node)]
+    parts: set[fx.Node] = set()
     for node in writes:
         _pass_idle_casts(node)
         reason = _why_not(node)
-        if reason is not None and not _is_a_part(node):
+        if reason is None:
+            continue
+        if not _is_a_part(node):
             return reason
+        parts.add(node)
     latest: dict[fx.Node, fx.Node] = {}
     for node in writes:
-        if _why_not(node) is not None:
+        if node in parts:
             _scatter(node)
             continue
         target: Any = node.args[0]  # what the write before returned, if there was one

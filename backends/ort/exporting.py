@@ -112,7 +112,7 @@ def export_onnx(
     NAME.onnx.rejected.
     """
     check_installed()
-    target = Target(ep, opset, right_padded=genai)
+    target = Target(ep, opset, genai=genai)
     folder = Path(out).absolute()
     refuse_foreign(folder)
     program = program if isinstance(program, Program) else capture(program)
@@ -120,7 +120,7 @@ def export_onnx(
     if not _is_rewritten(program):
         program = apply(program, "exact")
     with staged(folder) as staging:
-        made = _written(program, staging, target, steps, genai)
+        made = _written(program, staging, target, steps)
         if made.accepted:
             return _placed(made, folder)
         aside = folder.with_name(f"{folder.name}.rejected")
@@ -163,9 +163,9 @@ def signatures_of(program: Program) -> dict[str, tuple[Program, Signature]] | No
     return found
 
 
-def _written(program: Program, folder: Path, target: Target, steps: int, genai: bool) -> Export:
+def _written(program: Program, folder: Path, target: Target, steps: int) -> Export:
     """Write the files and what was measured; files that disagree get other names."""
-    if genai:
+    if target.genai:
         refuse_early(program)
     found = signatures_of(program)
     if isinstance(found, No):
@@ -173,10 +173,10 @@ def _written(program: Program, folder: Path, target: Target, steps: int, genai: 
     model = in_float32(program)
     choices = write_files(found, model, folder, target)
     signatures = {folder / name: signature for name, (_, signature) in found.items()}
-    cases = RIGHT_PADDED if target.right_padded else CASES
+    cases = RIGHT_PADDED if target.genai else CASES
     parity = compare(model, program, signatures, steps, cases)
     paths = tuple(signatures)
-    if genai and parity.accepted:
+    if target.genai and parity.accepted:
         write_genai(program, paths[-1])
     if not parity.accepted:
         paths = tuple(path.rename(path.with_name(f"{path.name}.rejected")) for path in paths)

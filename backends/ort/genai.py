@@ -118,7 +118,7 @@ def refuse_early(program: Program) -> None:
         why = "it keeps no cache; GenAI runs causal language models that take and give one"
     elif program.config is None:
         why = "it has no config, which says where texts end"
-    elif not _ends(_generation(program), program.config.get_text_config()):
+    elif not _ends(program.source.generation_config, program.config.get_text_config()):
         why = "no eos_token_id ends its texts, and GenAI would end them at token 0; set one"
     if why is not None:
         raise NotImplementedError(f"ONNX Runtime GenAI cannot run {program.name}: {why}")
@@ -159,7 +159,7 @@ def _cached_alike(name: str, key: tuple[int | str, ...], value: tuple[int | str,
 def content(program: Program, graph: Graph, filename: str) -> dict[str, Any]:
     """Return genai_config.json; GenAI refuses keys that it does not know, and nulls."""
     config = program.config.get_text_config()
-    generation, length = _generation(program), _length(config)
+    generation, length = program.source.generation_config, _length(config)
     return {
         "model": {
             "type": _TYPES.get(str(config.model_type), "decoder"),
@@ -199,16 +199,6 @@ def _decoder(program: Program, graph: Graph, filename: str) -> dict[str, Any]:
             "present_value_names": f"{_PRESENT}value",
         },
     }
-
-
-def _generation(program: Program) -> Any:
-    """Return how the source generates, as its directory says or else its class."""
-    from transformers import GenerationConfig
-
-    folder = source_folder(program)
-    if folder is not None and (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return program.source.generation_config
 
 
 def _tokens(generation: Any, config: Any) -> dict[str, Any]:

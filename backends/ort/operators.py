@@ -24,13 +24,13 @@ _ATTENTION_SINCE: Final = 23
 class Target:
     """What a file is made for: a provider of ONNX Runtime, and an opset of ONNX.
 
-    `right_padded` promises that rows end in their padding and that rows of a batch begin together,
-    as ONNX Runtime GenAI calls a file: what GroupQueryAttention needs.
+    The same operators serve both providers so far. ONNX Runtime GenAI (`genai`) promises that rows
+    end in their padding and that rows of a batch begin together: what GroupQueryAttention needs.
     """
 
     ep: Provider = "cpu"
     opset: int = 23
-    right_padded: bool = False
+    genai: bool = False
 
     def __post_init__(self) -> None:
         if self.ep not in ("cpu", "cuda"):
@@ -54,18 +54,19 @@ def choose(node: fx.Node, target: Target) -> Choice:
     given = Options.read({k: x for k, x in node.kwargs.items() if x is not None})
     q, k, v = (_shape(x) for x in node.args[:3])
     kernels = _CACHED if cached else _PLAIN
-    if target.right_padded and cached and _is_grouped_query(given, k, v):
+    if target.genai and cached and _is_grouped_query(given, k, v):
         return Choice("GroupQueryAttention", _grouped_query)
     why = _beyond(given, k, v)
-    if not why and target.opset >= _ATTENTION_SINCE:
+    if why:
+        return Choice("decomposed", kernels["decomposed"], why)
+    if target.opset >= _ATTENTION_SINCE:
         return Choice("Attention", kernels["Attention"])
-    why = why or f"opset {target.opset} has no Attention"
-    heads = q[1] if given.k_map is not None else k[1]
-    if not _beyond(given, k, v) and heads == q[1] and k[3] == v[3]:
+    why = f"opset {target.opset} has no Attention"
+    # Maps give every query head its own keys and values.
+    if (given.k_map is not None or k[1] == q[1]) and k[3] == v[3]:
         return Choice("MultiHeadAttention", kernels["MultiHeadAttention"], why)
-    if not _beyond(given, k, v):
-        why += ", and MultiHeadAttention has no groups of heads"
-    return Choice("decomposed", kernels["decomposed"], why)
+    unfit = "keys and values are of unlike widths" if k[3] != v[3] else "heads share keys"
+    return Choice("decomposed", kernels["decomposed"], f"{why}; for MultiHeadAttention, {unfit}")
 
 
 def _shape(node: Any) -> tuple[Any, ...]:
@@ -134,10 +135,6 @@ def _ends(q: Tensor, total: Any, memo: Memo, given: Options) -> tuple[Tensor, Te
         memo[key] = (ends, length, given.padding)
     ends, length, _ = memo[key]
     return ends, length
-
-
-def _decomposed(q: Tensor, k: Tensor, v: Tensor, memo: Memo, **options: Any) -> Tensor:
-    return attend(q, k, v, memo, **options)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, memo: Memo, **options: Any) -> Tensor:
@@ -213,12 +210,12 @@ def _concatenated(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
 _PLAIN: Final[dict[str, Callable[..., Any]]] = {
     "Attention": _attention,
     "MultiHeadAttention": _multi_head,
-    "decomposed": _decomposed,
+    "decomposed": attend,
 }
 _CACHED: Final[dict[str, Callable[..., Any]]] = {
     "Attention": _cached,
     "MultiHeadAttention": _concatenated(_multi_head),
-    "decomposed": _concatenated(_decomposed),
+    "decomposed": _concatenated(attend),
 }
 
 

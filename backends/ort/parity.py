@@ -87,6 +87,7 @@ class Parity:
 
     cases: tuple[Compared, ...]
     failure: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -96,7 +97,8 @@ class Parity:
     def content(self) -> dict[str, Any]:
         """Return this as JSON values."""
         cases = [{**asdict(c), "agrees": c.agrees} for c in self.cases]
-        return {"accepted": self.accepted, "failure": self.failure, "cases": cases}
+        told = {"failure": self.failure, "left_out": list(self.left_out)}
+        return {"accepted": self.accepted, **told, "cases": cases}
 
 
 @dataclass(frozen=True)
@@ -152,16 +154,18 @@ def _compare_calls(model: Any, program: Program, signature: PlainSignature, file
         sizes["other sizes"] = other
     calls: list[dict[str, Tensor]] = []
     wanted: list[dict[str, Tensor]] = []
+    left_out: list[str] = []
     for seed, (name, given) in enumerate(list(sizes.items())):
         call = signature.call(given, program.config, seed)
         try:
             with torch.no_grad():
                 flat = model.flat(program.form.flatten((), dict(call)))
-        except RuntimeError:
+        except RuntimeError as error:
             if name == _CAPTURED:
                 raise
             # A source may take one size only, and say so no earlier than here.
             del sizes[name]
+            left_out.append(f"{name}: {str(error).splitlines()[0]}")
             continue
         calls.append(call)
         wanted.append(dict(zip(signature.output_names, flat, strict=True)))
@@ -170,7 +174,8 @@ def _compare_calls(model: Any, program: Program, signature: PlainSignature, file
     if isinstance(found, str):
         return Parity((), found)
     cases = zip(sizes, wanted, found, strict=True)
-    return Parity(tuple(_compared_outputs(name, want, got) for name, want, got in cases))
+    compared = tuple(_compared_outputs(name, want, got) for name, want, got in cases)
+    return Parity(compared, left_out=tuple(left_out))
 
 
 def _compared_outputs(name: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> Compared:

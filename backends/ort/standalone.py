@@ -27,7 +27,7 @@ def standalone(
     """
     graph_module = program.cast(torch.float32).graph_module
     graph = graph_module.graph
-    _put_tensors_first(graph)
+    _promote_integers(graph)
     _keep_outputs(graph, signature.kept)
     fold_caches(graph_module, signature.states)
     choices = _inline(graph_module, target)
@@ -46,7 +46,7 @@ def standalone(
     return made.eval(), choices
 
 
-def _put_tensors_first(graph: fx.Graph) -> None:
+def _promote_integers(graph: fx.Graph) -> None:
     """Say `number - integers` as `-integers + number`: the exporter's own promotion fails on it."""
     for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
         tensor, number, *more = node.args
