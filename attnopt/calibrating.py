@@ -40,6 +40,7 @@ class Statistics:
     tokens: int = 0
     batches: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     refits: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def gram(self, parameter: str) -> Tensor:
         """Return E[x x^T] of the inputs of a parameter, whose last entry is the constant 1."""
@@ -91,12 +92,9 @@ def calibrate(program: Program, data: Any) -> Statistics:
     """Run a program over calibration data, node by node, and gather the moments of its sites."""
     from attnopt.data import batches_of
 
-    if program.parts:
-        raise NotImplementedError(
-            f"cannot calibrate {program.name}: it was captured in parts "
-            f"({', '.join(program.parts)}), and statistics are gathered in one graph so far"
-        )
+    program = program.main
     wanted = [p.parameter for s in program.sites for p in s.projections.values()]
+    wanted += [m.down.parameter for m in program.mlps]
     wide = program.cast(torch.float32)
     inputs = inputs_of(wide, wanted)
     grams: dict[fx.Node, Gram] = {}

@@ -22,8 +22,8 @@ RIDGE = 1e-4
 
 def refit(
     source: Program, rewritten: Program, parameters: Sequence[str], stats: Statistics, key: str
-) -> Program:
-    """Return the rewritten program with the given weights refitted, in order of execution.
+) -> dict[str, Tensor]:
+    """Return the given weights, refitted in order of execution.
 
     Moments are kept in `stats` under `key`, so that the same plan is replayed without data.
     """
@@ -36,11 +36,10 @@ def refit(
         )
     if missing:
         _gather(source, rewritten, places, stats)
-    solved = {
+    return {
         name: _solve(rewritten.weights[name], source.weights[name], *stats.refits[place])
         for name, place in places.items()
     }
-    return rewritten.with_weights(solved)
 
 
 def _gather(

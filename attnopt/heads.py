@@ -1,6 +1,6 @@
 """Projections by head: parameters in whatever layout become one linear map a head, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,24 +45,67 @@ def read_heads(weights: Mapping[str, Tensor], projection: Projection) -> Heads:
     return Heads(torch.cat([maps, bias.unsqueeze(-1)], dim=-1), biased=True)
 
 
-def write_heads(
-    weights: Mapping[str, Tensor], projection: Projection, heads: Heads
-) -> dict[str, Tensor]:
-    """Return the parameters that hold other maps: as many heads, or fewer in the same order."""
-    old = weights[projection.parameter]
-    order = _packed(projection.rows, heads.count)
-    moved = old.movedim(projection.axis, 0)
-    made = heads.maps[..., :-1].flatten(0, 1)
-    new = moved.new_empty((len(order), *moved.shape[1:]))
-    new[order] = made.reshape(len(order), *moved.shape[1:]).to(old.dtype)
-    found = {projection.parameter: new.movedim(0, projection.axis).contiguous()}
-    if heads.biased and projection.bias is not None:
-        bias = weights[projection.bias]
-        made = heads.maps[..., -1].flatten()
-        found[projection.bias] = bias.new_empty(len(order)).index_copy(
-            0, order, made.to(bias.dtype)
-        )
+@dataclass(frozen=True)
+class Written:
+    """What becomes of a projection: which channels of which heads stay, and their new maps.
+
+    Without maps the rows that stay are what they were.
+    """
+
+    projection: Projection
+    stays: Tensor
+    maps: Tensor | None = None
+
+
+def first_heads(count: int, width: int, left: int) -> Tensor:
+    """Return a mask (heads, channels) of the first heads."""
+    return (torch.arange(count) < left).unsqueeze(1).expand(-1, width)
+
+
+def write_heads(weights: Mapping[str, Tensor], written: Iterable[Written]) -> dict[str, Tensor]:
+    """Return the parameters with what stays of each projection, several in one parameter too."""
+    owners: dict[str, list[Written]] = {}
+    for one in written:
+        owners.setdefault(one.projection.parameter, []).append(one)
+    found: dict[str, Tensor] = {}
+    for name, ones in owners.items():
+        axis = ones[0].projection.axis
+        rows = _Rows(weights[name].movedim(axis, 0))
+        bias = _bias_rows(weights, ones[0].projection)
+        for one in ones:
+            rows.put(one, None if one.maps is None else one.maps[..., :-1])
+            if bias is not None:
+                bias.put(one, None if one.maps is None else one.maps[..., -1:])
+        found[name] = rows.result().movedim(0, axis).contiguous()
+        if bias is not None:
+            found[str(ones[0].projection.bias)] = bias.result()
     return found
+
+
+class _Rows:
+    """The rows of a parameter, some of which change and some of which go."""
+
+    def __init__(self, old: Tensor) -> None:
+        self._new = old.clone()
+        self._stays = torch.ones(len(old), dtype=torch.bool)
+
+    def put(self, written: Written, maps: Tensor | None) -> None:
+        """Write what becomes of a projection's rows."""
+        rows = torch.tensor(written.projection.rows)
+        self._stays[rows[~written.stays]] = False
+        if maps is not None:
+            made = maps.flatten(0, 1).reshape(-1, *self._new.shape[1:])
+            self._new[rows[written.stays]] = made.to(self._new.dtype)
+
+    def result(self) -> Tensor:
+        """Return the rows that stay."""
+        return self._new[self._stays]
+
+
+def _bias_rows(weights: Mapping[str, Tensor], projection: Projection) -> _Rows | None:
+    if projection.bias is None or not _per_row(weights, projection):
+        return None
+    return _Rows(weights[projection.bias])
 
 
 def _per_row(weights: Mapping[str, Tensor], projection: Projection) -> bool:
@@ -70,9 +113,3 @@ def _per_row(weights: Mapping[str, Tensor], projection: Projection) -> bool:
     shape = weights[projection.parameter].shape
     outputs = 1 if projection.layout in ("conv1d", "einsum") else 0
     return projection.axis == outputs and len(weights[str(projection.bias)]) == shape[outputs]
-
-
-def _packed(rows: tuple[tuple[int, ...], ...], count: int) -> Tensor:
-    """Place the rows of the first `count` heads as the old ones lay, without gaps."""
-    kept = torch.tensor(rows[:count]).flatten()
-    return kept.argsort().argsort()

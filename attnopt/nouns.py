@@ -100,6 +100,27 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """One MLP in a Program: neurons, the projections that make each, and the one that reads them.
+
+    `inputs` has one projection where the activation stands alone, two where one gates the other;
+    `rows[i]` lists the rows that make neuron i (two of them in a fused gate-up), as the `rows` of
+    `down` list the column that reads it.
+    """
+
+    name: str
+    module: str
+    neurons: int
+    inputs: tuple[Projection, ...] = field(hash=False)
+    down: Projection = field(hash=False)
+
+    @property
+    def gated(self) -> bool:
+        """Whether each neuron is made of two rows."""
+        return sum(len(p.rows[0]) for p in self.inputs) > 1
+
+
+@dataclass(frozen=True)
 class NearMiss:
     """Something that looks like attention and is not one, or could not be read as one."""
 

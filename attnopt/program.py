@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 if TYPE_CHECKING:
-    from attnopt.nouns import NearMiss, No, Site
+    from attnopt.nouns import Mlp, NearMiss, No, Site
 
 BindingKind = Literal["parameter", "buffer", "constant", "input", "state", "past_length"]
 
@@ -154,11 +154,30 @@ class Program:
         return find_sites(self).sites
 
     @cached_property
+    def mlps(self) -> tuple["Mlp", ...]:
+        """Every MLP in the program, in order of execution."""
+        from attnopt.finder import find_sites
+
+        return find_sites(self).mlps
+
+    @cached_property
     def near_misses(self) -> tuple["NearMiss", ...]:
         """What almost matched, and why it did not."""
         from attnopt.finder import find_sites
 
         return find_sites(self).near_misses
+
+    @property
+    def main(self) -> "Program":
+        """The graph that runs every site: that of an encoder-decoder's first step."""
+        if not self.parts:
+            return self
+        if set(self.parts) != {"encode", "decode"}:
+            raise NotImplementedError(
+                f"{self.name} was captured in parts ({', '.join(self.parts)}); plans other than "
+                "'exact' change one graph, or both steps of an encoder-decoder"
+            )
+        return self.parts["encode"]
 
     @property
     def generates(self) -> bool:

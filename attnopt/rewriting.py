@@ -23,7 +23,7 @@ from attnopt.finder.provenance import View
 from attnopt.finder.scores import is_fused
 from attnopt.finder.simplify import simplify
 from attnopt.graphs import copied, drop_unused
-from attnopt.nouns import Choice, No, Plan, Site
+from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.passes import exact
 from attnopt.program import Program
 from attnopt.surgery import GraphEdit
@@ -55,37 +55,65 @@ def _exact(program: Program) -> Program:
 
 @torch.no_grad()
 def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
-    """Convert the weights and edit the graph, choice by choice, then refit what asks for it."""
-    if program.parts:
-        raise NotImplementedError(
-            f"{program.name} was captured in parts ({', '.join(program.parts)}); plans other than "
-            "'exact' change one graph so far"
-        )
-    stats = statistics_of(plan, program)
-    sites = {site.name: site for site in program.sites}
-    edit = GraphEdit.of(program)
+    """Convert the weights and edit the graphs, choice by choice, then refit what asks for it."""
+    main = program.main
+    stats = statistics_of(plan, main)
+    known = {t.name: t for t in (*main.mlps, *main.sites)}
+    edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
     changed: dict[str, Tensor] = {}
     refitted: list[str] = []
     for choice in choices:
-        site, module, config = _resolved(choice, sites)
+        site, module, config = _resolved(choice, known)
         _must(module.fits(site, config))
         new = module.convert(site, stats, config)
         changed.update(new)
-        _must(module.emit(edit, site, config))
+        for edit in edits.values():
+            for same in (
+                t for t in (*edit.program.mlps, *edit.program.sites) if t.name == site.name
+            ):
+                _must(module.emit(edit, same, config))
         if new and getattr(config, "refit", False):
-            refitted.append(site.projections["o"].parameter)
-    edit.reshape_weights(changed)
+            refitted.append(_reader(site))
     note = f"{', '.join(sorted({c.rewrite for c in choices}))}: {len(choices)} sites"
-    lowest = max(program.tier, *(registry.load(c.rewrite).tier for c in choices))
-    result = replace(edit.finish(changed, note=note), tier=lowest)
+    lowest = max(program.tier, *(_tier(c, known) for c in choices))
+    for edit in edits.values():
+        edit.reshape_weights(changed)
+    made = {n: edit.finish(changed, note=note) for n, edit in edits.items()}
+    result = replace(_joined(program, made, changed, note), tier=lowest)
     debug.dump(40, "plan", result.graph_module)
-    return refit(program, result, refitted, stats, _digest(choices)) if refitted else result
+    if not refitted:
+        return result
+    solved = refit(main, result.main, refitted, stats, _digest(choices))
+    return reweighted(result, solved)
+
+
+def reweighted(program: Program, weights: Mapping[str, Tensor]) -> Program:
+    """Return a program, and all of its parts, with other weights."""
+    parts = {n: part.with_weights(weights) for n, part in program.parts.items()}
+    return replace(program.with_weights(weights), parts=parts)
+
+
+def _joined(
+    program: Program, made: Mapping[str, Program], changed: Mapping[str, Tensor], note: str
+) -> Program:
+    """Return the edited graph, or the program of the edited parts."""
+    if not program.parts:
+        return made[""]
+    history = (*program.history, note)
+    return replace(program.with_weights(changed), parts=dict(made), history=history)
+
+
+def _tier(choice: Choice, sites: Mapping[str, Site | Mlp]) -> int:
+    """Return the lowest tier that can hold a choice."""
+    site, module, config = _resolved(choice, sites)
+    found: int = module.tier_of(site, config) if hasattr(module, "tier_of") else module.tier
+    return found
 
 
 def statistics_of(plan: Plan, program: Program) -> Statistics:
     """Return a plan's statistics, from memory or from the file beside the plan."""
     if plan.statistics is not None:
-        known: Statistics = replace(plan.statistics, weights=program.weights)
+        known: Statistics = replace(plan.statistics, weights=program.weights, memo={})
         return known
     if plan.source is None:
         raise ValueError(
@@ -95,7 +123,12 @@ def statistics_of(plan: Plan, program: Program) -> Statistics:
     return Statistics.load(plan.source, program.weights)
 
 
-def _resolved(choice: Choice, sites: Mapping[str, Site]) -> tuple[Site, Any, Any]:
+def _reader(site: Site | Mlp) -> str:
+    """Return the parameter that reads the heads or neurons of a site."""
+    return site.down.parameter if isinstance(site, Mlp) else site.projections["o"].parameter
+
+
+def _resolved(choice: Choice, sites: Mapping[str, Site | Mlp]) -> tuple[Site | Mlp, Any, Any]:
     """Return the site, the pass and its settings that a choice names."""
     if choice.site not in sites:
         near = difflib.get_close_matches(choice.site, sites, n=1)

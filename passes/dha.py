@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from attnopt.calibrating import Statistics
-from attnopt.heads import Heads, read_heads, write_heads
+from attnopt.heads import Heads, Written, first_heads, read_heads, write_heads
 from attnopt.nouns import No, Site
-from attnopt.surgery import GraphEdit, resize_heads
+from attnopt.refusals import cached_elsewhere, unreadable
+from attnopt.surgery import GraphEdit, Kept, narrow
 
 exact = False
 tier = 0
@@ -41,7 +42,12 @@ class Config:
 
 def fits(site: Site, config: Config) -> Literal[True] | No:
     """Say whether the heads of a site can be fused in a way that a stock class can express."""
-    for refusal in (_unreadable(site), _unlinear(site), _indivisible(site, config)):
+    for refusal in (
+        unreadable(site),
+        cached_elsewhere(site),
+        _unlinear(site),
+        _indivisible(site, config),
+    ):
         if refusal is not None:
             return refusal
     return True
@@ -58,25 +64,9 @@ def _divisors(heads: int) -> tuple[int, ...]:
     return tuple(n for n in range(heads, 0, -1) if heads % n == 0)
 
 
-def _unreadable(site: Site) -> No | None:
-    for name in ("q", "k", "v", "o"):
-        if name not in site.projections:
-            return No(
-                f"the {name} projection could not be mapped to rows of a parameter", site.name
-            )
-    parameters = [site.projections[n].parameter for n in ("q", "k", "v")]
-    if len(set(parameters)) != 3:
-        return No("q, k and v share one parameter, which cannot lose the rows of two", site.name)
-    if len(site.projections["k"].rows) != site.kv_heads or site.heads % site.kv_heads:
-        return No("the projection makes other key heads than the attention reads", site.name)
-    return None
-
-
 def _unlinear(site: Site) -> No | None:
     if site.qk_norm is not None:
         return No(f"keys pass a {site.qk_norm} norm after their projection", site.name)
-    if site.kind == "cross" and site.cached:
-        return No("the keys of a cached cross-attention are made by another part", site.name)
     return None
 
 
@@ -103,7 +93,11 @@ def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
     """Give the graph of a site its new number of key and value heads."""
     if config.kv_heads == site.kv_heads:
         return None
-    return resize_heads(edit, site, config.kv_heads)
+    whole = Kept.of(site)
+    left = first_heads(site.kv_heads, 1, config.kv_heads)
+    readers = [h * config.kv_heads // site.heads for h in range(site.heads)]
+    kept = Kept(whole.q, whole.k & left, whole.v & left)
+    return narrow(edit, site, kept, k_map=readers, v_map=readers)
 
 
 def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
@@ -185,10 +179,12 @@ class _Layer:
 
     def write(self, site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters, keys and values with as many heads as the layer has."""
-        changed: dict[str, Tensor] = {}
+        written: list[Written] = []
         for name, heads in (("q", self.q), ("k", self.k), ("v", self.v), ("o", self.o)):
-            changed |= write_heads(weights, site.projections[name], heads)
-        return changed
+            projection = site.projections[name]
+            stays = first_heads(len(projection.rows), len(projection.rows[0]), heads.count)
+            written.append(Written(projection, stays, heads.maps))
+        return write_heads(weights, written)
 
     def planes(self, w: Tensor) -> Tensor:
         """Read the turning channels (.., channels, inputs) as complex planes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import fx
@@ -14,6 +15,7 @@ from attnopt.finder.grouping import Piece, group
 from attnopt.finder.masks import MaskReader, name_masks
 from attnopt.finder.match import Match
 from attnopt.finder.mixers import find_mixers
+from attnopt.finder.mlps import find_mlps
 from attnopt.finder.norms import qk_norm
 from attnopt.finder.ops import module_path
 from attnopt.finder.projections import projections
@@ -22,7 +24,7 @@ from attnopt.finder.reading import match_anchor, match_canonical, match_fused
 from attnopt.finder.rope import rope
 from attnopt.finder.scale import scale_before
 from attnopt.finder.scores import Anchor, Walker, find_anchors, is_canonical, is_fused
-from attnopt.nouns import NearMiss, No, Site
+from attnopt.nouns import Mlp, NearMiss, No, Site
 from attnopt.program import Program
 
 
@@ -34,6 +36,7 @@ class Findings:
     groups: tuple[tuple[Piece, ...], ...]
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
+    mlps: tuple[Mlp, ...] = ()
 
     @property
     def matches(self) -> tuple[Match, ...]:
@@ -94,7 +97,8 @@ def _find(program: Program) -> Findings:
     names = _names([g[0].module for g in groups])
     sites = tuple(_read(view, g, name, anchors) for g, name in zip(groups, names, strict=True))
     misses.extend(find_mixers(view, {p.module for p in pieces}))
-    return Findings(view, tuple(groups), sites, tuple(misses))
+    taken = frozenset(p.parameter for s in sites for p in s.projections.values())
+    return Findings(view, tuple(groups), sites, tuple(misses), find_mlps(view, taken))
 
 
 def _candidates(
@@ -226,10 +230,20 @@ def _of_parts(program: Program) -> Findings:
         for miss in findings.near_misses:
             misses.setdefault((miss.module, miss.node), miss)
     first = next(iter(found.values()))
-    return Findings(first.view, (), tuple(sites.values()), tuple(misses.values()))
+    mlps: dict[str, Mlp] = {}
+    for name, findings in found.items():
+        for mlp in findings.mlps:
+            full_mlp = _prefixed(mlp, name) if modules else mlp
+            mlps.setdefault(full_mlp.name, full_mlp)
+    return Findings(
+        first.view, (), tuple(sites.values()), tuple(misses.values()), tuple(mlps.values())
+    )
 
 
-def _prefixed(site: Site, part: str) -> Site:
+_Named = TypeVar("_Named", Site, Mlp)
+
+
+def _prefixed(site: _Named, part: str) -> _Named:
     def joined(x: str) -> str:
         if x == part or x.startswith((f"{part}.", f"{part}#")):
             return x

@@ -92,7 +92,7 @@ def parameter_rows(view: View, root: Root, channels: Rows) -> Projection | None:
         return None
     labels = contraction.labels(weight)
     kept = [i for i, x in enumerate(labels) if x in contraction.out_labels]
-    return _indexed(view, Weight(contraction, weight, kept), channels)
+    return indexed(view, Weight(contraction, weight, kept), channels)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Weight:
     axes: list[int]
 
 
-def _indexed(view: View, of: Weight, channels: Rows) -> Projection | None:
+def indexed(view: View, of: Weight, channels: Rows) -> Projection | None:
     """Follow a weight's axes back to the parameter, through transposes and views."""
     contraction, weight, kept = of.contraction, of.node, of.axes
     direct = _direct_axis(weight, kept[0]) if len(kept) == 1 else None
@@ -269,4 +269,4 @@ def columns(
         return None
     channels = tuple(tuple(at[h * width + e] for e in range(width)) for h in range(heads))
     kept = [c.labels(weight).index(labels[i]) for i in summed]
-    return _indexed(view, Weight(c, weight, kept), channels)
+    return indexed(view, Weight(c, weight, kept), channels)

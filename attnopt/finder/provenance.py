@@ -160,6 +160,11 @@ class Provenance:
         assert isinstance(found, Tensor)
         return found
 
+    def all_numbers(self, node: fx.Node) -> list[Tensor]:
+        """Return the numbers of each of a node's tensors."""
+        found = self._trace(node, False)
+        return [found] if isinstance(found, Tensor) else list(found)
+
     def root_of(self, number: int) -> Root:
         """Return the root that an element number belongs to."""
         return max((r for r in self.roots if r.base <= number), key=lambda r: r.base)
@@ -260,6 +265,15 @@ class Provenance:
             counted.append(torch.arange(start, end).reshape(sizes))
             start = end
         return (tuple(counted) if isinstance(example, tuple | list) else counted[0]), start
+
+    def moved(
+        self, node: fx.Node, before: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...] | None:
+        """Return what an index map makes of its first argument's numbers, whatever they are."""
+        main = args(node)[0]
+        if kind(node) != "getitem" and not self._movable(node):
+            return None
+        return self._move(node, {main: before})
 
     def _step(self, node: fx.Node, second: bool) -> Tensor | tuple[Tensor, ...]:
         sources = self._sources(node, second)

@@ -1,0 +1,201 @@
+"""The MLPs of a program: a weight that reads neurons, and the projections that make each neuron.
+
+Found by meaning, as attention is: a contraction with a learned weight whose other operand comes, by
+elementwise ops alone, from contractions of one input with learned weights. Every neuron's number is
+followed through splits and views, so that gated, plain and fused gate-up forms are one thing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from attnopt.finder.contraction import Contraction, read_contraction
+from attnopt.finder.ops import CONTRACTIONS, TRANSPARENT, args, kind, module_path, shape, value
+from attnopt.finder.projections import Weight, indexed, parameter_rows
+from attnopt.finder.provenance import ELEMENTWISE, Root, View, weight_of
+from attnopt.nouns import Mlp, Projection
+
+# Elementwise over channels: a neuron depends on its own row of each projection and on nothing else.
+_FOREIGN = frozenset("softmax _softmax normalize".split())
+_POINTWISE = (ELEMENTWISE | TRANSPARENT) - _FOREIGN
+
+
+_MOST_WAYS = 16
+_Numbers = Tensor | tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The element numbers of neurons along one way back, None where it ends elsewhere.
+
+    `active` says that something on the way is not linear.
+    """
+
+    numbers: _Numbers
+    active: bool
+
+
+def find_mlps(view: View, taken: frozenset[str]) -> tuple[Mlp, ...]:
+    """Find every MLP; `taken` are the parameters that attention reads."""
+    found: list[Mlp] = []
+    for node in view.program.graph.nodes:
+        if kind(node) in CONTRACTIONS:
+            mlp = _read(view, node, taken)
+            if mlp is not None:
+                found.append(mlp)
+    names = _names([m.module for m in found])
+    return tuple(
+        Mlp(n, m.module, m.neurons, m.inputs, m.down) for n, m in zip(names, found, strict=True)
+    )
+
+
+def _read(view: View, node: fx.Node, taken: frozenset[str]) -> Mlp | None:
+    contraction = read_contraction(node)
+    weight = None if contraction is None else weight_of(contraction, view.origins)
+    if contraction is None or weight is None or len(contraction.summed) != 1:
+        return None
+    if any(size > 1 for size in shape(weight)[2:]):
+        return None  # a convolution sees neighbours too
+    neurons = contraction.lhs if weight is contraction.rhs else contraction.rhs
+    axis = contraction.labels(neurons).index(contraction.summed[0])
+    made = made_of(view, neurons, axis)
+    if made is None:
+        return None
+    count = shape(neurons)[axis]
+    down = _columns(view, contraction, weight, count)
+    inputs = tuple(parameter_rows(view, root, rows) for root, rows in made.items())
+    if down is None or down.parameter in taken or any(p is None for p in inputs):
+        return None
+    projections = tuple(p for p in inputs if p is not None)
+    if any(p.parameter in taken or p.parameter == down.parameter for p in projections):
+        return None
+    module = _common_module([module_path(node), *(module_path(r.node) for r in made)])
+    return Mlp(module, module, count, projections, down)
+
+
+def made_of(
+    view: View, neurons: fx.Node, axis: int
+) -> dict[Root, tuple[tuple[int, ...], ...]] | None:
+    """Return the contractions that make the neurons, and the channels of each neuron in them."""
+    made: dict[Root, tuple[tuple[int, ...], ...]] = {}
+    inputs: set[fx.Node] = set()
+    acted = False
+    ways = _ways(view, neurons)
+    if len(ways) > _MOST_WAYS:
+        return None
+    for way in ways:
+        acted = acted or way.active
+        channels = _channels(view, way.numbers, axis)
+        if channels is None:
+            return None
+        root, line = channels
+        assert root.contraction is not None
+        weight = weight_of(root.contraction, view.origins)
+        inputs.add(root.contraction.lhs if weight is root.contraction.rhs else root.contraction.rhs)
+        made[root] = tuple(
+            (*old, new) if new not in old else old
+            for old, new in zip(made.get(root, ((),) * len(line)), line, strict=True)
+        )
+    return made if made and acted and len(inputs) == 1 else None
+
+
+def _ways(view: View, neurons: fx.Node) -> list[_Way]:
+    """Return the numbers of the neurons along every way back to a contraction."""
+    known: dict[fx.Node, list[_Way]] = {}
+    todo = [neurons]
+    while todo:
+        node = todo[-1]
+        missing = [n for n in _before(view, node) if n not in known]
+        todo.extend(missing)
+        if not missing:
+            known[todo.pop()] = _step(view, node, known)
+    return known[neurons]
+
+
+def _before(view: View, node: fx.Node) -> list[fx.Node]:
+    """List what the neurons of a node come from; nothing at a contraction or elsewhere."""
+    if read_contraction(node) is not None:
+        return []
+    if kind(node) in _POINTWISE:
+        return _operands(view, node)
+    return [args(node)[0]] if kind(node) in _MOVING else []
+
+
+def _step(view: View, node: fx.Node, known: Mapping[fx.Node, list[_Way]]) -> list[_Way]:
+    before = _before(view, node)
+    if not before:
+        numbers = None if read_contraction(node) is None else view.provenance.numbers(node)
+        return [_Way(numbers, False)]
+    if kind(node) in _MOVING:
+        return [_Way(_moved(view, node, w.numbers), w.active) for w in known[before[0]]]
+    active = kind(node) in _ACTIVE
+    ways = [_Way(_broadcast(w.numbers, node), w.active or active) for n in before for w in known[n]]
+    return ways[: _MOST_WAYS + 1]
+
+
+def _moved(view: View, node: fx.Node, numbers: _Numbers) -> _Numbers:
+    return None if numbers is None else view.provenance.moved(node, numbers)
+
+
+def _broadcast(numbers: _Numbers, node: fx.Node) -> _Numbers:
+    """Return the numbers of an operand at the places of the result."""
+    if not isinstance(numbers, Tensor) or not isinstance(value(node), Tensor):
+        return None
+    return numbers if tuple(numbers.shape) == shape(node) else None
+
+
+_LINEAR = frozenset("add sub rsub neg true_divide".split()) | TRANSPARENT
+_ACTIVE = ELEMENTWISE - _LINEAR
+_MOVING = frozenset(
+    "view reshape _unsafe_view split split_with_sizes unsafe_split chunk unsafe_chunk slice "
+    "getitem narrow select unbind transpose permute unsqueeze squeeze flatten unflatten".split()
+)
+
+
+def _operands(view: View, node: fx.Node) -> list[fx.Node]:
+    """List the operands that carry data; numbers and what is learned act on them."""
+    operands = [n for n in dict.fromkeys(node.all_input_nodes) if isinstance(value(n), Tensor)]
+    return [n for n in operands if view.origins.is_data(n)]
+
+
+def _channels(view: View, numbers: _Numbers, axis: int) -> tuple[Root, tuple[int, ...]] | None:
+    """Return the contraction and its channel of each neuron; None where they are not one each."""
+    if not isinstance(numbers, Tensor) or not numbers.numel() or (numbers < 0).any():
+        return None
+    root = view.provenance.root_of(int(numbers.flatten()[0]))
+    if root.contraction is None or not (numbers < root.end).all() or (numbers < root.base).any():
+        return None
+    moved = root.place(numbers)[1].movedim(axis, -1).flatten(0, -2)
+    if (moved != moved[:1]).any() or len(set(moved[0].tolist())) != moved.shape[1]:
+        return None
+    return root, tuple(moved[0].tolist())
+
+
+def _columns(
+    view: View, contraction: Contraction, weight: fx.Node, count: int
+) -> Projection | None:
+    axis = contraction.labels(weight).index(contraction.summed[0])
+    return indexed(view, Weight(contraction, weight, [axis]), tuple((i,) for i in range(count)))
+
+
+def _common_module(paths: list[str]) -> str:
+    """Return the innermost module that all paths lie in."""
+    parts = [p.split(".") for p in paths]
+    common: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def _names(modules: list[str]) -> list[str]:
+    """Name each MLP for its module, later ones of one module with a number."""
+    seen: dict[str, int] = {}
+    names: list[str] = []
+    for module in modules:
+        seen[module] = seen.get(module, 0) + 1
+        stem = module or "mlp"
+        names.append(stem if seen[module] == 1 else f"{stem}#{seen[module]}")
+    return names
