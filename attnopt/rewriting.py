@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from attnopt import debug
 from attnopt import passes as registry
@@ -27,6 +27,7 @@ from attnopt.nouns import Choice, No, Plan, Site
 from attnopt.passes import exact
 from attnopt.program import Program
 from attnopt.surgery import GraphEdit
+from attnopt.weights import Spool
 
 
 def apply(program: Program, plan: Plan | str) -> Program:
@@ -64,7 +65,7 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     stats = statistics_of(plan, program)
     sites = {site.name: site for site in program.sites}
     edit = GraphEdit.of(program)
-    changed: dict[str, Tensor] = {}
+    changed = Spool()
     refitted: list[str] = []
     for choice in choices:
         site, module, config = _resolved(choice, sites)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -66,21 +66,30 @@ class _Entry:
     start: int
 
 
-class TensorFile:
+class TensorFile(Mapping[str, Tensor]):
     """A safetensors file whose tensors are read one at a time.
 
     The header is read again where another file took the place of the one that it was read from.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self._stamp: tuple[int, int, int] | None = None
         self._entries: dict[str, _Entry] = {}
         self._notes: dict[str, str] = {}
 
-    def names(self) -> list[str]:
-        """List the tensors."""
-        return list(self._current())
+    def __getitem__(self, name: str) -> Tensor:
+        with self.path.open("rb") as file:
+            return self._filled(file, self._known(file)[name], None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._current()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._current())
+
+    def __len__(self) -> int:
+        return len(self._current())
 
     @property
     def notes(self) -> dict[str, str]:
@@ -91,11 +100,6 @@ class TensorFile:
     def describe(self, name: str) -> Described:
         """Return shape and type of a tensor."""
         return self._current()[name].described
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own."""
-        with self.path.open("rb") as file:
-            return self._filled(file, self._known(file)[name], None)
 
     def sample(self, name: str, start: int, count: int) -> Tensor:
         """Read some of the elements of a tensor, in the order in which they lie."""

@@ -69,7 +69,7 @@ class Spool(MutableMapping[str, Tensor]):
         self._written = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].read(name) if name in self._files else self._held[name]
+        return self._files[name][name] if name in self._files else self._held[name]
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self.pop(name, None)

@@ -45,10 +45,10 @@ def test_every_tensor_is_read_back(tmp_path: Path) -> None:
     held = tensors()
     save_file(held, tmp_path / "x.safetensors", {"note": "é"})
     file = TensorFile(tmp_path / "x.safetensors")
-    assert sorted(file.names()) == sorted(held)
+    assert sorted(file) == sorted(held)
     assert file.notes == {"note": "é"}
     for name, tensor in held.items():
-        found = file.read(name)
+        found = file[name]
         assert file.describe(name) == Described.of(tensor)
         assert found.dtype == tensor.dtype
         assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
@@ -59,9 +59,9 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     place = tmp_path / "x.safetensors"
     put(place, {"w": torch.zeros(3)}, {})
     file = TensorFile(place)
-    assert file.read("w").tolist() == [0, 0, 0]
+    assert file["w"].tolist() == [0, 0, 0]
     put(place, {"first": torch.zeros(9), "w": torch.ones(2)}, {})
-    assert file.read("w").tolist() == [1, 1]
+    assert file["w"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("offsets", [[0, 9], [-8, 0], [0, 400], [4, 12]])
@@ -70,7 +70,7 @@ def test_a_header_that_lies_is_refused(offsets: list[int], tmp_path: Path) -> No
     place = tmp_path / "x.safetensors"
     place.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
     with pytest.raises(ValueError, match="no safetensors file"):
-        TensorFile(place).read("w")
+        TensorFile(place)["w"]
 
 
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         place = tmp_path / f"{number}.safetensors"
         place.write_bytes(content)
         with pytest.raises(ValueError, match="no safetensors file"):
-            TensorFile(place).names()
+            list(TensorFile(place))
 
 
 def test_a_tensor_of_another_shape_than_promised_is_an_error(tmp_path: Path) -> None:

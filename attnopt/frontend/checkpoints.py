@@ -62,7 +62,7 @@ class LazyWeights(Mapping[str, Tensor]):
         if name not in self._places:
             return self._real[name]
         path, stored = self._places[name]
-        return self._files[path].read(stored)
+        return self._files[path][stored]
 
     def __contains__(self, name: object) -> bool:
         return name in self._places or name in self._real
