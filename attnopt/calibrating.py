@@ -55,10 +55,11 @@ def calibrate(
         return work.gathered(None)
     place = place_of(Path(out).absolute())
     if place.exists():
-        return work.known(place)
+        work.known(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     workplace = Workplace(place, work.identity)
-    work.gathered(workplace).save(place)
+    if not place.exists():
+        work.gathered(workplace).save(place)
     workplace.remove()
     return work.known(place)
 
