@@ -16,13 +16,14 @@ from attnopt import debug
 from attnopt.calibrating import Statistics, inputs_of, kept_tokens, rows_of
 from attnopt.program import Program
 from attnopt.running import Run
+from attnopt.weights import Spool
 
 RIDGE = 1e-4
 
 
 def refit(
     source: Program, rewritten: Program, parameters: Sequence[str], stats: Statistics, key: str
-) -> dict[str, Tensor]:
+) -> Spool:
     """Return the given weights, refitted in order of execution.
 
     Moments are kept in `stats` under `key`, so that the same plan is replayed without data.
@@ -36,10 +37,11 @@ def refit(
         )
     if missing:
         _gather(source, rewritten, places, stats)
-    return {
-        name: _solve(rewritten.weights[name], source.weights[name], *stats.refits[place])
-        for name, place in places.items()
-    }
+    solved = Spool()
+    for name, place in places.items():
+        moments = stats.refits[place]
+        solved[name] = _solve(rewritten.weights[name], source.weights[name], *moments)
+    return solved
 
 
 def _gather(
@@ -49,7 +51,11 @@ def _gather(
     old_wide, new_wide = source.cast(torch.float32), rewritten.cast(torch.float32)
     before, after = inputs_of(old_wide, places), inputs_of(new_wide, places)
     order = {node: i for i, node in enumerate(new_wide.graph.nodes)}
-    runs = [(Run(old_wide, b), Run(new_wide, b), kept_tokens(b)) for b in stats.batches]
+    old_nodes, new_nodes = set(before.values()), set(after.values())
+    runs = [
+        (Run(old_wide, b, old_nodes), Run(new_wide, b, new_nodes), kept_tokens(b))
+        for b in stats.batches
+    ]
     for number, name in enumerate(sorted(places, key=lambda n: order[after[n]]), 1):
         moments = _Moments()
         for old, new, kept in runs:

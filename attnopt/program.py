@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
+from attnopt.tensorfiles import Described
+from attnopt.weights import Spool, described
+
 if TYPE_CHECKING:
     from attnopt.nouns import Mlp, NearMiss, No, Site
 
@@ -98,6 +101,14 @@ class _Cast(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
         return weight.to(self._dtype) if weight.is_floating_point() else weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def describe(self, name: str) -> Described:
+        """Return shape and type of a weight."""
+        shape, dtype = described(self._weights, name)
+        return Described(shape, self._dtype if dtype.is_floating_point else dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -197,7 +208,8 @@ class Program:
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> "Program":
         """Return a program in which some weights are other tensors."""
-        merged = ChainMap(dict(weights), self.weights)  # type: ignore[arg-type]  # only read
+        own = weights if isinstance(weights, Spool) else dict(weights)
+        merged = ChainMap(own, self.weights)  # type: ignore[arg-type]  # only read
         return replace(self, weights=merged)
 
     def cast(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Program":

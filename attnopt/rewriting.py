@@ -27,6 +27,7 @@ from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.passes import exact
 from attnopt.program import Program
 from attnopt.surgery import GraphEdit
+from attnopt.weights import Spool
 
 
 def apply(program: Program, plan: Plan | str) -> Program:
@@ -60,7 +61,7 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     stats = statistics_of(plan, main)
     known = {t.name: t for t in (*main.mlps, *main.sites)}
     edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
-    changed: dict[str, Tensor] = {}
+    changed = Spool()
     refitted: list[str] = []
     for choice in choices:
         site, module, config = _resolved(choice, known)

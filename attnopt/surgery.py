@@ -41,6 +41,7 @@ from attnopt.finder.scores import is_canonical
 from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Mlp, No, Site
 from attnopt.program import Program, State
+from attnopt.weights import described
 
 _SIZED = frozenset("view _unsafe_view reshape expand".split())
 _PICKING = frozenset("select index_select roll flip unfold index gather unbind".split())
@@ -104,10 +105,13 @@ class GraphEdit:
         """Give the placeholders of parameters the shapes of their new values."""
         for node in self.program.placeholders:
             name = self.program.bindings[node.name].name
-            if name in changed and tuple(changed[name].shape) != shape(node):
+            if name not in changed:
+                continue
+            new = described(changed, name).shape
+            if new != shape(node):
                 copied = self.mapping[node]
                 with fake_mode_of((node,)):
-                    copied.meta["val"] = value(node).new_empty(changed[name].shape)
+                    copied.meta["val"] = value(node).new_empty(new)
 
     def finish(self, changed: Mapping[str, Tensor], *, note: str) -> Program:
         """Return the program with the edited graph, new weights and new states."""

@@ -17,6 +17,7 @@ from attnopt.calibrating import Statistics
 from attnopt.heads import Written, write_heads
 from attnopt.nouns import Mlp, No, Projection, Site
 from attnopt.refusals import cached_elsewhere, unreadable
+from attnopt.ridge import Ridge
 from attnopt.surgery import GraphEdit, Kept, narrow, narrow_mlp
 
 exact = False
@@ -165,47 +166,28 @@ def _groups(site: Site) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """The projection that reads heads or neurons, and the moments of its inputs, in float64.
+    """The projection that reads heads or neurons, in float64.
 
     `weight` is (outputs, inputs) with the inputs of unit u at `places[u]`.
     """
 
     weight: Tensor
     places: Tensor
-    gram: Tensor
-    mean: Tensor
     stats: Statistics
-    projection: Projection
+    parameter: str
 
     @classmethod
     def of(cls, site: Site | Mlp, stats: Statistics) -> "_Reader":
         """Read the o or down projection of a site."""
         projection = site.down if isinstance(site, Mlp) else site.projections["o"]
         weight = stats.weights[projection.parameter].double()
-        moments = stats.gram(projection.parameter)
-        return cls(
-            weight.movedim(projection.axis, -1).flatten(0, -2),
-            torch.tensor(projection.rows),
-            moments[:-1, :-1],
-            moments[-1, :-1],
-            stats,
-            projection,
-        )
+        flat = weight.movedim(projection.axis, -1).flatten(0, -2)
+        return cls(flat, torch.tensor(projection.rows), stats, projection.parameter)
 
     @property
     def of_heads(self) -> bool:
         """Whether the units are heads, of several inputs each."""
         return self.places.shape[1] > 1
-
-    @property
-    def absolute(self) -> Tensor:
-        """The mean size of each input."""
-        return self.stats.absolute(self.projection.parameter)
-
-    @property
-    def contribution(self) -> Tensor:
-        """The mean size of what each head gives to the output."""
-        return self.stats.contribution(self.projection.parameter)
 
 
 class _Removal:
@@ -215,39 +197,32 @@ class _Removal:
         self.reader = reader
         self.config = config
         self.stays = torch.ones(len(reader.places), dtype=torch.bool)
-        self._inverse: Tensor | None = None
+        self._ridge = reader.stats.ridge(reader.parameter, config.ridge)
         self._weight = reader.weight.clone()
 
     def remove(self, pools: Sequence[Sequence[tuple[int, ...]]], count: int) -> None:
         """Remove from each pool as many of its units, given by their heads or neurons."""
         if not count:
             return
-        if self.config.score == "obs":
-            for pool in pools:
-                self._remove_by_growth(list(pool), count)
-            return
         for pool in pools:
-            worth = self._worth()
+            if self.config.score == "obs":
+                self._remove_by_growth(list(pool), count)
+                continue
+            worth = _SCORES[self.config.score](self.reader, self._ridge)
             scores = torch.stack([worth[list(unit)].sum() for unit in pool])
             for index in scores.argsort(stable=True)[:count].tolist():
                 self.stays[list(pool[index])] = False
 
     def columns(self) -> Tensor:
         """Return the columns that stay, solved anew where that is asked for."""
-        if not self.config.compensate:
-            return self.reader.weight[:, self._inputs(self.stays)]
         stay, gone = self._inputs(self.stays), self._inputs(~self.stays)
-        gram, weight = self.reader.gram, self.reader.weight
-        inner = gram[stay][:, stay]
-        inner = inner + self._ridge(inner) * torch.eye(len(inner), dtype=inner.dtype)
-        moved: Tensor = torch.linalg.solve(inner, gram[stay][:, gone] @ weight[:, gone].T)
-        return weight[:, stay] + moved.T
+        weight = self.reader.weight
+        if not self.config.compensate:
+            return weight[:, stay]
+        return weight[:, stay] + weight[:, gone] @ self._ridge.solve(stay, gone)
 
     def _inputs(self, units: Tensor) -> Tensor:
         return self.reader.places[units].flatten()
-
-    def _ridge(self, gram: Tensor) -> Tensor:
-        return self.config.ridge * gram.diagonal().mean()
 
     def _remove_by_growth(self, pool: list[tuple[int, ...]], count: int) -> None:
         """Remove the units whose going costs least once the others are solved anew.
@@ -257,74 +232,57 @@ class _Removal:
         size = max(count // _ROUNDS, 1)
         while count:
             growth = self._growth(pool)
-            going = growth.argsort(stable=True)[: min(size, count)].tolist()
-            self._eliminate([u for i in going for u in pool[i]])
-            pool = [unit for i, unit in enumerate(pool) if i not in set(going)]
+            going = set(growth.argsort(stable=True)[: min(size, count)].tolist())
+            self._eliminate([u for i in sorted(going) for u in pool[i]])
+            pool = [unit for i, unit in enumerate(pool) if i not in going]
             count -= len(going)
 
     def _growth(self, pool: list[tuple[int, ...]]) -> Tensor:
         """Return, for each unit, the growth of the squared error when it goes."""
-        inverse = self._current()
         places = self.reader.places[torch.tensor(pool)].flatten(1)
-        blocks = inverse[places.unsqueeze(-1), places.unsqueeze(-2)]
+        blocks = self._ridge.blocks(places)
+        if places.shape[1] == 1:
+            return self._weight[:, places[:, 0]].square().sum(0) / blocks[:, 0, 0]
         weights = self._weight[:, places].movedim(1, 0)
-        solved = torch.linalg.solve(blocks, weights.mT)
-        return (solved * weights.mT).sum((-1, -2))
+        return (torch.linalg.solve(blocks, weights.mT) * weights.mT).sum((-1, -2))
 
     def _eliminate(self, units: list[int]) -> None:
-        """Take units out of the inverse, and move their columns to the others."""
-        inverse = self._current()
+        """Take units out, and move their columns to the others."""
         gone = self.reader.places[torch.tensor(units)].flatten()
-        block = inverse[gone][:, gone]
-        to_others = torch.linalg.solve(block, inverse[gone])
-        self._weight -= self._weight[:, gone] @ to_others
-        inverse -= inverse[:, gone] @ to_others
-        # What is gone must not be chosen again by rounding.
-        inverse[gone] = inverse[:, gone] = 0.0
+        self._weight += self._weight[:, gone] @ self._ridge.eliminate(gone)
         self.stays[torch.tensor(units)] = False
-
-    def _current(self) -> Tensor:
-        if self._inverse is None:
-            gram = self.reader.gram
-            ridge = self._ridge(gram) * torch.eye(len(gram), dtype=gram.dtype)
-            self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge))
-        return self._inverse
-
-    def _worth(self) -> Tensor:
-        """Return the score of every head or neuron that no solve takes part in."""
-        return _SCORES[self.config.score](self.reader)
 
 
 _ROUNDS = 16
 
 
-def _by_amplitude(reader: _Reader) -> Tensor:
+def _by_amplitude(reader: _Reader, ridge: Ridge) -> Tensor:
     """Mean size of a head's contribution, or of a neuron, as AMP publishes it."""
     if reader.of_heads:
-        return reader.contribution
-    return reader.absolute[reader.places].sum(1)
+        return reader.stats.contribution(reader.parameter)
+    return reader.stats.absolute(reader.parameter)[reader.places].sum(1)
 
 
-def _by_weighted_amplitude(reader: _Reader) -> Tensor:
+def _by_weighted_amplitude(reader: _Reader, ridge: Ridge) -> Tensor:
     """Mean size of a contribution; a neuron's is weighted by its column."""
     if reader.of_heads:
-        return reader.contribution
-    return (reader.absolute * reader.weight.abs().sum(0))[reader.places].sum(1)
+        return reader.stats.contribution(reader.parameter)
+    sizes = reader.stats.absolute(reader.parameter) * reader.weight.abs().sum(0)
+    return sizes[reader.places].sum(1)
 
 
-def _by_variance(reader: _Reader) -> Tensor:
+def _by_variance(reader: _Reader, ridge: Ridge) -> Tensor:
     """Variance of the inputs, weighted by their columns (FLAP)."""
-    variance = reader.gram.diagonal() - reader.mean.square()
+    variance = ridge.energy() - reader.stats.mean(reader.parameter).square()
     return (variance * reader.weight.square().sum(0))[reader.places].sum(1)
 
 
-def _by_energy(reader: _Reader) -> Tensor:
+def _by_energy(reader: _Reader, ridge: Ridge) -> Tensor:
     """Energy of the inputs, weighted by their columns."""
-    energy = reader.gram.diagonal()
-    return (energy * reader.weight.square().sum(0))[reader.places].sum(1)
+    return (ridge.energy() * reader.weight.square().sum(0))[reader.places].sum(1)
 
 
-def _by_chance(reader: _Reader) -> Tensor:
+def _by_chance(reader: _Reader, ridge: Ridge) -> Tensor:
     """Random scores, the same in every run."""
     return torch.rand(len(reader.places), generator=torch.Generator().manual_seed(0))
 

@@ -19,7 +19,8 @@ from attnopt.artifacts.manifest import FOLDER, NAME, write_manifest
 from attnopt.artifacts.programs import SHARD, write_stored
 from attnopt.artifacts.programs import UNDERSTANDS as PROGRAM
 from attnopt.artifacts.staging import staged
-from attnopt.artifacts.stock import build, stock_class, stock_config, tier_of
+from attnopt.artifacts.stock import build, hollow, stock_class, stock_config, tier_of
+from attnopt.artifacts.streaming import write_checkpoint
 from attnopt.nouns import No, Plan
 from attnopt.perlayer import UNDERSTANDS as PER_LAYER
 from attnopt.program import Program
@@ -77,22 +78,24 @@ def save(
 
 
 def _held_by(program: Program, tier: int | None) -> nn.Module | None:
-    """Return the stock model that is to hold a program; None where it is stored as itself."""
+    """Return the stock model that is to hold a program, without its weights; None where the program
+    is stored as itself.
+    """
     if tier not in (None, 0, 1, 2):
         raise ValueError(f"tier {tier!r}: it is 0, 1 or 2")
     if tier == 2:
         return None
-    model = stock_model(program)
-    if tier is None:
-        return None if isinstance(model, No) else model
-    if isinstance(model, No):
-        raise ValueError(f"cannot save as a Transformers checkpoint (tier {tier}): {model}")
-    needed = tier_of(model.config)
-    if needed > tier:
+    form = _stock_form(program)
+    if isinstance(form, No):
+        if tier is None:
+            return None
+        raise ValueError(f"cannot save as a Transformers checkpoint (tier {tier}): {form}")
+    needed = tier_of(form[1])
+    if tier is not None and needed > tier:
         raise ValueError(
             f"cannot save as a stock checkpoint (tier 0): layers differ, which needs tier {needed}"
         )
-    return model
+    return hollow(*form, program.weights)
 
 
 def refuse_foreign(target: Path, program: Program | None = None) -> None:
@@ -111,13 +114,19 @@ def refuse_foreign(target: Path, program: Program | None = None) -> None:
 
 def stock_model(program: Program) -> nn.Module | No:
     """Return the program as a model of its stock class, or why there is none."""
+    form = _stock_form(program)
+    return form if isinstance(form, No) else build(*form, program.weights)
+
+
+def _stock_form(program: Program) -> tuple[Any, Any] | No:
+    """Return the stock class of a program and the config that it needs, or why there is none."""
     if program.tier > 1:
         return No("it computes what no stock class does")
     cls, config = stock_class(program), stock_config(program)
     if isinstance(cls, No) or isinstance(config, No):
         return cls if isinstance(cls, No) else config
     config.name_or_path = ""
-    return build(cls, config, program.weights)
+    return cls, config
 
 
 def source_folder(program: Program) -> Path | None:
@@ -127,9 +136,14 @@ def source_folder(program: Program) -> Path | None:
 
 
 def write(result: Result, model: Any, staging: Path, shard: int = SHARD) -> None:
-    """Write every file of an artifact, the manifest last; without a model, the program itself."""
+    """Write every file of an artifact, the manifest last; without a model, the program itself.
+
+    A model without memory is written with the weights of the program.
+    """
     if model is None:
         write_stored(result.program, staging, shard=shard)
+    elif any(p.is_meta for p in model.parameters()):
+        write_checkpoint(model, result.program.weights, staging, shard)
     else:
         model.save_pretrained(staging, max_shard_size=shard)
     _write_generation(result.program, staging)

@@ -10,6 +10,7 @@ from torch import nn
 from attnopt.nouns import No
 from attnopt.perlayer import MARK, TURN, is_marked
 from attnopt.program import Program
+from attnopt.weights import described
 
 # What configs call the number of key and value heads.
 _KV_HEADS = (
@@ -54,7 +55,7 @@ def stock_config(program: Program) -> Any | No:
 def shapes_of(program: Program) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and buffer that a program knows by name."""
     return {
-        binding.name: tuple(program.weights[binding.name].shape)
+        binding.name: described(program.weights, binding.name).shape
         for binding in program.bindings.values()
         if binding.kind in ("parameter", "buffer")
     }
@@ -64,8 +65,7 @@ def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Modu
     """Return a model of a stock class that holds the given weights."""
     from transformers import initialization
 
-    dtypes = [t.dtype for t in weights.values() if t.is_floating_point()]
-    config.dtype = max(set(dtypes), key=dtypes.count)
+    config.dtype = _usual_dtype(weights)
     with TURN, initialization.no_init_weights():
         model: Any = cls._from_config(config)
     model.tie_weights()
@@ -75,6 +75,23 @@ def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Modu
                 tensor.copy_(weights[name])
     made: nn.Module = model.eval()
     return made
+
+
+def hollow(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a model of a stock class that has the form to hold weights, and no memory."""
+    config.dtype = _usual_dtype(weights)
+    with TURN, torch.device("meta"):
+        model: Any = cls._from_config(config)
+    model.tie_weights()
+    made: nn.Module = model.eval()
+    return made
+
+
+def _usual_dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """Return the type that most of the weights have."""
+    found = [described(weights, name).dtype for name in weights]
+    dtypes = [dtype for dtype in found if dtype.is_floating_point]
+    return max(set(dtypes), key=dtypes.count)
 
 
 def tier_of(config: Any) -> int:

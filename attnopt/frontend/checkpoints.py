@@ -4,6 +4,7 @@ The model is built with allocated but untouched parameters, which take address s
 torch.export reads their shapes only. Buffers are real.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnopt.perlayer import TURN
+from attnopt.tensorfiles import Described, TensorFile
 from attnopt.untrusted import (
     check_file,
     check_files,
@@ -22,6 +25,7 @@ from attnopt.untrusted import (
     read_json,
     refuse_elsewhere,
 )
+from attnopt.weights import spread
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _INDEX = "model.safetensors.index.json"
@@ -51,17 +55,36 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __init__(self, places: Mapping[str, tuple[Path, str]], real: Mapping[str, Tensor]):
         self._places = dict(places)
+        self._files = {path: TensorFile(path) for path, _ in self._places.values()}
         self._real = dict(real)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._places:
             return self._real[name]
-        from safetensors import safe_open
-
         path, stored = self._places[name]
-        with safe_open(str(path), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored)
-        return tensor
+        return self._files[path][stored]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._real
+
+    def describe(self, name: str) -> Described:
+        """Return shape and type of a weight without reading it."""
+        if name not in self._places:
+            return Described.of(self._real[name])
+        path, stored = self._places[name]
+        return self._files[path].describe(stored)
+
+    def sample(self, name: str, places: int, count: int) -> Tensor:
+        """Read `count` elements at so many places of a weight."""
+        if name not in self._places:
+            flat = self._real[name].reshape(-1)
+            parts = [flat[a : a + n] for a, n in spread(flat.numel(), places, count)]
+        else:
+            path, stored = self._places[name]
+            size = math.prod(self.describe(name).shape)
+            file = self._files[path]
+            parts = [file.sample(stored, a, n) for a, n in spread(size, places, count)]
+        return torch.cat(parts)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._places
@@ -88,6 +111,9 @@ class NoWeights(Mapping[str, Tensor]):
             f"{self._directory} has no weights (config.json only), so {name} cannot be read; "
             f"add {_SINGLE} to run the program"
         )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._real or name in self._names
 
     def __iter__(self) -> Iterator[str]:
         yield from dict.fromkeys([*self._names, *self._real])
