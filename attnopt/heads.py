@@ -45,6 +45,11 @@ def read_heads(weights: Mapping[str, Tensor], projection: Projection) -> Heads:
     return Heads(torch.cat([maps, bias.unsqueeze(-1)], dim=-1), biased=True)
 
 
+def first_channels(width: int, left: int) -> Tensor:
+    """Return a mask (1, channels) of the first channels."""
+    return (torch.arange(width) < left).unsqueeze(0)
+
+
 @dataclass(frozen=True)
 class Written:
     """What becomes of a projection: which channels of which heads stay, and their new maps.

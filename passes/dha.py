@@ -8,15 +8,15 @@ analysis of the values in the metric of the output projection. Both are closed f
 moments, and neither depends on the arbitrary basis that the heads happen to be stored in.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from attnopt.calibrating import Statistics
-from attnopt.heads import Heads, Written, first_heads, read_heads, write_heads
+from attnopt.heads import first_heads
+from attnopt.layers import TINY, Layer, joint_components, output_metric, principal, query_metric
+from attnopt.moments import Statistics
 from attnopt.nouns import No, Site
 from attnopt.refusals import cached_elsewhere, unreadable
 from attnopt.surgery import GraphEdit, Kept, narrow
@@ -24,33 +24,52 @@ from attnopt.surgery import GraphEdit, Kept, narrow
 exact = False
 tier = 0
 
-Merge = Literal["planes", "mean", "mean_renorm", "first", "procrustes", "procrustes_renorm"]
+Grouping = Literal["adjacent", "similar"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """How many key and value heads stay, and how the heads of a group become one.
+    """How many key and value heads stay: `kv_heads` of both, or other numbers of each.
 
-    `planes` is the closed form; the others are published baselines, kept to compare with. `refit`
-    solves the output projection anew for what the fused heads give it, layer after layer.
+    Heads that are fused are neighbours, or with `grouping` the most similar ones, which become
+    neighbours. `refit` solves the output projection anew for what the fused heads give it, layer
+    after layer.
     """
 
     kv_heads: int = 1
-    merge: Merge = "planes"
+    k_heads: int | None = None
+    v_heads: int | None = None
+    grouping: Grouping = "adjacent"
     refit: bool = True
+
+    @property
+    def keys(self) -> int:
+        """The number of key heads that stay."""
+        return self.kv_heads if self.k_heads is None else self.k_heads
+
+    @property
+    def values(self) -> int:
+        """The number of value heads that stay."""
+        return self.kv_heads if self.v_heads is None else self.v_heads
 
 
 def fits(site: Site, config: Config) -> Literal[True] | No:
-    """Say whether the heads of a site can be fused in a way that a stock class can express."""
+    """Say whether the heads of a site can be fused."""
     for refusal in (
         unreadable(site),
         cached_elsewhere(site),
-        _unlinear(site),
         _indivisible(site, config),
+        _unlinear(site, config),
+        _immovable(site, config),
     ):
         if refusal is not None:
             return refusal
     return True
+
+
+def tier_of(site: Site, config: Config) -> int:
+    """Return the lowest tier that holds a result: 2 where keys and values differ in number."""
+    return 0 if config.keys == config.values else 2
 
 
 def candidates(site: Site) -> tuple[Config, ...]:
@@ -60,191 +79,147 @@ def candidates(site: Site) -> tuple[Config, ...]:
     return tuple(Config(n) for n in _divisors(site.kv_heads))
 
 
+def decoupled(site: Site) -> tuple[Config, ...]:
+    """List the settings of keys and values apart, for plans that need not fit a stock class."""
+    if not site.cached or site.kv_heads == 1:
+        return ()
+    keys = (site.kv_heads,) if site.qk_norm else _divisors(site.kv_heads)
+    return tuple(
+        Config(max(k, v), k_heads=k, v_heads=v) for k in keys for v in _divisors(site.kv_heads)
+    )
+
+
 def _divisors(heads: int) -> tuple[int, ...]:
     return tuple(n for n in range(heads, 0, -1) if heads % n == 0)
 
 
-def _unlinear(site: Site) -> No | None:
-    if site.qk_norm is not None:
-        return No(f"keys pass a {site.qk_norm} norm after their projection", site.name)
+def _unlinear(site: Site, config: Config) -> No | None:
+    if site.qk_norm is not None and config.keys != site.kv_heads:
+        return No(
+            f"keys pass a {site.qk_norm} norm after their projection, so only values can be fused "
+            f"(k_heads {site.kv_heads})",
+            site.name,
+        )
     return None
 
 
 def _indivisible(site: Site, config: Config) -> No | None:
-    if config.kv_heads < 1 or site.kv_heads % config.kv_heads:
-        allowed = ", ".join(map(str, _divisors(site.kv_heads)))
-        why = f"{config.kv_heads} does not divide {site.kv_heads} key heads; choose {allowed}"
-        return No(why, site.name)
+    for count in (config.keys, config.values):
+        if count < 1 or site.kv_heads % count:
+            allowed = ", ".join(map(str, _divisors(site.kv_heads)))
+            why = f"{count} does not divide {site.kv_heads} key heads; choose {allowed}"
+            return No(why, site.name)
     return None
+
+
+def _immovable(site: Site, config: Config) -> No | None:
+    if config.grouping == "similar" and (site.sinks or site.bias != "none"):
+        return No("heads have biases or sinks of their own, so they keep their order", site.name)
+    return None
+
+
+def _is_idle(site: Site, config: Config) -> bool:
+    return config.keys == config.values == site.kv_heads
 
 
 def convert(site: Site, stats: Statistics, config: Config) -> dict[str, Tensor]:
     """Return new parameters of the projections; none where the heads stay as they are."""
-    if config.kv_heads == site.kv_heads:
+    if _is_idle(site, config):
         return {}
-    layer = _Layer.read(site, stats)
-    group = site.kv_heads // config.kv_heads
-    groups = [list(range(i, i + group)) for i in range(0, site.kv_heads, group)]
-    fused = _MERGES[config.merge](layer, groups)
+    layer = Layer.read(site, stats)
+    if config.grouping == "similar":
+        layer = layer.permuted(_similar_first(layer, min(config.keys, config.values)))
+    fused = _fuse_values(_fuse_keys(layer, config.keys), config.values)
     return fused.write(site, stats.weights)
 
 
 def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
     """Give the graph of a site its new number of key and value heads."""
-    if config.kv_heads == site.kv_heads:
+    if _is_idle(site, config):
         return None
     whole = Kept.of(site)
-    left = first_heads(site.kv_heads, 1, config.kv_heads)
-    readers = [h * config.kv_heads // site.heads for h in range(site.heads)]
-    kept = Kept(whole.q, whole.k & left, whole.v & left)
-    return narrow(edit, site, kept, k_map=readers, v_map=readers)
+    kept = Kept(
+        whole.q,
+        whole.k & first_heads(site.kv_heads, 1, config.keys),
+        whole.v & first_heads(site.kv_heads, 1, config.values),
+    )
+    maps = ([h * n // site.heads for h in range(site.heads)] for n in (config.keys, config.values))
+    return narrow(edit, site, kept, k_map=next(maps), v_map=next(maps))
 
 
 def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
     """Return the KV bytes per token, in units of one element."""
-    return {"kv_elements_per_token": config.kv_heads * (site.head_dim + site.v_head_dim)}
+    elements = config.keys * site.head_dim + config.values * site.v_head_dim
+    return {"kv_elements_per_token": elements}
 
 
 def damage(site: Site, stats: Statistics, config: Config) -> float:
     """Predict the squared error of the values, in output units, relative to their energy."""
-    if config.kv_heads == site.kv_heads:
+    if _is_idle(site, config):
         return 0.0
-    layer = _Layer.read(site, stats)
-    group = site.kv_heads // config.kv_heads
+    layer = Layer.read(site, stats)
     lost = total = 0.0
-    for start in range(0, site.kv_heads, group):
-        spectrum = _value_spectrum(layer, list(range(start, start + group)))
+    for members in _groups(site.kv_heads, config.values):
+        spectrum = _value_spectrum(layer, members)
         total += float(spectrum.sum())
         lost += float(spectrum[: -layer.v.width].sum())
     return lost / total
 
 
-# ------------------------------------------------------------------------------------------- layer
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The four projections of a site in float64, heads first, and the moments of their inputs.
-
-    `q`, `k`, `v` map inputs (with a 1 appended for the bias) to (heads, channels); `o` has for each
-    query head the columns that read it. `gram_q` and `gram_kv` are the second moments.
-    """
-
-    q: Heads
-    k: Heads
-    v: Heads
-    o: Heads
-    gram_q: Tensor
-    gram_kv: Tensor
-    turning: int
-    interleaved: bool
-
-    @classmethod
-    def read(cls, site: Site, stats: Statistics) -> "_Layer":
-        """Read a site's projections and moments."""
-        made = {n: read_heads(stats.weights, p) for n, p in site.projections.items()}
-        rope = site.rope
-        return cls(
-            q=made["q"],
-            k=made["k"],
-            v=made["v"],
-            o=made["o"],
-            gram_q=stats.gram(site.projections["q"].parameter),
-            gram_kv=stats.gram(site.projections["k"].parameter),
-            turning=0 if rope is None else rope.channels,
-            interleaved=rope is not None and rope.style != "half",
-        )
-
-    @property
-    def readers(self) -> int:
-        """How many query heads read one key head."""
-        return self.q.count // self.k.count
-
-    def queries_of(self, key_head: int) -> range:
-        """List the query heads that read a key head."""
-        return range(key_head * self.readers, (key_head + 1) * self.readers)
-
-    def replaced(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> "_Layer":
-        """Return a layer with other projections of the same kind."""
-        return _Layer(
-            Heads(q, self.q.biased),
-            Heads(k, self.k.biased),
-            Heads(v, self.v.biased),
-            Heads(o, self.o.biased),
-            self.gram_q,
-            self.gram_kv,
-            self.turning,
-            self.interleaved,
-        )
-
-    def write(self, site: Site, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters, keys and values with as many heads as the layer has."""
-        written: list[Written] = []
-        for name, heads in (("q", self.q), ("k", self.k), ("v", self.v), ("o", self.o)):
-            projection = site.projections[name]
-            stays = first_heads(len(projection.rows), len(projection.rows[0]), heads.count)
-            written.append(Written(projection, stays, heads.maps))
-        return write_heads(weights, written)
-
-    def planes(self, w: Tensor) -> Tensor:
-        """Read the turning channels (.., channels, inputs) as complex planes."""
-        turning = w[..., : self.turning, :]
-        if self.interleaved:
-            return torch.complex(turning[..., 0::2, :], turning[..., 1::2, :])
-        half = self.turning // 2
-        return torch.complex(turning[..., :half, :], turning[..., half:, :])
-
-    def channels(self, z: Tensor, still: Tensor) -> Tensor:
-        """Put planes and the channels that do not turn together again."""
-        if self.interleaved:
-            turning = torch.stack([z.real, z.imag], dim=-2).flatten(-3, -2)
-        else:
-            turning = torch.cat([z.real, z.imag], dim=-2)
-        return torch.cat([turning, still], dim=-2)
-
-    def still(self, w: Tensor) -> Tensor:
-        """Return the channels that do not turn."""
-        return w[..., self.turning :, :]
-
-
-def _moment(a: Tensor, gram: Tensor, b: Tensor) -> Tensor:
-    """Return E[a b^H] of two linear maps of one input."""
-    return a @ gram.to(a.dtype) @ b.conj().transpose(-1, -2)
+def _groups(heads: int, count: int) -> list[list[int]]:
+    """Deal neighbouring heads to so many groups."""
+    size = heads // count
+    return [list(range(i, i + size)) for i in range(0, heads, size)]
 
 
 # ------------------------------------------------------------------------------------- closed form
 
 
-def _fuse_planes(layer: _Layer, groups: list[list[int]]) -> _Layer:
-    """Fuse keys by rank-1 complex components per plane, values by joint components."""
-    q, o = layer.q.maps.clone(), layer.o.maps.clone()
+def _fuse_keys(layer: Layer, count: int) -> Layer:
+    """Fuse the keys of each group, by planes where they turn and jointly where they do not."""
+    if count == layer.k.count:
+        return layer
+    q = layer.q.maps.clone()
     keys: list[Tensor] = []
-    values: list[Tensor] = []
-    for members in groups:
+    for members in _groups(layer.k.count, count):
         key, factors, decoders = _fused_key(layer, members)
-        value, back = _fused_value(layer, members)
         keys.append(key)
-        values.append(value)
         for i, member in enumerate(members):
             for h in layer.queries_of(member):
                 q[h] = _read_fused(layer, layer.q.maps[h], factors[i], decoders[i])
+    return layer.replaced(q=q, k=torch.stack(keys))
+
+
+def _fuse_values(layer: Layer, count: int) -> Layer:
+    """Fuse the values of each group by joint components."""
+    if count == layer.v.count:
+        return layer
+    o = layer.o.maps.clone()
+    values: list[Tensor] = []
+    for members in _groups(layer.v.count, count):
+        value, back = joint_components(
+            layer.v.maps[members], layer.gram_kv, output_metric(layer, members), layer.v.width
+        )
+        values.append(value)
+        for i, member in enumerate(members):
+            for h in layer.readers_of_value(member):
                 o[h] = back[i].T @ layer.o.maps[h]
-    return layer.replaced(q, torch.stack(keys), torch.stack(values), o)
+    return layer.replaced(o=o, v=torch.stack(values))
 
 
-def _fused_key(layer: _Layer, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_key(layer: Layer, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the common key of a group, and what the queries of each member must do."""
     k = layer.k.maps[members]
     z = layer.planes(k)
     shares, factors = _plane_components(layer, members, z)
-    still, decoders = _joint_components(
-        layer.still(k), layer.gram_kv, _query_metric(layer, members), layer.still(k).shape[-2]
+    still, decoders = joint_components(
+        layer.still(k), layer.gram_kv, query_metric(layer, members), layer.still(k).shape[-2]
     )
     common = (shares.unsqueeze(-1) * z).sum(0)
     return layer.channels(common, still), factors, decoders
 
 
-def _plane_components(layer: _Layer, members: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
+def _plane_components(layer: Layer, members: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
     """Return c and a (heads, planes): the fused key is sum c k, and a times it replaces k."""
     gram = layer.gram_kv
     covariance = torch.einsum("hpi,ij,gpj->phg", z, gram.to(z.dtype), z.conj())
@@ -253,201 +228,82 @@ def _plane_components(layer: _Layer, members: list[int], z: Tensor) -> tuple[Ten
     top = torch.linalg.eigh(spread)[1][..., -1]
     shares = top.conj() * weight.squeeze(-1)
     # The phase of a component is free: the share of the first head is made real and positive.
-    phase = shares[:, :1] / shares[:, :1].abs().clamp_min(_TINY)
+    phase = shares[:, :1] / shares[:, :1].abs().clamp_min(TINY)
     shares = shares * phase.conj()
     cross = torch.einsum("phg,pg->ph", covariance, shares.conj())
-    energy = torch.einsum("ph,ph->p", shares, cross).real.clamp_min(_TINY)
-    own = covariance.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp_min(_TINY)
+    energy = torch.einsum("ph,ph->p", shares, cross).real.clamp_min(TINY)
+    own = covariance.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp_min(TINY)
     size = (energy / own).sqrt()
     factors = cross / energy.unsqueeze(-1) * size.unsqueeze(-1)
     return (shares / size.unsqueeze(-1)).mT, factors.mT
 
 
-def _query_energy(layer: _Layer, members: list[int]) -> Tensor:
+def _query_energy(layer: Layer, members: list[int]) -> Tensor:
     """Return, per member and plane, the root of the energy of the queries that read it."""
     rows: list[Tensor] = []
     for member in members:
         z = layer.planes(layer.q.maps[list(layer.queries_of(member))])
         energy = torch.einsum("hpi,ij,hpj->hp", z, layer.gram_q.to(z.dtype), z.conj()).real
-        rows.append(energy.sum(0).clamp_min(_TINY).sqrt())
+        rows.append(energy.sum(0).clamp_min(TINY).sqrt())
     return torch.stack(rows)
 
 
-def _query_metric(layer: _Layer, members: list[int]) -> list[Tensor]:
-    """Return, per member, the second moment of the still channels of its queries."""
-    metrics: list[Tensor] = []
-    for member in members:
-        still = layer.still(layer.q.maps[list(layer.queries_of(member))])
-        metrics.append(_moment(still, layer.gram_q, still).sum(0))
-    return metrics
-
-
-def _read_fused(layer: _Layer, q: Tensor, factor: Tensor, decoder: Tensor) -> Tensor:
+def _read_fused(layer: Layer, q: Tensor, factor: Tensor, decoder: Tensor) -> Tensor:
     """Let a query head read the fused key as it read its own."""
     turned = layer.planes(q) * factor.conj().unsqueeze(-1)
     return layer.channels(turned, decoder.T @ layer.still(q))
 
 
-def _fused_value(layer: _Layer, members: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the common value of a group, and the map from it to each member's value."""
-    return _joint_components(
-        layer.v.maps[members], layer.gram_kv, _output_metric(layer, members), layer.v.width
-    )
-
-
-def _output_metric(layer: _Layer, members: list[int]) -> list[Tensor]:
-    """Return, per member, how much the output projection makes of each direction of its value."""
-    return [
-        sum((layer.o.maps[h] @ layer.o.maps[h].T for h in layer.queries_of(m)), torch.zeros(()))
-        for m in members
-    ]
-
-
-def _joint_components(
-    maps: Tensor, gram: Tensor, metrics: list[Tensor], rank: int
-) -> tuple[Tensor, Tensor]:
-    """Return the best common map of several, (rank, inputs), and what decodes it for each."""
-    count, width, _ = maps.shape
-    if width == 0:
-        return maps[0], maps.new_zeros(count, 0, 0)
-    low, directions = _principal(maps, gram, metrics)[1:]
-    top = directions[:, -rank:]
-    encoder, decoder = low @ top, torch.linalg.solve_triangular(low.T, top, upper=True)
-    return encoder.T @ maps.flatten(0, 1), decoder.reshape(count, width, rank)
-
-
-def _principal(maps: Tensor, gram: Tensor, metrics: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the spectrum, the root of the metric and the components of stacked maps."""
-    stacked = maps.flatten(0, 1)
-    metric = torch.block_diag(*metrics)
-    ridge = _RIDGE * metric.diagonal().mean().clamp_min(_TINY)
-    low = torch.linalg.cholesky(metric + ridge * torch.eye(len(metric), dtype=metric.dtype))
-    spectrum, directions = torch.linalg.eigh(low.T @ _moment(stacked, gram, stacked) @ low)
-    # The sign of a component is free: its largest entry is made positive.
-    largest = directions.abs().argmax(0, keepdim=True)
-    return spectrum, low, directions * directions.gather(0, largest).sign()
-
-
-def _value_spectrum(layer: _Layer, members: list[int]) -> Tensor:
+def _value_spectrum(layer: Layer, members: list[int]) -> Tensor:
     maps = layer.v.maps[members]
-    return _principal(maps, layer.gram_kv, _output_metric(layer, members))[0]
+    return principal(maps, layer.gram_kv, output_metric(layer, members))[0]
 
 
-_TINY = 1e-30
-_RIDGE = 1e-9
+# ---------------------------------------------------------------------------------------- grouping
 
 
-# ---------------------------------------------------------------------------------------- baselines
+def _similar_first(layer: Layer, count: int) -> list[int]:
+    """Order the heads so that the members of each group are alike: the nearest groups join."""
+    groups = [[h] for h in range(layer.k.count)]
+    likeness = _likeness(layer)
+    while len(groups) > count:
+        groups = _paired(groups, likeness)
+    return [h for group in groups for h in group]
 
 
-def _fuse_mean(layer: _Layer, groups: list[list[int]]) -> _Layer:
-    """Average the heads of a group, as the GQA paper does."""
-    k, v = (_averaged(x.maps, groups) for x in (layer.k, layer.v))
-    return layer.replaced(layer.q.maps, k, v, layer.o.maps)
+def _paired(groups: list[list[int]], likeness: Tensor) -> list[list[int]]:
+    """Join groups two by two, the most similar pair first."""
+    size = _smallest_factor(len(groups))
+    left = list(groups)
+    joined: list[list[int]] = []
+    while left:
+        first = left.pop(0)
+        while len(first) < size * len(groups[0]):
+            best = max(left, key=lambda g: float(likeness[first][:, g].mean()))
+            left.remove(best)
+            first = [*first, *best]
+        joined.append(first)
+    return joined
 
 
-def _fuse_mean_renorm(layer: _Layer, groups: list[list[int]]) -> _Layer:
-    """Average the heads of a group and give the mean their mean norm."""
-    k, v = (_renormed(x.maps, groups) for x in (layer.k, layer.v))
-    return layer.replaced(layer.q.maps, k, v, layer.o.maps)
+def _smallest_factor(count: int) -> int:
+    return next(n for n in range(2, count + 1) if count % n == 0)
 
 
-def _fuse_first(layer: _Layer, groups: list[list[int]]) -> _Layer:
-    """Keep the first head of a group."""
-    first = [members[0] for members in groups]
-    return layer.replaced(layer.q.maps, layer.k.maps[first], layer.v.maps[first], layer.o.maps)
+def _likeness(layer: Layer) -> Tensor:
+    """Return how alike heads are, whatever their bases: overlaps of keys and of values."""
+    k, v = layer.k.maps, layer.v.maps
+    gram = layer.gram_kv
+    planes = layer.planes(k)
+    overlap = torch.einsum("hpi,ij,gpj->hgp", planes, gram.to(planes.dtype), planes.conj()).abs()
+    likeness = overlap.sum(-1)
+    for maps in (layer.still(k), v):
+        moments = torch.einsum("hci,ij,gdj->hgcd", maps, gram, maps)
+        sizes = torch.linalg.matrix_norm(moments, ord="nuc")
+        likeness = likeness + sizes if maps is not v else _scaled(likeness) + _scaled(sizes)
+    return likeness
 
 
-def _fuse_procrustes(layer: _Layer, groups: list[list[int]]) -> _Layer:
-    """Align the heads of a group by rotations, then average them."""
-    return _fuse_mean(_aligned(layer, groups), groups)
-
-
-def _fuse_procrustes_renorm(layer: _Layer, groups: list[list[int]]) -> _Layer:
-    """Align the heads of a group by rotations, then average them and restore the norm."""
-    return _fuse_mean_renorm(_aligned(layer, groups), groups)
-
-
-def _averaged(maps: Tensor, groups: list[list[int]]) -> Tensor:
-    return torch.stack([maps[members].mean(0) for members in groups])
-
-
-def _renormed(maps: Tensor, groups: list[list[int]]) -> Tensor:
-    rows: list[Tensor] = []
-    for members in groups:
-        mean = maps[members].mean(0)
-        norm = torch.linalg.matrix_norm(maps[members]).mean()
-        rows.append(mean * norm / torch.linalg.matrix_norm(mean).clamp_min(_TINY))
-    return torch.stack(rows)
-
-
-def _aligned(layer: _Layer, groups: list[list[int]]) -> _Layer:
-    """Turn the heads of each group towards their mean; queries and outputs turn with them."""
-    q, k, v, o = (x.maps.clone() for x in (layer.q, layer.k, layer.v, layer.o))
-    root = _root(layer.gram_kv)
-    for members in groups:
-        phases = _align(layer.planes(k[members]) @ root.to(torch.complex128), _phase)
-        turns = _align((v[members] @ root), _rotation)
-        still = _align((layer.still(k[members]) @ root), _rotation)
-        for i, m in enumerate(members):
-            k[m] = layer.channels(
-                phases[i].unsqueeze(-1) * layer.planes(k[m]), still[i] @ layer.still(k[m])
-            )
-            v[m] = turns[i] @ v[m]
-            for h in layer.queries_of(m):
-                q[h] = layer.channels(
-                    phases[i].unsqueeze(-1) * layer.planes(q[h]), still[i] @ layer.still(q[h])
-                )
-                o[h] = turns[i] @ o[h]
-    return layer.replaced(q, k, v, o)
-
-
-def _align(
-    heads: Tensor, fit: Callable[[Tensor, Tensor], Tensor], steps: int = 100, limit: float = 1e-5
-) -> Tensor:
-    """Generalised Procrustes: turn every head to the mean of the turned ones, until it rests."""
-    turned, before = heads, torch.inf
-    turns = torch.stack([fit(h, h) for h in heads])
-    for _ in range(steps):
-        mean = turned.mean(0)
-        turns = torch.stack([fit(h, mean) for h in heads])
-        turned = torch.stack([_turn(t, h) for t, h in zip(turns, heads, strict=True)])
-        spread = float((turned - turned.mean(0)).abs().square().sum())
-        if before - spread <= limit * spread:
-            break
-        before = spread
-    return turns
-
-
-def _turn(turn: Tensor, head: Tensor) -> Tensor:
-    return turn.unsqueeze(-1) * head if turn.is_complex() else turn @ head
-
-
-def _phase(head: Tensor, reference: Tensor) -> Tensor:
-    """Return the unit number per plane that brings a head closest to a reference."""
-    overlap = (reference * head.conj()).sum(-1)
-    return overlap / overlap.abs().clamp_min(_TINY)
-
-
-def _rotation(head: Tensor, reference: Tensor) -> Tensor:
-    """Return the orthogonal matrix that brings a head closest to a reference."""
-    u, _, vh = torch.linalg.svd(reference @ head.T)
-    turn: Tensor = u @ vh
-    return turn
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Return R with R R^T = gram, so that norms of W R are norms over the data."""
-    values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = vectors * values.clamp_min(0).sqrt()
-    return root
-
-
-_MERGES: dict[str, Callable[[_Layer, list[list[int]]], _Layer]] = {
-    "planes": _fuse_planes,
-    "mean": _fuse_mean,
-    "mean_renorm": _fuse_mean_renorm,
-    "first": _fuse_first,
-    "procrustes": _fuse_procrustes,
-    "procrustes_renorm": _fuse_procrustes_renorm,
-}
+def _scaled(overlap: Tensor) -> Tensor:
+    size = overlap.diagonal().clamp_min(TINY).sqrt()
+    return overlap / (size.unsqueeze(0) * size.unsqueeze(1))
