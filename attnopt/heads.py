@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnopt.nouns import Projection
+from attnopt.weights import described
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def read_heads(weights: Mapping[str, Tensor], projection: Projection) -> Heads:
     rows = torch.tensor(projection.rows)
     weight = weights[projection.parameter].double()
     maps = weight.movedim(projection.axis, 0).flatten(1)[rows]
-    if projection.bias is None or not _per_row(weights, projection):
+    if projection.bias is None or not per_row(weights, projection):
         return Heads(torch.cat([maps, maps.new_zeros(*maps.shape[:2], 1)], dim=-1))
     bias = weights[projection.bias].double()[rows]
     return Heads(torch.cat([maps, bias.unsqueeze(-1)], dim=-1), biased=True)
@@ -108,13 +109,17 @@ class _Rows:
 
 
 def _bias_rows(weights: Mapping[str, Tensor], projection: Projection) -> _Rows | None:
-    if projection.bias is None or not _per_row(weights, projection):
+    if projection.bias is None or not per_row(weights, projection):
         return None
     return _Rows(weights[projection.bias])
 
 
-def _per_row(weights: Mapping[str, Tensor], projection: Projection) -> bool:
+def per_row(weights: Mapping[str, Tensor], projection: Projection) -> bool:
     """Tell a bias that belongs to the rows from one that belongs to the outputs of o."""
-    shape = weights[projection.parameter].shape
+    if projection.bias is None:
+        return False
+    shape = described(weights, projection.parameter).shape
     outputs = 1 if projection.layout in ("conv1d", "einsum") else 0
-    return projection.axis == outputs and len(weights[str(projection.bias)]) == shape[outputs]
+    return projection.axis == outputs and (
+        described(weights, projection.bias).shape[0] == shape[outputs]
+    )

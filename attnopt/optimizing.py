@@ -32,11 +32,12 @@ def optimize(
     out: str | os.PathLike[str] | None = None,
     *,
     held_out: int = 96,
+    tier: int = 0,
     command: str = "",
 ) -> Result:
     """Rewrite a model to meet a goal (or as a plan says), measure it, and save it to `out`.
 
-    `data` is a Source or its name ("stdlib:48x256"), or a Split. A result that fails its gate is
+    `tier` says what may hold the result: see `plan`. `data` is a Source or its name ("stdlib:48x256"), or a Split. A result that fails its gate is
     saved beside, as `out`.rejected, and says so.
     """
     wanted = checked_goal(goal or (plan.goal if isinstance(plan, Plan) else {}))
@@ -47,7 +48,7 @@ def optimize(
     if plan is None:
         search(exact, wanted)
     split = _split(program, data, held_out)
-    made = _plan(exact, wanted, plan, split)
+    made = _plan(exact, wanted, plan, split, tier)
     rewritten = apply(exact, made)
     report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
     measured = measure(rewritten, exact, split.held_out)
@@ -95,14 +96,16 @@ def tokenizer_of(program: Program) -> Any:
         ) from error
 
 
-def _plan(exact: Program, goal: Mapping[str, Any], plan: Plan | str | None, split: Split) -> Plan:
+def _plan(
+    exact: Program, goal: Mapping[str, Any], plan: Plan | str | None, split: Split, tier: int
+) -> Plan:
     if plan == "exact":
         return Plan((), dict(goal))
     if isinstance(plan, str):
         plan = Plan.load(plan)
     if plan is None:
         told = {"data": split.source, "data_sha256": split.digest}
-        return make_plan(exact, goal, split, provenance=told)
+        return make_plan(exact, goal, split, tier=tier, provenance=told)
     needs = any(c.rewrite != "exact" for c in plan.choices)
     if needs and plan.statistics is None and plan.source is None:
         return replace(plan, statistics=calibrate(exact, split))
@@ -119,7 +122,7 @@ def measure(rewritten: Program, reference: Program, rows: Tensor) -> dict[str, A
     debug.advance("measure", 1, 2)
     stock = stock_model(rewritten.cast(torch.float32))
     if isinstance(stock, No):
-        found["stock"] = str(stock)
+        found |= {"stock": str(stock), "tier": 2}
         return found
     found["tier"] = tier_of(stock.config)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Tier 1: layers of a stock model that differ in their heads, by `per_layer_config`.
+"""Tier 1: layers of a stock model that differ in heads or neurons, by `per_layer_config`.
 
 Transformers 5 writes and reads per-layer settings, but its model classes build all layers alike.
-While it builds a model, here its attention classes have stand-ins, which build the stock class
+While it builds a model, here its classes of layers have stand-ins, which build the stock class
 itself from the settings of its layer. A config without our mark gets what it gets without us.
 """
 
@@ -61,12 +61,15 @@ def _with_stand_ins(apply_patches: Callable[[], Any]) -> Callable[[], Any]:
     return applied
 
 
+_LAYERED = ("Attention", "Layer", "Block")
+
+
 def _places() -> Iterator[tuple[ModuleType, str, type[nn.Module]]]:
-    """Yield the attention classes of all models that were imported, with where they are read."""
+    """Yield the classes of layers of all models that were imported, with where they are read."""
     for home, module in list(sys.modules.items()):
         if home.startswith("transformers.models.") and ".modeling_" in home:
             for name, held in list(vars(module).items()):
-                if name.endswith("Attention") and isinstance(held, type) and _is_layered(held):
+                if name.endswith(_LAYERED) and isinstance(held, type) and _is_layered(held):
                     yield module, name, held
 
 
@@ -91,10 +94,13 @@ def _stand_in(stock: type[nn.Module]) -> type:
         layer = kwargs.get("layer_idx", args[0] if args else None)
         if layer is None or not is_marked(config):
             return stock(config, *args, **kwargs)
-        module: Any = stock(config.per_layer_config[layer], *args, **kwargs)
+        own = config.per_layer_config[layer]
+        module: nn.Module = stock(own, *args, **kwargs)
         # What is set on the model later, such as its attention function, holds for every layer.
-        module.config = config
-        return module  # type: ignore[no-any-return]
+        for part in module.modules():
+            if getattr(part, "config", None) is own:
+                part.config = config  # type: ignore[assignment]
+        return module
 
     named = {"__new__": build, "__module__": stock.__module__, "stock": stock}
     return _StandIn(stock.__name__, (), named)

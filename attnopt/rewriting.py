@@ -26,6 +26,7 @@ from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.passes import exact
 from attnopt.program import Program
+from attnopt.refusals import shared
 from attnopt.surgery import GraphEdit
 from attnopt.weights import Spool
 
@@ -46,6 +47,8 @@ def apply(program: Program, plan: Plan | str) -> Program:
 
 
 def _exact(program: Program) -> Program:
+    if any(note.startswith("exact") for note in program.history):
+        return program
     if not program.parts:
         return _apply_exact(program)
     parts = {name: _exact(part) for name, part in program.parts.items()}
@@ -60,11 +63,16 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     main = program.main
     stats = statistics_of(plan, main)
     known = {t.name: t for t in (*main.mlps, *main.sites)}
+    declined = shared(main)
+    twice = [c.site for i, c in enumerate(choices) if c.site in {o.site for o in choices[:i]}]
+    if twice:
+        raise ValueError(f"the plan chooses twice for {twice[0]}: apply one plan after the other")
     edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
     changed = Spool()
     refitted: list[str] = []
     for choice in choices:
         site, module, config = _resolved(choice, known)
+        _must(declined.get(site.name, True))
         _must(module.fits(site, config))
         new = module.convert(site, stats, config)
         changed.update(new)

@@ -7,6 +7,8 @@ kept as OUT.rejected), 5 refused for safety, 6 resources, 130 interrupted (OUT i
 """
 
 import argparse
+import json
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,8 @@ from attnopt.cli._output import Output, shown
 if TYPE_CHECKING:
     from attnopt.artifacts.saving import Result
 
-_LATER = {"params": "parameters", "flops": "operations", "latency": "time"}
+_LATER = {"flops": "operations", "latency": "time"}
+_BUDGETS = ("kv_cache", "params")
 DATA = "stdlib:48x256"
 
 
@@ -28,6 +31,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the result goes")
     parser.add_argument(
         "--kv-cache", metavar="SHARE", help="how much of the cache may stay, such as 50%%"
+    )
+    parser.add_argument(
+        "--params", metavar="SHARE", help="how many of the parameters may stay, such as 80%%"
+    )
+    parser.add_argument(
+        "--tier",
+        type=int,
+        choices=(0, 1, 2),
+        default=0,
+        help="what may hold the result: 0 a stock checkpoint, all layers alike (default); 1 one "
+        "whose layers differ, 2 a saved program; both load after `import attnopt`",
     )
     parser.add_argument(
         "--max-drop",
@@ -69,16 +83,21 @@ def _goal(arguments: argparse.Namespace) -> dict[str, str]:
     for name, what in _LATER.items():
         if getattr(arguments, name) is not None:
             raise CommandError(
-                "AO110", f"--{name} (a budget of {what}) is not served yet; there is --kv-cache"
+                "AO110",
+                f"--{name} (a budget of {what}) is not served yet; there are --kv-cache and --params",
             )
-    if arguments.kv_cache is None and arguments.plan is None:
-        raise CommandError("AO111", "nothing to reach: name a goal, such as --kv-cache 50%")
-    if arguments.kv_cache is not None and arguments.plan is not None:
-        raise CommandError("AO111", "--kv-cache and --plan exclude each other: a plan has its goal")
+    named = [n for n in (*_BUDGETS, "plan") if getattr(arguments, n) is not None]
+    if not named:
+        raise CommandError(
+            "AO111", "nothing to reach: name a goal, such as --kv-cache 50% or --params 80%"
+        )
+    if len(named) > 1:
+        first, second = (f"--{n.replace('_', '-')}" for n in named[:2])
+        raise CommandError("AO111", f"{first} and {second} exclude each other: one at a time")
     if arguments.held_out < 2:
         raise CommandError("AO111", "--held-out needs at least 2 rows for a confidence interval")
-    named = {"kv_cache": arguments.kv_cache, "max_drop": arguments.max_drop}
-    goal = {name: value for name, value in named.items() if value is not None}
+    given = {name: getattr(arguments, name) for name in (*_BUDGETS, "max_drop")}
+    goal = {name: value for name, value in given.items() if value is not None}
     from attnopt.planning import checked_goal
 
     try:
@@ -115,6 +134,7 @@ def _optimize(
                 data,
                 arguments.out,
                 held_out=arguments.held_out,
+                tier=arguments.tier,
                 command=_command(arguments),
             )
         except NothingToDoError as error:
@@ -124,11 +144,12 @@ def _optimize(
 def _command(arguments: argparse.Namespace) -> str:
     """Return the command that makes the same again."""
     words = ["attnopt", "optimize", arguments.model, "-o", arguments.out]
-    for name in ("kv_cache", "max_drop", "plan"):
+    for name in (*_BUDGETS, "max_drop", "plan"):
         value = getattr(arguments, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", value]
     words += ["--data", arguments.data, "--held-out", str(arguments.held_out)]
     words += ["--seed", str(arguments.seed)]
+    words += ["--tier", str(arguments.tier)] if arguments.tier else []
     return shlex.join(words)
 
 
@@ -153,13 +174,18 @@ def _tier(result: "Result") -> int:
 _LOADS = (
     "plain Transformers loads it, without attnopt",
     "plain Transformers loads it after `import attnopt`",
+    "it is a program: Transformers' Auto classes load it after `import attnopt`",
 )
 
 
 def _summary(output: Output, result: "Result", place: Path) -> None:
-    changed, sites = len(result.plan.choices), len(result.reference.sites)
     passes = ", ".join(sorted({c.rewrite for c in result.plan.choices})) or "exact"
-    output.line(f"{result.program.name}: {changed} of {sites} attentions rewritten ({passes})")
+    changed = {c.site for c in result.plan.choices}
+    reference = result.reference.main
+    told = f"{_share(reference.sites, changed)} attentions"
+    if any(m.name in changed for m in reference.mlps):
+        told += f" and {_share(reference.mlps, changed)} MLPs"
+    output.line(f"{result.program.name}: {told} rewritten ({passes})")
     output.line()
     rows = [*_cost_rows(result), *_quality_rows(result)]
     output.table(("", "before", "after", "change"), rows, foldable={""})
@@ -168,7 +194,18 @@ def _summary(output: Output, result: "Result", place: Path) -> None:
         output.line(_verdict(result))
     tier = _tier(result)
     output.line(f"saved as {shown(place)} (tier {tier}): {_LOADS[tier]}")
-    output.line(f'  {result.program.name}.from_pretrained("{shown(place)}")')
+    loader = f"{stock_name(place, result)}.from_pretrained" if tier < 2 else "attnopt.load"
+    output.line(f'  {loader}("{shown(place)}")')
+
+
+def stock_name(place: Path, result: "Result") -> str:
+    """Return the class that an artifact is to be loaded as."""
+    told = json.loads((place / "config.json").read_text(encoding="utf-8")).get("architectures")
+    return str(told[0]) if told else result.program.name
+
+
+def _share(things: Any, changed: set[str]) -> str:
+    return f"{sum(t.name in changed for t in things)} of {len(things)}"
 
 
 def _cost_rows(result: "Result") -> list[tuple[str, str, str, str]]:
@@ -187,8 +224,11 @@ def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 
 def _parameters(program: Any) -> int:
+    from attnopt.weights import described
+
+    program = program.main
     bound = {b.name for b in program.bindings.values() if b.kind == "parameter"}
-    return sum(program.weights[name].numel() for name in bound)
+    return sum(math.prod(described(program.weights, name).shape) for name in bound)
 
 
 def _quality_rows(result: "Result") -> list[tuple[str, str, str, str]]:

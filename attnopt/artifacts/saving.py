@@ -19,7 +19,7 @@ from attnopt.artifacts.manifest import FOLDER, NAME, write_manifest
 from attnopt.artifacts.programs import SHARD, write_stored
 from attnopt.artifacts.programs import UNDERSTANDS as PROGRAM
 from attnopt.artifacts.staging import staged
-from attnopt.artifacts.stock import build, hollow, stock_class, stock_config, tier_of
+from attnopt.artifacts.stock import build, hollow, stock_form, tier_of
 from attnopt.artifacts.streaming import write_checkpoint
 from attnopt.nouns import No, Plan
 from attnopt.perlayer import UNDERSTANDS as PER_LAYER
@@ -122,11 +122,10 @@ def _stock_form(program: Program) -> tuple[Any, Any] | No:
     """Return the stock class of a program and the config that it needs, or why there is none."""
     if program.tier > 1:
         return No("it computes what no stock class does")
-    cls, config = stock_class(program), stock_config(program)
-    if isinstance(cls, No) or isinstance(config, No):
-        return cls if isinstance(cls, No) else config
-    config.name_or_path = ""
-    return cls, config
+    form = stock_form(program)
+    if not isinstance(form, No):
+        form[1].name_or_path = ""
+    return form
 
 
 def source_folder(program: Program) -> Path | None:
