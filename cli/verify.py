@@ -136,7 +136,7 @@ def _exact(program: "Program") -> "Program":
 
 def _print(output: Output, arguments: argparse.Namespace, report: "Report") -> None:
     output.note(f"{arguments.candidate} beside {arguments.reference}: {report.task}")
-    output.note()
+    output.note("")
     rows: list[Any] = [*report.scores.rows(), *_benchmarks(report), *_sites(report, arguments)]
     output.table(("", "reference", "candidate", "change"), rows, foldable={""})
     output.line()

@@ -18,7 +18,7 @@ _FORMATS: Final = ("PNG", "JPEG")
 def pictures(
     root: Path, processor: Any, wanted: Callable[[str], bool], count: int
 ) -> dict[str, Tensor]:
-    """Return the pixel values of at most `count` pictures whose names are wanted, and their classes.
+    """Return the pixel values, and the classes, of at most `count` pictures of wanted names.
 
     The classes are those of `labels.npy`, one for each file in the order of the names.
     """

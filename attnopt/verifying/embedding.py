@@ -1,9 +1,9 @@
 """Encoders: how far the embedding of each row turns, and whether its neighbours stay.
 
-The drop is 1 - cosine between the two programs' embeddings, the mean of a row's real tokens. Spaces
-that share one large direction have cosines near 1 whatever happens, so the neighbours are told, too:
-the share of each row's nearest rows that stay nearest. Rows are drawn anew as queries, among the
-same neighbours.
+The drop is 1 - cosine between the two programs' embeddings, the mean of a row's real tokens. Where
+all embeddings share one large direction, cosines are near 1 whatever happens; so the neighbours are
+told, too: the share of each row's nearest rows that stay nearest. Rows are drawn anew as queries,
+among the same neighbours.
 """
 
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def score(program: Run, reference: Run, calls: Sequence[Call], *, seed: int = 0)
 
 
 def pooled(output: Any, call: Call) -> Tensor:
-    """Return one embedding a row: the mean over its real tokens, or what the model pooled itself."""
+    """Return one embedding a row: the mean of its real tokens, or what the model pooled."""
     states = output if isinstance(output, Tensor) else field(output, "last_hidden_state", *POOLED)
     if states is None:
         raise ValueError(
