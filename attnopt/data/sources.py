@@ -66,17 +66,18 @@ class Source:
         name, _, size = text.rpartition(":")
         count, cross, length = size.partition("x")
         if not (name and cross and count.isdecimal() and length.isdecimal()):
-            return cls(*_name(text), seed=seed)  # type: ignore[misc]  # of one or two parts
+            named, field = _name(text)
+            return cls(named, seed=seed, field=field)
         if int(count) < 1 or int(length) < 2:
             raise ValueError(f"data {text!r}: at least one row of two tokens, such as :48x256")
-        named, *field = _name(name)
-        return cls(named, int(count), int(length), seed, *field)
+        named, field = _name(name)
+        return cls(named, int(count), int(length), seed, field)
 
 
-def _name(text: str) -> list[str]:
+def _name(text: str) -> tuple[str, str]:
     """Take the field off a name of records."""
     name, _, field = text.rpartition("#")
-    return [name, field] if field and name.lower().endswith(RECORDS) else [text]
+    return (name, field) if field and name.lower().endswith(RECORDS) else (text, _FIELD)
 
 
 def checked(source: Source) -> Source:

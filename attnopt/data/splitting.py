@@ -1,7 +1,7 @@
 """Two halves that share no document: one to calibrate with, one to judge by.
 
 Documents are dealt by a hash of their name, one in twenty to the held-out half, so that a file is
-never in both, whatever the order or the count; a text that is there under two names counts once.
+never in both, whatever the order or the count; a text that is there under two names, one of them held out, is.
 Rows of arrays are documents of their own: the last ones are held out.
 """
 
@@ -85,7 +85,7 @@ def _documents(source: Source) -> tuple[list[str], list[str]]:
     for name, text in documents(source):
         halves[is_held_out(name)].setdefault(digest(text.encode()), text)
     for twin in halves[0].keys() & halves[1].keys():
-        del halves[1][twin]
+        del halves[0][twin]
     if not halves[0] or not halves[1]:
         raise ValueError(
             f"data {source.name!r} has {len(halves[0])} documents to calibrate with and "
