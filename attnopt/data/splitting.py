@@ -1,7 +1,8 @@
 """Two halves that share no document: one to calibrate with, one to judge by.
 
 Documents are dealt by a hash of their name, one in twenty to the held-out half, so that a file is
-never in both, whatever the order or the count; a text that is there under two names, one of them held out, is.
+never in both, whatever the order or the count; a text of two names is held out
+where one is.
 Rows of arrays are documents of their own: the last ones are held out.
 """
 
