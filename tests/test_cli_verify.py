@@ -35,10 +35,12 @@ def words(folder: Path, candidate: str, *more: str) -> list[str]:
 
 
 def test_the_same_model_is_accepted(folder: Path, capsys):
-    assert main(words(folder, "source", "--max-drop", "0.1%")) == 0
-    out = capsys.readouterr().out
+    assert main(words(folder, "source", "--max-drop", "0.1%", "--quiet")) == 0
+    quiet = capsys.readouterr()
     for part in ("held-out loss", "perplexity", "accepted", "largest error of a site"):
-        assert part in out
+        assert part in quiet.out
+    assert quiet.err == ""
+    assert "beside" not in quiet.out
 
 
 def test_what_loses_too_much_fails_the_gate(folder: Path, capsys):
@@ -51,18 +53,13 @@ def test_what_loses_too_much_fails_the_gate(folder: Path, capsys):
     assert document["drop"]["ci95"][1] > 1e-5
     assert document["sites"]["model.layers.0.self_attn"] == 0
     assert document["sites"]["model.layers.1.self_attn"] == pytest.approx(0.25, rel=1e-3)
-    assert main(words(folder, "other")) == 0
-    assert "nothing was gated" in capsys.readouterr().out
 
 
-def test_quiet_says_the_results_and_verbose_every_site(folder: Path, capsys):
-    assert main(words(folder, "other", "--quiet")) == 0
-    quiet = capsys.readouterr()
-    assert quiet.err == ""
-    assert "beside" not in quiet.out
-    assert "held-out loss" in quiet.out
+def test_without_a_limit_nothing_is_gated_and_verbose_says_every_site(folder: Path, capsys):
     assert main(words(folder, "other", "-v", "--task", "lm")) == 0
-    assert capsys.readouterr().out.count("error of model.layers.") == 2
+    out = capsys.readouterr().out
+    assert "nothing was gated" in out
+    assert out.count("error of model.layers.") == 2
 
 
 def test_a_classifier_is_judged_by_its_answers(tmp_path: Path, capsys):

@@ -18,6 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import attnopt
 from attnopt.data import Source, Split, batches_of, calls, documents, split_for, split_of
+from attnopt.data.splitting import is_held_out
 
 
 class Bytes:
@@ -411,3 +412,22 @@ def test_the_standard_library_is_said_to_be_nobodys_domain(program):
     assert "Python's own standard library, not text of the model's use" in report.notes[0]
     assert report.content()["data"] == "stdlib:2x9"
     assert not attnopt.verify(program, program, Split(*(ids(3, 9),) * 2, "a.txt:1x9", "")).notes
+
+
+def test_rows_to_judge_by_are_of_as_many_documents_as_there_are(tmp_path: Path):
+    """Rows of one document are alike, and an interval takes them for independent."""
+    for number in range(400):
+        (tmp_path / f"{number}.txt").write_text(text(number, 6) * 500)
+    split = split_of(Source(str(tmp_path), 8, 60), Bytes(), held_out=30)
+    marks = {bytes(row.tolist())[-12:] for row in split.held_out}
+    held = sum(is_held_out(f"{number}.txt") for number in range(400))
+    assert len(split.held_out) == 30
+    assert split.documents == min(held, 30)
+    assert len({mark.split(b"<")[1] for mark in marks}) == split.documents
+    assert not split.notes
+    few = split_of(Source(str(tmp_path), 8, 20), Bytes(), held_out=100)
+    assert few.documents == held
+    assert f"100 held-out rows are of {held} documents only" in few.notes[0]
+    assert torch.equal(
+        few.held_out, split_of(Source(str(tmp_path), 8, 20), Bytes(), held_out=100).held_out
+    )

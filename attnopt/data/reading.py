@@ -46,7 +46,7 @@ def split_for(program: Any, data: Any = None, held_out: int | None = None) -> Sp
     )
 
 
-def held_out_of(program: Any, data: Any) -> tuple[Any, str, str]:
+def held_out_of(program: Any, data: Any) -> tuple[Any, str, tuple[str, ...]]:
     """Return what to judge by, where it is from, and what has to be said of it.
 
     Of a source or a Split that is the held-out half; rows and calls are taken as they are.
@@ -54,8 +54,8 @@ def held_out_of(program: Any, data: Any) -> tuple[Any, str, str]:
     if data is None or isinstance(data, str | os.PathLike | Source):
         data = split_for(program, data, HELD_OUT)
     if isinstance(data, Split):
-        return data.held_out, data.source, data.note
-    return data, type(data).__name__, ""
+        return data.held_out, data.source, data.notes
+    return data, type(data).__name__, ()
 
 
 def _whole(name: str, rows: Tensor) -> Source:

@@ -22,7 +22,9 @@ from attnopt.data.sources import STDLIB, Source, checked
 Rows = Tensor | Mapping[str, Tensor] | tuple[Mapping[str, Any], ...]
 HELD_OUT = 96
 _HELD_OUT_OF = 20
-_IMAGES_HELD_OUT_OF = 4
+# More than a token has, so that a piece of a text has the tokens that are wanted.
+_CHARACTERS = 8
+_PICTURES_HELD_OUT_OF = 4
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,20 @@ class Split:
     held_out: Rows
     source: str
     digest: str
+    documents: int | None = None
 
     @property
-    def note(self) -> str:
-        """What has to be said of the data wherever results are."""
-        return f"judged on {STDLIB}" if self.source.partition(":")[0] == "stdlib" else ""
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said of the data wherever results are; `documents` are those held out."""
+        found = []
+        if self.source.partition(":")[0] == "stdlib":
+            found.append(f"judged on {STDLIB}")
+        if self.documents is not None and 3 * self.documents < len(self.held_out):
+            found.append(
+                f"the {len(self.held_out)} held-out rows are of {self.documents} documents only: "
+                "others may differ by more than the interval says"
+            )
+        return tuple(found)
 
 
 def split_of(
@@ -55,8 +66,8 @@ def split_of(
     calibration, held = _documents(source)
     rows = source.rows if held_out is None else held_out
     first = cut(calibration, tokenizer, rows=source.rows, length=source.length, seed=source.seed)
-    second = cut(held, tokenizer, rows=rows, length=source.length, seed=0)
-    return Split(first, second, str(source), _digest({"ids": first}, {"ids": second}))
+    second, used = _spread(held, tokenizer, rows, source.length)
+    return Split(first, second, str(source), _digest({"ids": first}, {"ids": second}), used)
 
 
 def cut(documents: Sequence[str], tokenizer: Any, *, rows: int, length: int, seed: int) -> Tensor:
@@ -71,6 +82,38 @@ def cut(documents: Sequence[str], tokenizer: Any, *, rows: int, length: int, see
     if whole == 0:
         raise ValueError(f"the text has {len(stream)} tokens, less than one row of {length}")
     return torch.tensor(stream[: min(rows, whole) * length]).view(-1, length)
+
+
+def _spread(
+    documents: Sequence[str], tokenizer: Any, rows: int, length: int
+) -> tuple[Tensor, int | None]:
+    """Cut rows from as many documents as there are, and return how many those are.
+
+    Rows of one document are alike: an interval that takes them for independent is too narrow. Each
+    document gives as many rows from somewhere inside it; where that is too little, all is cut.
+    """
+    random, found, used = torch.Generator().manual_seed(0), list[Tensor](), 0
+    order = torch.randperm(len(documents), generator=random).tolist()
+    for left, index in zip(range(len(order), 0, -1), order, strict=True):
+        share = -(-(rows - len(found)) // left)
+        piece = _piece(documents[index], share * length * _CHARACTERS, random)
+        ids = _tokens(piece, tokenizer)
+        count = min(len(ids) // length, share)
+        found.extend(torch.tensor(ids[: count * length]).view(-1, length))
+        used += count > 0
+    if len(found) < rows:
+        return cut(documents, tokenizer, rows=rows, length=length, seed=0), None
+    return torch.stack(found), used
+
+
+def _piece(text: str, size: int, random: torch.Generator) -> str:
+    """Return so much of a text, from the start of a line that is drawn."""
+    room = len(text) - size
+    if room <= 0:
+        return text
+    start = int(torch.randint(room, (), generator=random))
+    line = text.find("\n", start) + 1
+    return text[line : line + size] if 0 < line <= room else text[start : start + size]
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:
@@ -141,13 +184,13 @@ def _prints(tensors: Mapping[str, Tensor]) -> list[str]:
 def _dealt(source: Source, held_out: int | None, processor: Any) -> Split:
     """Deal the pictures of a folder to the halves."""
     count = HELD_OUT if held_out is None else held_out
-    wanted: Callable[[str], bool] = lambda name: is_held_out(name, _IMAGES_HELD_OUT_OF)  # noqa: E731
+    wanted: Callable[[str], bool] = lambda name: is_held_out(name, _PICTURES_HELD_OUT_OF)  # noqa: E731
     first = pictures(source.path, processor, lambda n: not wanted(n), source.rows)
     second = pictures(source.path, processor, wanted, count)
     if not first or not second:
         raise ValueError(
             f"data {source.name!r} has too few images: both halves need one (one in "
-            f"{_IMAGES_HELD_OUT_OF} is held out, by its name)"
+            f"{_PICTURES_HELD_OUT_OF} is held out, by its name)"
         )
     return made(first, _apart(first, second), source.name)
 

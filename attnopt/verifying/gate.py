@@ -37,7 +37,7 @@ def verify(
         raise ValueError(f"max_drop {max_drop!r} must be a finite number, and not negative")
     if tasks:
         check_harness()
-    held, source, note = held_out_of(reference, data)
+    held, source, notes = held_out_of(reference, data)
     calls = list(batches_of(reference, held, labels=True))
     if not calls:
         raise ValueError("there are no held-out rows: a generator may have been read before")
@@ -47,8 +47,7 @@ def verify(
         scores = _scores(named, after, before, calls, seed)
         found = _benchmarks(after, before, reference, tasks)
     errors = site_errors(program, reference, calls[0])
-    notes = tuple(n for n in (note, *_notes(scores)) if n)
-    return Report(scores, max_drop, source, notes, errors, found)
+    return Report(scores, max_drop, source, (*notes, *_notes(scores)), errors, found)
 
 
 def _scores(task: str, after: Run, before: Run, calls: Sequence[Call], seed: int) -> Scores:
