@@ -93,7 +93,7 @@ def _main(names: tuple[str, ...], rows: Tensor) -> str:
     """Return what a tensor alone stands for."""
     if not rows.is_floating_point():
         return "input_ids"
-    wanted = next((n for n in _MAIN[1:] if n in names), None)
+    wanted: str | None = next((n for n in _MAIN[1:] if n in names), None)
     if wanted is None and len(names) == 1:
         wanted = names[0]
     if wanted is None:

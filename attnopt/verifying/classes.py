@@ -109,10 +109,16 @@ def score(program: Run, reference: Run, calls: Sequence[Call], *, seed: int = 0)
     kept = counts > 0
     if not bool(kept.any()):
         raise ValueError("the held-out rows have no answer to compare: all are padding, or ignored")
-    rights = (old[kept], new[kept]) if labelled else (None, None)
     single = labelled and bool((counts[kept] == 1).all())
     flips = (int(lost.sum()), int(won.sum())) if single else None
-    return ClassScores(counts[kept], agreeing[kept], *rights, flips, seed)
+    return ClassScores(
+        counts[kept],
+        agreeing[kept],
+        old[kept] if labelled else None,
+        new[kept] if labelled else None,
+        flips,
+        seed,
+    )
 
 
 def logits_of(output: Any) -> Tensor:

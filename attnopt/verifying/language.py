@@ -142,8 +142,15 @@ def score(
     kept = counts > 0
     if not bool(kept.any()):
         raise ValueError("the held-out rows have no token to predict: all are padding, or ignored")
-    columns = (before / counts, after / counts, counts, divergence, agreeing)
-    return LanguageScores(*(c[kept] for c in columns), objective=objective, seed=seed)
+    return LanguageScores(
+        (before / counts)[kept],
+        (after / counts)[kept],
+        counts[kept],
+        divergence[kept],
+        agreeing[kept],
+        objective,
+        seed,
+    )
 
 
 def _asked(
@@ -213,7 +220,7 @@ def _masked(
 
 def _pieces(given: Call, targets: Tensor, reference: Run) -> list[tuple[dict[str, Any], Tensor]]:
     """Cut a call into as many rows as their logits can be held."""
-    config = getattr(reference, "config", None)
+    config: Any = getattr(reference, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = int(getattr(text, "vocab_size", None) or 2**15)
     size = max(_LOGITS // (vocabulary * targets.shape[1]), 1)
