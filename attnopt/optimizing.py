@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from attnopt import debug
-from attnopt.artifacts.saving import Result, refuse_foreign, save, source_folder, stock_model
+from attnopt.artifacts.saving import Result, refuse_foreign, save, stock_model
 from attnopt.artifacts.stock import tier_of
 from attnopt.calibrating import calibrate
-from attnopt.data import Source, Split, split_of
+from attnopt.data import Split, batches_of, split_for
+from attnopt.data.reading import tokenizer_of as tokenizer_of
 from attnopt.frontend import capture
 from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, search
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program
 from attnopt.rewriting import apply
-from attnopt.untrusted import check_tokenizer
 from attnopt.verifying import in_float32, verify
 
 
@@ -37,8 +37,9 @@ def optimize(
 ) -> Result:
     """Rewrite a model to meet a goal (or as a plan says), measure it, and save it to `out`.
 
-    `tier` says what may hold the result: see `plan`. `data` is a Source or its name ("stdlib:48x256"), or a Split. A result that fails its gate is
-    saved beside, as `out`.rejected, and says so.
+    `tier` says what may hold the result: see `plan`. `data` is a Source or its name
+    ("stdlib:48x256"), a Split, rows, or an iterable of calls; its held-out part judges. A result
+    that fails its gate is saved beside, as `out`.rejected, and says so.
     """
     wanted = checked_goal(goal or (plan.goal if isinstance(plan, Plan) else {}))
     program = model if isinstance(model, Program) else capture(model)
@@ -47,7 +48,7 @@ def optimize(
     exact = apply(program, "exact")
     if plan is None:
         search(exact, wanted)
-    split = _split(program, data, held_out)
+    split = split_for(program, data, held_out)
     made = _plan(exact, wanted, plan, split, tier)
     rewritten = apply(exact, made)
     report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
@@ -62,38 +63,6 @@ def target(out: str | os.PathLike[str], result: Result) -> Path:
     """Return where a result goes: what is rejected never takes the place of what was accepted."""
     place = Path(out).absolute()
     return place if result.accepted else place.with_name(f"{place.name}.rejected")
-
-
-def _split(program: Program, data: Any, held_out: int) -> Split:
-    """Return the rows to calibrate with and to judge by."""
-    if isinstance(data, Split):
-        return data
-    if isinstance(data, Tensor):
-        held = max(len(data) // 4, 1)
-        return Split(data[:-held], data[-held:], "tensor", "")
-    source = data if isinstance(data, Source) else Source.parse(data or str(Source()))
-    tokenizer = tokenizer_of(program) if source.is_text else None
-    return split_of(source, tokenizer, held_out=held_out)
-
-
-def tokenizer_of(program: Program) -> Any:
-    """Return the tokenizer that lies beside a program's checkpoint."""
-    from transformers import AutoTokenizer
-
-    folder = source_folder(program)
-    if folder is None:
-        raise ValueError(
-            f"{program.name} was not captured from a directory, so it has no tokenizer; give token "
-            "ids as data: a tensor (rows, tokens) or a .safetensors file with input_ids"
-        )
-    try:
-        check_tokenizer(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{folder} has no usable tokenizer ({error}); give token ids as data: a .safetensors "
-            "file with input_ids"
-        ) from error
 
 
 def _plan(
@@ -112,12 +81,12 @@ def _plan(
     return plan
 
 
-def measure(rewritten: Program, reference: Program, rows: Tensor) -> dict[str, Any]:
+def measure(rewritten: Program, reference: Program, rows: Any) -> dict[str, Any]:
     """Measure what the running models keep per token, and whether the stock class agrees."""
     found: dict[str, Any] = {}
-    ids = rows[:4, :64]
+    call = _few(next(batches_of(rewritten, rows)))
     if rewritten.states:
-        before, after = (_cache_bytes(p, ids) for p in (reference, rewritten))
+        before, after = (_cache_bytes(p, call["input_ids"]) for p in (reference, rewritten))
         found["kv_bytes_per_token"] = [before, after]
     debug.advance("measure", 1, 2)
     stock = stock_model(rewritten.cast(torch.float32))
@@ -126,16 +95,29 @@ def measure(rewritten: Program, reference: Program, rows: Tensor) -> dict[str, A
         return found
     found["tier"] = tier_of(stock.config)
     with torch.no_grad():
-        want = in_float32(rewritten)(input_ids=ids).logits
-        got = stock(input_ids=ids).logits
+        want, got = _result(in_float32(rewritten)(**call)), _result(stock(**call))
     scale = float(want.double().square().mean().sqrt())
     found["stock_error"] = float((got - want).abs().max()) / scale
     debug.advance("measure", 2, 2)
     if not found["stock_error"] <= _AGREES:
         raise RuntimeError(
-            f"the stock class computes something else than the program: logits differ by "
+            f"the stock class computes something else than the program: results differ by "
             f"{found['stock_error']:.2g} of their size"
         )
+    return found
+
+
+def _few(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a few rows of a call, and of rows of tokens the first ones."""
+    return {
+        name: (v[:4, :64] if v.dim() == 2 and not v.is_floating_point() else v[:4])
+        for name, v in call.items()
+    }
+
+
+def _result(output: Any) -> Tensor:
+    """Return the first tensor of a model's result."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found
 
 

@@ -232,33 +232,10 @@ def _parameters(program: Any) -> int:
 
 
 def _quality_rows(result: "Result") -> list[tuple[str, str, str, str]]:
-    report = result.report
-    if report is None:
-        return []
-    after = float(report.nll.mean())
-    return [
-        (
-            "held-out loss, nats a token",
-            f"{report.base:.4f}",
-            f"{after:.4f}",
-            f"{report.drop.mean:+.2%}",
-        )
-    ]
+    return [] if result.report is None else result.report.scores.rows()
 
 
 def _verdict(result: "Result") -> str:
     report = result.report
     assert report is not None
-    low, high = report.drop.ci95
-    told = (
-        f"loss {report.drop.mean:+.2%}, 95 % confidence {low:+.2%} to {high:+.2%} "
-        f"(paired, {report.tokens:,} tokens in {report.delta_nll.rows} rows)"
-    )
-    if report.max_drop is None:
-        return f"{told}\nno --max-drop was given: nothing was gated"
-    if report.accepted:
-        return f"{told}\ngate: upper bound {high:+.2%} <= {report.max_drop:.2%}: accepted"
-    return (
-        f"{told}\ngate: upper bound {high:+.2%} > {report.max_drop:.2%}: REJECTED; "
-        "allow more --max-drop, or keep more of the cache"
-    )
+    return "\n".join([report.verdict, *report.notes])

@@ -63,17 +63,20 @@ def _quality(result: "Result") -> Iterator[str]:
     if report is None:
         yield from ("The quality was not measured.", "")
         return
-    low, high = report.drop.ci95
-    change = report.delta_nll
-    yield from ("## Quality", "", "| | nats a token |", "|---|---|")
-    yield f"| source | {report.base:.4f} |"
-    yield f"| this | {float(report.nll.mean()):.4f} |"
-    below, above = change.ci95
-    yield f"| change, paired | {change.mean:+.4f} (95 % {below:+.4f} to {above:+.4f}) |"
-    yield f"| relative | {report.drop.mean:+.2%} (95 % {low:+.2%} to {high:+.2%}) |"
+    scores, (low, high) = report.scores, report.drop.ci95
+    yield from ("## Quality", "", "| | source | this | change |", "|---|---|---|---|")
+    for row in scores.rows():
+        yield f"| {' | '.join(row)} |"
+    for task, found in report.benchmarks.items():
+        for metric, (before, after) in found.items():
+            yield f"| {task}, {metric} | {before:.4f} | {after:.4f} | {after - before:+.4f} |"
     measured = result.measured or {}
     if "kv_bytes_per_token" in measured:
         before, after = measured["kv_bytes_per_token"]
-        yield f"| cache, bytes a token | {after:,} (source {before:,}) |"
+        change = f"{after / before - 1:+.1%}" if before else ""
+        yield f"| cache, bytes a token | {before:,} | {after:,} | {change} |"
     limit = "none" if report.max_drop is None else f"at most {report.max_drop:.2%}"
-    yield from ("", f"{report.tokens:,} held-out tokens in {change.rows} rows; gate: {limit}.", "")
+    yield from ("", f"{scores.what}: {report.drop.mean:+.2%} (95 % {low:+.2%} to {high:+.2%}, "
+                f"paired, {scores.seen}); gate: {limit}.", "")  # fmt: skip
+    for note in report.notes:
+        yield from (f"{note[:1].upper()}{note[1:]}.", "")
