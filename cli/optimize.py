@@ -84,7 +84,7 @@ def _goal(arguments: argparse.Namespace) -> dict[str, str]:
         if getattr(arguments, name) is not None:
             raise CommandError(
                 "AO110",
-                f"--{name} (a budget of {what}) is not served yet; there are --kv-cache and --params",
+                f"--{name} (a budget of {what}) is not served yet; there are --kv-cache, --params",
             )
     named = [n for n in (*_BUDGETS, "plan") if getattr(arguments, n) is not None]
     if not named:
