@@ -28,9 +28,7 @@ from attnopt.running import Run
 from attnopt.weights import Spool, described, fingerprint
 
 
-def calibrate(
-    program: Program, data: Any, out: str | os.PathLike[str] | None = None
-) -> Statistics:
+def calibrate(program: Program, data: Any, out: str | os.PathLike[str] | None = None) -> Statistics:
     """Run a program over calibration data, layer by layer, and gather the moments of its sites.
 
     With `out`, a directory or a .safetensors file, the sums are written there as they are finished:
@@ -159,9 +157,7 @@ class _Work:
                 if more:
                     workplace.pause(layer + 1, number, run.paused())
                 run.forget()
-            debug.advance(
-                "calibrate", layer * len(runs) + number + 1, len(self.layers) * len(runs)
-            )
+            debug.advance("calibrate", layer * len(runs) + number + 1, len(self.layers) * len(runs))
         return gathering.sums(), gathering.notes()
 
     def _key(self, node: fx.Node) -> str:

@@ -156,7 +156,7 @@ class Statistics:
     def rows(self, parameter: str) -> Tensor | None:
         """Return the inputs themselves, (tokens, channels), where they are few; None otherwise."""
         key = self._key(parameter)
-        return self.tensors[f"rows.{key}"] if f"rows.{key}" in self.tensors else None
+        return self.tensors.get(f"rows.{key}")
 
     def absolute(self, parameter: str) -> Tensor:
         """Return E|x| of each input channel of a parameter."""

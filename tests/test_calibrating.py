@@ -38,7 +38,9 @@ def batches() -> list[dict[str, torch.Tensor]]:
 def inputs_of(model: Any, name: str, calls: list[dict[str, Any]]) -> list[torch.Tensor]:
     """Return what a module of the source is given, call by call."""
     seen: list[torch.Tensor] = []
-    hook = model.get_submodule(name).register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _, given, __: seen.append(given[0])
+    )
     for call in calls:
         model(**call)
     hook.remove()

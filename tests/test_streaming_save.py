@@ -1,4 +1,4 @@
-"""Checkpoints written tensor by tensor are those of save_pretrained, and hold no model in memory."""
+"""Checkpoints written tensor by tensor are those of save_pretrained; no model is in memory."""
 
 import copy
 import gc
@@ -23,7 +23,9 @@ from attnopt.frontend.capturing import source_weights
 from attnopt.nouns import Choice
 from attnopt.weights import Spool, described
 
-FAMILIES = "llama gpt2 qwen3_5_text bloom gemma3 t5 whisper bert vit mamba mixtral nomic_bert".split()
+FAMILIES = (
+    "llama gpt2 qwen3_5_text bloom gemma3 t5 whisper bert vit mamba mixtral nomic_bert".split()
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

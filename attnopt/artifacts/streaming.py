@@ -14,7 +14,6 @@ from torch import Tensor
 from attnopt.artifacts.stock import build
 from attnopt.nouns import No
 from attnopt.tensorfiles import Described, write_tensors
-from attnopt.weights import described
 
 
 def write_checkpoint(model: Any, weights: Mapping[str, Tensor], root: Path, shard: int) -> None:
