@@ -55,10 +55,11 @@ def calibrate(program: Program, data: Any, out: str | os.PathLike[str] | None = 
     if place.exists():
         work.known(place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Workplace(place, work.identity)
-    if not place.exists():
-        work.gathered(workplace).save(place)
-    workplace.remove()
+    with Workplace(place, work.identity) as workplace:
+        if not place.exists():
+            work.gathered(workplace).save(workplace.whole)
+            workplace.whole.replace(place)
+        workplace.remove()
     return work.known(place)
 
 

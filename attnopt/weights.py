@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attnopt.tensorfiles import Described, TensorFile, put
+from attnopt.tensorfiles import Described, TensorFile, write_tensors
 
 LARGEST = 2**30
 _PLACES, _ELEMENTS = 16, 2048
@@ -112,7 +112,7 @@ class Spool(MutableMapping[str, Tensor]):
         for name, tensor in self._held.items():
             self._written += 1
             place = self._folder / f"{self._written:06}.safetensors"
-            put(place, {name: tensor}, {})
+            write_tensors(place, {name: Described.of(tensor)}, self._held.__getitem__)
             self._files[name] = TensorFile(place)
         self._held.clear()
         self._size = 0
