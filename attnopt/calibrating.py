@@ -25,7 +25,7 @@ from attnopt.nouns import Projection
 from attnopt.program import Program
 from attnopt.resuming import Workplace, data_digest, place_of, refuse_other
 from attnopt.running import Run
-from attnopt.weights import Spool, described, fingerprint
+from attnopt.weights import Spool, described, fingerprint, give_back
 
 
 def calibrate(program: Program, data: Any, out: str | os.PathLike[str] | None = None) -> Statistics:
@@ -129,6 +129,8 @@ class _Work:
             else:
                 workplace.finish(layer, *moments)
                 found.take(*workplace.sums(layer))
+            del moments
+            give_back()
         owners = {name: self._key(node) for name, node in self.inputs.items()}
         return Statistics(
             self.program.weights,

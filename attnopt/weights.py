@@ -1,5 +1,7 @@
 """Weights that are not all in memory: what is known of them unread, and new ones put on disk."""
 
+import contextlib
+import ctypes
 import hashlib
 import shutil
 import tempfile
@@ -52,6 +54,12 @@ def spread(size: int, places: int, count: int) -> list[tuple[int, int]]:
     if size <= places * count:
         return [(0, size)]
     return [(place * (size - count) // (places - 1), count) for place in range(places)]
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, where the C library would keep it (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Spool(MutableMapping[str, Tensor]):
@@ -116,3 +124,4 @@ class Spool(MutableMapping[str, Tensor]):
             self._files[name] = TensorFile(place)
         self._held.clear()
         self._size = 0
+        give_back()
