@@ -131,7 +131,7 @@ class _Work:
                 found.take(*workplace.sums(layer))
             del moments
             give_back()
-        owners = {name: self._key(node) for name, node in self.inputs.items()}
+        owners = {name: self.key_of(node) for name, node in self.inputs.items()}
         return Statistics(
             self.program.weights,
             found.tensors,
@@ -163,7 +163,7 @@ class _Work:
             debug.advance("calibrate", layer * len(runs) + number + 1, len(self.layers) * len(runs))
         return gathering.sums(), gathering.notes()
 
-    def _key(self, node: fx.Node) -> str:
+    def key_of(self, node: fx.Node) -> str:
         """Name an input by the first parameter that it is multiplied with."""
         return next(name for name, found in self.inputs.items() if found is node)
 
@@ -194,7 +194,7 @@ class _Gathering:
         """Add the rows of an input."""
         kept = kept_tokens(batch)
         rows = rows_of(value, kept)
-        key = self.work._key(node)
+        key = self.work.key_of(node)
         moments = self.moments.setdefault(key, Moments(rows.shape[1]))
         moments.add(rows)
         first = first_tokens(batch)
