@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test slow fuzz zoo deploy lint types demo readme build bench batteries clean
+.PHONY: help setup test slow fuzz zoo deploy large lint types demo readme build bench batteries clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,6 +50,9 @@ fuzz: $(STAMP)  ## compose random attention spellings and look-alikes (CASES, SE
 deploy: $(STAMP)  ## store, compile, export and decode every model of the zoo (DEPLOY="--sample 8")
 	$(BIN)/python tests/bench/deploy.py $(DEPLOY)
 
+large: $(STAMP)  ## rewrite a checkpoint larger than the memory allowed (LARGE="--folder /some/where")
+	$(BIN)/python tests/bench/large.py $(LARGE)
+
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,7 +75,7 @@ build: $(STAMP)  ## build the wheel, and run it in an empty environment
 	cd build && clean/bin/attnopt --help
 
 bench: $(STAMP)  ## run the benchmarks, side by side with their baselines
-	@set -e; for script in $(filter-out %/harness.py %/deploy.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out %/harness.py %/deploy.py %/large.py,$(wildcard tests/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 batteries: $(STAMP)  ## harm, kill and trap artifacts thousands of times; the counts are kept
 	OMP_NUM_THREADS=1 $(BIN)/python tests/batteries/full.py

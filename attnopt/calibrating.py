@@ -25,7 +25,7 @@ from attnopt.nouns import Projection
 from attnopt.program import Program
 from attnopt.resuming import Workplace, data_digest, place_of, refuse_other
 from attnopt.running import Run
-from attnopt.weights import Spool, described, fingerprint
+from attnopt.weights import Spool, described, fingerprint, give_back
 
 
 def calibrate(program: Program, data: Any, out: str | os.PathLike[str] | None = None) -> Statistics:
@@ -51,10 +51,11 @@ def calibrate(program: Program, data: Any, out: str | os.PathLike[str] | None = 
     if place.exists():
         work.known(place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Workplace(place, work.identity)
-    if not place.exists():
-        work.gathered(workplace).save(place)
-    workplace.remove()
+    with Workplace(place, work.identity) as workplace:
+        if not place.exists():
+            work.gathered(workplace).save(workplace.whole)
+            workplace.whole.replace(place)
+        workplace.remove()
     return work.known(place)
 
 
@@ -124,7 +125,9 @@ class _Work:
             else:
                 workplace.finish(layer, *moments)
                 found.take(*workplace.sums(layer))
-        owners = {name: self._key(node) for name, node in self.inputs.items()}
+            del moments
+            give_back()
+        owners = {name: self.key_of(node) for name, node in self.inputs.items()}
         return Statistics(
             self.program.weights,
             found.tensors,
@@ -156,7 +159,7 @@ class _Work:
             debug.advance("calibrate", layer * len(runs) + number + 1, len(self.layers) * len(runs))
         return gathering.sums(), gathering.notes()
 
-    def _key(self, node: fx.Node) -> str:
+    def key_of(self, node: fx.Node) -> str:
         """Name an input by the first parameter that it is multiplied with."""
         return next(name for name, found in self.inputs.items() if found is node)
 
@@ -187,7 +190,7 @@ class _Gathering:
         """Add the rows of an input."""
         kept = kept_tokens(batch)
         rows = rows_of(value, kept)
-        key = self.work._key(node)
+        key = self.work.key_of(node)
         moments = self.moments.setdefault(key, Moments(rows.shape[1]))
         moments.add(rows)
         first = first_tokens(batch)

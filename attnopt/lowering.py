@@ -309,10 +309,13 @@ def kinds_of(program: Program) -> dict[str, str]:
     read = {b.name: b.kind for part in parts for b in part.bindings.values()}
     kinds: dict[str, str] = {}
     for part in parts:
-        for name, tensor in part.weights.items():
-            unread = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-            kinds[name] = read.get(name, unread)
+        for name in part.weights:
+            kinds[name] = read[name] if name in read else _unread_kind(part.weights[name])
     return kinds
+
+
+def _unread_kind(weight: Tensor) -> str:
+    return "parameter" if isinstance(weight, nn.Parameter) else "buffer"
 
 
 def weight_named(program: Program, name: str) -> Tensor:

@@ -151,7 +151,10 @@ class Statistics:
         """Return E[x x^T] of the inputs of a parameter, whose last entry is the constant 1."""
         key = self._key(parameter)
         if f"total.{key}" in self.tensors:
-            return self.tensors[f"total.{key}"] / self.counts[key]
+            total = self.tensors[f"total.{key}"]
+            # What was read from a file just now is nobody else's.
+            made = total if isinstance(self.tensors, TensorFile) else total.clone()
+            return made.div_(self.counts[key])
         rows = with_one(self.tensors[f"rows.{key}"])
         return (rows.T @ rows).div_(self.counts[key])
 

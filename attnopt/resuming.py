@@ -8,7 +8,9 @@ stopped, from the very numbers that it would have had.
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,18 +43,42 @@ def refuse_other(found: Mapping[str, Any], wanted: Mapping[str, str], where: Pat
 
 
 class Workplace:
-    """The directory of a calibration that is not finished."""
+    """The directory of a calibration that is not finished; one process at a time has it."""
 
     def __init__(self, place: Path, identity: Mapping[str, str]) -> None:
         self.folder = place.with_name(f".{place.name}.partial")
+        self.identity = identity
+        self._lock = -1
+
+    def __enter__(self) -> "Workplace":
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
+        try:
+            self._claim()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _claim(self) -> None:
+        """Say what is calibrated here; ValueError where it was something else."""
         told = self.folder / "identity.json"
         if told.is_file():
-            refuse_other(json.loads(told.read_text("utf-8")), identity, self.folder)
+            refuse_other(json.loads(told.read_text("utf-8")), self.identity, self.folder)
         else:
             beside = told.with_suffix(".tmp")
-            beside.write_text(json.dumps(dict(identity)), "utf-8")
+            beside.write_text(json.dumps(dict(self.identity)), "utf-8")
             beside.replace(told)
+
+    @property
+    def whole(self) -> Path:
+        """Where the file is made that is to lie beside this directory."""
+        return self.folder / "whole.safetensors"
 
     def done(self) -> int:
         """Count the layers that are finished."""
@@ -94,6 +120,26 @@ class Workplace:
 
     def _run(self, layer: int, batch: int) -> Path:
         return self.folder / f"run-{layer:05}-{batch:05}.safetensors"
+
+
+def _locked(folder: Path) -> int:
+    """Lock a directory until this process ends or closes it; -1 where the system cannot."""
+    if sys.platform == "win32":
+        return -1
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ValueError(
+            f"another process is calibrating in {folder}; wait for it, or choose another place"
+        ) from error
+    except OSError:
+        os.close(handle)
+        return -1
+    return handle
 
 
 def _flat(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

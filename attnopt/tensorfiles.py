@@ -112,7 +112,7 @@ class TensorFile(Mapping[str, Tensor]):
         made = torch.empty(count, dtype=dtype)
         file.seek(entry.start + first * dtype.itemsize)
         if count:
-            held = memoryview(made.view(torch.uint8).numpy())
+            held: memoryview = made.view(torch.uint8).numpy().data
             if file.readinto(held) != len(held):  # type: ignore[attr-defined]
                 raise ValueError(f"{self.path} is cut off")
         return made if part is not None else made.view(shape)
@@ -189,7 +189,7 @@ def _head(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
+    return plain.view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
 
 
 def put(

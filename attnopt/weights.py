@@ -1,5 +1,7 @@
 """Weights that are not all in memory: what is known of them unread, and new ones put on disk."""
 
+import contextlib
+import ctypes
 import hashlib
 import shutil
 import tempfile
@@ -11,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attnopt.tensorfiles import Described, TensorFile, put
+from attnopt.tensorfiles import Described, TensorFile, write_tensors
 
 LARGEST = 2**30
 _PLACES, _ELEMENTS = 16, 2048
@@ -52,6 +54,12 @@ def spread(size: int, places: int, count: int) -> list[tuple[int, int]]:
     if size <= places * count:
         return [(0, size)]
     return [(place * (size - count) // (places - 1), count) for place in range(places)]
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, where the C library would keep it (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Spool(MutableMapping[str, Tensor]):
@@ -112,7 +120,8 @@ class Spool(MutableMapping[str, Tensor]):
         for name, tensor in self._held.items():
             self._written += 1
             place = self._folder / f"{self._written:06}.safetensors"
-            put(place, {name: tensor}, {})
+            write_tensors(place, {name: Described.of(tensor)}, self._held.__getitem__)
             self._files[name] = TensorFile(place)
         self._held.clear()
         self._size = 0
+        give_back()

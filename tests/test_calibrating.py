@@ -207,6 +207,17 @@ def test_statistics_of_others_are_refused(program: Program, tmp_path: Path) -> N
     assert (tmp_path / "x.safetensors").read_bytes() == b"mine"
 
 
+def test_two_calibrations_do_not_share_a_place(program: Program, tmp_path: Path) -> None:
+    place = tmp_path / "statistics.safetensors"
+    with (
+        Workplace(place, {"data": "mine"}),
+        pytest.raises(ValueError, match="another process is calibrating"),
+    ):
+        attnopt.calibrate(program, batches(), place)
+    with pytest.raises(ValueError, match="partial has statistics of another model"):
+        attnopt.calibrate(program, batches(), place)
+
+
 def test_rows_of_one_token_are_refused(program: Program) -> None:
     with pytest.raises(ValueError, match="longer rows"):
         attnopt.calibrate(program, ids(4, 1))

@@ -118,6 +118,12 @@ def stock_model(program: Program) -> nn.Module | No:
     return form if isinstance(form, No) else build(*form, program.weights)
 
 
+def needed_tier(program: Program) -> int:
+    """Return the lowest tier that can hold a program."""
+    form = _stock_form(program)
+    return 2 if isinstance(form, No) else tier_of(form[1])
+
+
 def _stock_form(program: Program) -> tuple[Any, Any] | No:
     """Return the stock class of a program and the config that it needs, or why there is none."""
     if program.tier > 1:

@@ -109,7 +109,7 @@ def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Modu
 
 
 def hollow(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a model of a stock class that has the form to hold weights, and no memory."""
+    """Return a model of a stock class in the form of the given weights, without memory."""
     config.dtype = _usual_dtype(weights)
     with TURN, torch.device("meta"):
         model: Any = cls._from_config(config)

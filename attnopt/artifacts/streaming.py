@@ -23,7 +23,8 @@ def write_checkpoint(model: Any, weights: Mapping[str, Tensor], root: Path, shar
     """
     sources = _sources(model, weights)
     if isinstance(sources, No):
-        build(type(model), model.config, weights).save_pretrained(root, max_shard_size=shard)
+        held: Any = build(type(model), model.config, weights)
+        held.save_pretrained(root, max_shard_size=shard)
         return
     model.save_pretrained(root, state_dict={})
     shapes = {name: tensor for name, (tensor, _) in sources.items()}

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 from torch import fx
 
@@ -65,16 +64,19 @@ class Explanation:
     why: tuple[str, ...]
 
 
-_FOUND: "WeakKeyDictionary[fx.Graph, Findings]" = WeakKeyDictionary()
+# Findings are kept on the graph itself: they name its program, which holds the graph.
+_FOUND = "_attnopt_findings"
 
 
 def find_sites(program: Program) -> Findings:
     """Find and read every attention in a program, each graph once."""
     if program.parts:
         return _of_parts(program)
-    if program.graph not in _FOUND:
-        _FOUND[program.graph] = _find(program)
-    return _FOUND[program.graph]
+    kept = vars(program.graph)
+    if _FOUND not in kept:
+        kept[_FOUND] = _find(program)
+    found: Findings = kept[_FOUND]
+    return found
 
 
 def _find(program: Program) -> Findings:
