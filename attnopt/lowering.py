@@ -16,7 +16,6 @@ from attnopt.graphs import copied_module
 from attnopt.inlining import drop_idle, split_paddings
 from attnopt.program import CallForm, Program
 
-
 WEIGHTS = ("parameter", "buffer", "constant")
 
 

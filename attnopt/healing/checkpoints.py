@@ -1,6 +1,7 @@
 """A run on disk: safetensors and JSON only, written in one step, read back bit for bit."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,12 +52,10 @@ def write(
 
 
 def read(place: Path, identity: Mapping[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
-    """Read a run; ValueError where there is none, or one of something else."""
+    """Read a run; ValueError where it is broken, or one of something else."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not exists(place):
-        raise ValueError(f"{place} holds no interrupted run; leave resume out to start one")
     try:
         notes = read_json(place / _NOTES)
         tensors = load_file(place / _TENSORS)
@@ -81,6 +80,29 @@ def exists(place: Path) -> bool:
     """Tell whether there is a run to resume."""
     recovered(place)
     return (place / _NOTES).is_file()
+
+
+def check(place: Path | None, *, resume: bool) -> None:
+    """Raise ValueError where a run would be lost, or there is none to resume."""
+    if place is None:
+        if resume:
+            raise ValueError("there is nothing to resume from: name the checkpoint directory")
+        return
+    if exists(place) and not resume:
+        raise ValueError(
+            f"{place} holds a run that was interrupted: resume it (resume=True, --resume), or "
+            "remove the directory"
+        )
+    if resume and not exists(place):
+        raise ValueError(f"{place} holds no interrupted run; leave resume out to start one")
+    _refuse_foreign(place)
+
+
+def remove(place: Path) -> None:
+    """Remove a run that is no longer needed."""
+    if exists(place):
+        _refuse_foreign(place)
+        shutil.rmtree(place)
 
 
 def _refuse_foreign(place: Path) -> None:

@@ -100,7 +100,7 @@ def healed(
     reference = _teacher(teacher)
     _refuse_parts(program, reference)
     place = None if checkpoint is None else Path(checkpoint).absolute()
-    _check_place(place, resume=resume)
+    checkpoints.check(place, resume=resume)
     rows = rows_of(data, lambda: _tokenizer(reference))
     with joined() as workers:
         task = _task(program, reference, rows, recipe, workers)
@@ -186,13 +186,3 @@ def _refuse_parts(*programs: Program) -> None:
                 f"cannot heal {program.name}: it was captured in parts "
                 f"({', '.join(program.parts)}), and healing runs one graph so far"
             )
-
-
-def _check_place(place: Path | None, *, resume: bool) -> None:
-    if resume and place is None:
-        raise ValueError("there is nothing to resume from: name the checkpoint directory")
-    if place is not None and not resume and checkpoints.exists(place):
-        raise ValueError(
-            f"{place} holds a run that was interrupted: resume it (resume=True, --resume), or "
-            "remove the directory"
-        )

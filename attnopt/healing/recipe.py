@@ -21,8 +21,8 @@ class Recipe:
 
     steps: int
     site_steps: int | None = None  # of them site by site; None: a quarter
-    lr: float = 1e-3
-    site_lr: float = 1e-3
+    lr: float = 3e-4
+    site_lr: float = 1e-3  # a model of a few million weights takes four times as much
     batch: int = 8
     accumulate: int = 1
     train: Train = "changed"

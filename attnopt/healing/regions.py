@@ -123,7 +123,7 @@ def _regraphed(
         with graph.inserting_after(last):
             last = graph.placeholder(place)
         last.meta = dict(node.meta)
-        # A region's output may be another one's input: it is given as it is, and taken from outside.
+        # A region's output may be another's input: it is given as it is, and taken from outside.
         twin[node].replace_all_uses_with(last, delete_user_cb=lambda user: user.op != "output")
         bindings[last.name] = Binding("input", place)
     remove_dead(module)

@@ -233,7 +233,7 @@ class Run:
             yield
 
     def _step(self, stage: Stage, step: int) -> float:
-        task, progress, recipe = self.task, self.progress, self.task.recipe
+        task, recipe = self.task, self.task.recipe
         assert self.optimizer is not None
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=task.device)
