@@ -10,10 +10,12 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import healing_worker
 import pytest
 import torch
 import transformers
 from dha_models import decoder, ids, repeat_heads
+from safetensors.torch import load_file
 from torch import Tensor
 
 import attnopt
@@ -65,8 +67,12 @@ HELD = 32
 @cache
 def data(family: str = "llama", rows: int = 160, tokens: int = 12) -> Split:
     """Return text that the teacher wrote."""
+    return written(repeated(family), rows, tokens)
+
+
+def written(model: torch.nn.Module, rows: int, tokens: int) -> Split:
     torch.manual_seed(5)
-    found = repeated(family).generate(
+    found = model.generate(
         ids(rows + HELD, 1), max_length=tokens, min_length=tokens, do_sample=True, top_k=0
     )
     return Split(found[:rows], found[rows:], "written", "")
@@ -141,22 +147,26 @@ def test_a_low_rank_change_is_merged() -> None:
     changes = {n: after[n] - x for n, x in before.items() if not torch.equal(after[n], x)}
     assert sorted(changes) == names
     assert all(torch.linalg.matrix_rank(x.double(), rtol=1e-4) <= 2 for x in changes.values())
-    assert gap(result.program, teacher) < 0.8 * gap(student, teacher)
+    assert gap(result.program, teacher) < 0.9 * gap(student, teacher)
     assert result.learned == len(names) * 2 * (32 + 32)
 
 
 def test_tied_weights_stay_one() -> None:
     model = decoder("llama")
     model.config.tie_word_embeddings = True
+    model.model.embed_tokens.weight.normal_(0, 0.5)
     model.tie_weights()
     teacher = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
     (group,) = teacher.source.tied
-    shifted = {n: x + 0.01 for n, x in parameters(teacher).items() if "proj" in n}
-    student = teacher.with_weights(shifted)
-    result = attnopt.heal(student, teacher, data(), steps=6, train="all", site_steps=0)
-    now = [result.weights[name] for name in group if name in parameters(result)]
+    tied = teacher.weights[group[0]] + 0.1 * torch.randn(61, 32)
+    student = teacher.with_weights(dict.fromkeys(group, tied))
+    recipe = Recipe(16, train="all", lr=3e-3, every=8)
+    result = healed(student, teacher, written(model, 64, 12), recipe)
+    assert result.best_at
+    now = [result.program.weights[name] for name in group]
     assert all(torch.equal(x, now[0]) for x in now)
-    assert not torch.equal(now[0], teacher.weights[group[0]])
+    assert not torch.equal(now[0], tied)
+    assert result.learned == sum(p.numel() for p in model.parameters())
 
 
 def test_a_source_of_half_precision_is_given_back_in_half_precision() -> None:
@@ -398,48 +408,25 @@ def test_a_module_without_text_is_distilled_by_its_outputs() -> None:
     assert result.before.base == 0
 
 
-WORKER = """
-import sys, torch
-sys.path[:0] = sys.argv[1].split(":")
-from torch import distributed
-from safetensors.torch import save_file
-rank, count, out = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-distributed.init_process_group("gloo", init_method="file://" + out + "/meet", rank=rank,
-                               world_size=count)
-from test_healing import parameters, run
-result = run(6, batch=2, site_steps=2)
-assert result.leads == (rank == 0)
-save_file(dict(parameters(result.program)), out + f"/{rank}.safetensors")
-print(result.tokens, result.looks[-1]["loss"])
-"""
-
-
 def test_two_processes_do_what_one_does_with_the_double_batch(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    folder = str(Path(__file__).parent)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    words = [sys.executable, "-c", WORKER, folder]
-    workers = [
-        subprocess.Popen(
-            [*words, str(rank), "2", str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [worker.communicate(timeout=240)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
+    script = str(Path(__file__).with_name("healing_worker.py"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [sys.executable, *torchrun, script, str(tmp_path)],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        timeout=240,
+        check=True,
+    )
+    first, second = (load_file(tmp_path / f"{n}.safetensors") for n in ("first", "second"))
+    told = [(tmp_path / f"{n}.txt").read_text() for n in ("first", "second")]
+    one = healing_worker.run(4)
     assert told[0] == told[1]
-    one = run(6, batch=4, site_steps=2)
     assert int(told[0].split()[0]) == one.tokens
-    alone = parameters(one.program)
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    student = parameters(pair()[0])
-    for name, weight in alone.items():
+    before = parameters(healing_worker.pair()[0])
+    for name, weight in parameters(one.program).items():
         assert torch.equal(first[name], second[name])
-        moved = float((weight - student[name]).abs().max())
+        moved = float((weight - before[name]).abs().max())
         assert float((first[name] - weight).abs().max()) <= 1e-3 * moved
 
 

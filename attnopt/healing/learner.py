@@ -90,17 +90,19 @@ def _stored(weight: Tensor, program: Program, name: str) -> Tensor:
 
 
 def _owners(program: Program, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name, for every floating parameter, the one that holds it: the first of those tied."""
-    first = {name: group[0] for group in program.source.tied for name in group}
-    found: dict[str, str] = {}
-    for binding in program.bindings.values():
-        name, weight = binding.name, weights.get(binding.name)
-        if binding.kind != "parameter" or weight is None or not weight.is_floating_point():
-            continue
-        twin = first.get(name, name)
-        same = twin in weights and torch.equal(weights[twin], weight)
-        found[name] = twin if same else name
+    """Name, for every floating parameter, the one that holds it; tied ones share one."""
+    read = {b.name for b in program.bindings.values() if b.kind == "parameter"}
+    found = {name: name for name in sorted(read) if weights[name].is_floating_point()}
+    for group in program.source.tied:
+        owner = next((name for name in group if name in found), None)
+        for twin in group:
+            if owner is not None and _same(program, twin, owner):
+                found[twin] = owner
     return found
+
+
+def _same(program: Program, twin: str, owner: str) -> bool:
+    return twin in program.weights and torch.equal(program.weights[twin], program.weights[owner])
 
 
 def moving(program: Program, teacher: Program, recipe: Recipe) -> frozenset[str]:
