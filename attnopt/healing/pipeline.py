@@ -143,15 +143,15 @@ def _measured(run: Run, result: Program, before: Tensor) -> Healing:
     after = task.row_losses(task.student, task.kept_weights(), judged)
     tokens = _scored(judged)
     limit = task.recipe.max_drop
-    reports = [Report(base, x, tokens, limit) for x in (before, after)]
+    lost, left = (Report(base, x, tokens, limit) for x in (before, after))
     note = (
         f"heal: {progress.steps} steps, {progress.tokens} tokens, "
-        f"loss {reports[0].nll.mean():.4f} to {reports[1].nll.mean():.4f} "
-        f"(teacher {reports[1].base:.4f})"
+        f"loss {lost.nll.mean():.4f} to {left.nll.mean():.4f} (teacher {left.base:.4f})"
     )
     return Healing(
         replace(result, history=(*result.history, note)),
-        *reports,
+        lost,
+        left,
         looks=progress.looks,
         losses={"sites": progress.losses[0], "distil": progress.losses[1]},
         steps=progress.steps,

@@ -1,8 +1,9 @@
 """The loop: steps, looks at the watched rows, checkpoints, and when to stop."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -302,14 +303,12 @@ class Run:
 
 def identity(recipe: Recipe, rows: Rows, learner: Learner, workers: Workers) -> dict[str, Any]:
     """Say what a run is of: it is resumed with the same, bit for bit."""
-    import hashlib
-
     whole = hashlib.sha256()
     for name, leaf in sorted(learner.leaves.items()):
         whole.update(f"{name}{tuple(leaf.shape)}".encode())
         whole.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {
-        "recipe": asdict(replace(recipe)),
+        "recipe": asdict(recipe),
         "data": rows.digest,
         "weights": whole.hexdigest(),
         "processes": workers.count,
