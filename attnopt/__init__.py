@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from attnopt.backends.ort import export_onnx as export_onnx
     from attnopt.calibrating import calibrate as calibrate
     from attnopt.frontend import capture as capture
+    from attnopt.healing import heal as heal
     from attnopt.lowering import lower as lower
     from attnopt.nouns import Choice as Choice
     from attnopt.nouns import Mask as Mask
@@ -34,6 +35,7 @@ _HOMES = {
     "capture": "attnopt.frontend",
     "compile_report": "attnopt.backends.dynamo",
     "export_onnx": "attnopt.backends.ort",
+    "heal": "attnopt.healing",
     "load": "attnopt.artifacts",
     "lower": "attnopt.lowering",
     "optimize": "attnopt.optimizing",
@@ -62,6 +64,7 @@ __all__ = [
     "capture",
     "compile_report",
     "export_onnx",
+    "heal",
     "load",
     "lower",
     "optimize",

@@ -250,30 +250,44 @@ def _digest(program: Program) -> str:
 _NO_MATTER = frozenset({"_name_or_path", "name_or_path", "transformers_version", "use_cache"})
 
 
+@dataclass(frozen=True)
+class Product:
+    """Where a parameter is multiplied: the other factor, and the node of the product."""
+
+    factor: fx.Node
+    node: fx.Node
+
+
 def inputs_of(program: Program, parameters: Iterable[str]) -> dict[str, fx.Node]:
     """Find, for each parameter, the node that it is multiplied with."""
+    return {name: product.factor for name, product in products_of(program, parameters).items()}
+
+
+def products_of(program: Program, parameters: Iterable[str]) -> dict[str, Product]:
+    """Find, for each parameter, where it is multiplied; those that never are have no entry."""
     by_name = {
         program.bindings[n.name].name: n
         for n in program.placeholders
         if program.bindings[n.name].kind == "parameter"
     }
-    found: dict[str, fx.Node] = {}
+    found: dict[str, Product] = {}
     for parameter in dict.fromkeys(parameters):
-        node = _multiplied_with(by_name[parameter]) if parameter in by_name else None
-        if node is not None:
-            found[parameter] = node
+        product = _product_of(by_name[parameter]) if parameter in by_name else None
+        if product is not None:
+            found[parameter] = product
     return found
 
 
-def _multiplied_with(weight: fx.Node) -> fx.Node | None:
-    """Follow a weight through transposes and views to its product, and return the other factor."""
+def _product_of(weight: fx.Node) -> Product | None:
+    """Follow a weight through transposes and views to its product."""
     todo = [weight]
     while todo:
         node = todo.pop()
         for user in node.users:
             contraction = read_contraction(user) if kind(user) in CONTRACTIONS else None
             if contraction is not None:
-                return contraction.lhs if contraction.rhs is node else contraction.rhs
+                rhs = contraction.rhs is node
+                return Product(contraction.lhs if rhs else contraction.rhs, user)
             if kind(user) in TRANSPARENT | LAYOUT and args(user)[0] is node:
                 todo.append(user)
     return None

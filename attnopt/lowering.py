@@ -16,6 +16,8 @@ from attnopt.graphs import copied_module
 from attnopt.inlining import drop_idle, split_paddings
 from attnopt.program import CallForm, Program
 
+WEIGHTS = ("parameter", "buffer", "constant")
+
 
 def lower(program: Program, backend: str = "inductor") -> nn.Module:
     """Return a module that runs a program: its own parameters, the source's call and output class.
@@ -144,10 +146,13 @@ class Ready:
 
     @staticmethod
     def of(
-        program: Program, module: nn.Module, backend: Backend, dtype: torch.dtype,
+        program: Program, module: nn.Module | None, backend: Backend, dtype: torch.dtype,
         device: torch.device,
     ) -> "Ready":  # fmt: skip
-        """Prepare a program for weights of a dtype on a device."""
+        """Prepare a program for weights of a dtype on a device.
+
+        Without a module the weights are values of the call, by the names of their placeholders.
+        """
         program = retargeted(program, dtype, device)
         graph_module = program.graph_module
         making, names = split_paddings(graph_module)
@@ -254,10 +259,12 @@ def _drop_unread(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def _reader(name: str, program: Program, module: nn.Module) -> Callable[[Mapping[str, Any]], Any]:
+def _reader(
+    name: str, program: Program, module: nn.Module | None
+) -> Callable[[Mapping[str, Any]], Any]:
     """Return how a placeholder gets its value: from the call, or from the module as it is then."""
     binding = program.bindings.get(name)
-    if binding is None or binding.kind not in ("parameter", "buffer", "constant"):
+    if module is None or binding is None or binding.kind not in WEIGHTS:
         return lambda values: values[name]
     path, _, last = binding.name.rpartition(".")
     owner = module.get_submodule(path)

@@ -10,7 +10,9 @@ import pytest
 import attnopt
 
 NOUNS = "Choice Mask No Plan Program Report Site"
-STAGES = "apply calibrate capture compile_report export_onnx load lower optimize plan save verify"
+STAGES = (
+    "apply calibrate capture compile_report export_onnx heal load lower optimize plan save verify"
+)
 PUBLIC = {*NOUNS.split(), *STAGES.split()}
 
 

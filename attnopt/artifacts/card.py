@@ -51,11 +51,21 @@ def _lines(result: "Result", environment: Mapping[str, Any], tier: int) -> Itera
     )
     packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items())
     yield f"Python {environment['python']}, {packages}; {environment['platform']}."
-    yield from (
-        "",
-        "`attnopt/plan.yaml` with the statistics beside it gives the same weights again;",
-    )
-    yield "`attnopt/manifest.json` has the sha256 of every file. Not healed by further training."
+    yield from ("", *_made_again(result))
+    yield "`attnopt/manifest.json` has the sha256 of every file."
+
+
+def _made_again(result: "Result") -> Iterator[str]:
+    """Say whether the weights follow from the plan, or were trained on after it."""
+    healing = (result.measured or {}).get("healing")
+    if healing is None:
+        yield "`attnopt/plan.yaml` with the statistics beside it gives the same weights again; no"
+        yield "further training healed them."
+        return
+    lost, left = (healing[when]["delta_nll"]["mean"] for when in ("before", "after"))
+    yield "`attnopt/plan.yaml` gives the rewrite; the weights were then healed by distillation from"
+    yield f"the source: {healing['steps']:,} steps on {healing['tokens']:,} tokens, which brought"
+    yield f"the loss above the source's from {lost:+.4f} to {left:+.4f} nats a token."
 
 
 def _quality(result: "Result") -> Iterator[str]:

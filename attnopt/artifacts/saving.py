@@ -186,7 +186,7 @@ def report_of(result: Result) -> dict[str, Any]:
 
 def environment(result: Result) -> dict[str, Any]:
     """Return what the artifact was made with."""
-    source = source_folder(result.program)
+    source = source_folder(result.reference)
     packages = ("attnopt", "torch", "transformers", "safetensors", "numpy", "scipy")
     return {
         "command": result.command,
