@@ -186,6 +186,15 @@ def test_a_wrong_call_is_told_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v2", "llama4_text"])
+def test_rotary_embeddings_of_complex_numbers_are_exported(name: str, tmp_path: Path):
+    model, kwargs, _ = zoo.build(name, "eager", task="lm")
+    made = attnopt.export_onnx(attnopt.capture(model, (), kwargs), tmp_path / "out", steps=16)
+    assert made.accepted, made.parity
+    assert max(c.max_delta_logit for c in made.parity.cases) < 1e-4
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "bart", "whisper")]
 )
