@@ -1,6 +1,7 @@
 """torch.compile with backend "attnopt": what it rewrites, reports and refuses."""
 
 import importlib
+import math
 import tomllib
 import warnings
 from pathlib import Path
@@ -24,13 +25,13 @@ def _afresh():
     attnopt.compile_report(reset=True)
 
 
-def compiled(module, **options):
+def compiled(module, *, dynamic=None, **options):
     """Compile as torch.compile(backend="attnopt", options=...) does, without inductor."""
 
     def backend(graph_module, inputs):
         return compile_graph(graph_module, inputs, options={"inner": "aot_eager", **options})
 
-    return torch.compile(module, backend=backend)
+    return torch.compile(module, backend=backend, dynamic=dynamic)
 
 
 def llama(attention="sdpa"):
@@ -60,6 +61,23 @@ class Noisy(nn.Module):
     def forward(self, q, k, v):
         weights = F.dropout(torch.softmax(q @ k.transpose(-1, -2), dim=-1), 0.5, self.training)
         return weights @ v
+
+
+class Patched(nn.Module):
+    """Attention between patches of four tokens, after as many as fill whole patches are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        patches = math.ceil(x.shape[1] / 4)
+        whole = F.interpolate(x.mT, size=4 * patches).mT
+        within = whole.reshape(x.shape[0], patches, 4, 16).transpose(1, 2).reshape(-1, patches, 16)
+        heads = self.qkv(within).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.flatten(1, 2).unbind(0)
+        weights = torch.softmax(torch.bmm(q, k.transpose(-1, -2)) / 8**0.5, dim=-1)
+        return torch.bmm(weights, v).view(-1, 2, patches, 8).transpose(1, 2).flatten(2)
 
 
 def qkv():
@@ -130,6 +148,17 @@ def test_dropout_that_is_active_is_left_alone():
     attnopt.compile_report(reset=True)
     torch.testing.assert_close(compiled(Noisy().eval())(*operands), Noisy().eval()(*operands))
     assert len(attnopt.compile_report().rewritten) == 1
+
+
+def test_sizes_that_are_rounded_up_are_written():
+    model = Patched().eval()
+    twin = compiled(model, dynamic=True)
+    for length in (13, 22):
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(twin(x), model(x))
+    report = attnopt.compile_report()
+    assert report.rewritten == report.found != ()
+    assert not report.refused
 
 
 def test_a_proof_that_would_take_too_long_is_refused(monkeypatch):
