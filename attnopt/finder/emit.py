@@ -74,8 +74,9 @@ class Writer:
         """Return a size as an integer, or as a node computed from the sizes of the inputs."""
         if isinstance(size, int):
             return size
-        expression = size.node.expr
-        return self._expression(expression)
+        made = self._expression(size.node.expr)
+        assert not isinstance(made, float)
+        return made
 
     def _expression(self, e: Any) -> Size | float:
         if e.is_Integer:
