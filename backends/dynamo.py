@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ from torch._guards import TracingContext
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnopt.finder.cuts import find_cuts
 from attnopt.frontend.retracing import constants_as_attributes, normalize
 from attnopt.frontend.writes import put_back_writes, take_out_writes
 from attnopt.inlining import inline_attention
-from attnopt.nouns import Choice, No, Plan, Site
+from attnopt.nouns import Choice, NearMiss, No, Plan, Site
 from attnopt.program import Binding, BindingKind, CallForm, Program
 from attnopt.rewriting import rewrite_exactly
 
@@ -63,10 +65,14 @@ class CompileReport:
 
 @dataclass
 class _Process:
-    """What compilations of one process share: proofs by structure, and the report."""
+    """What compilations of one process share: proofs by structure, the report, and its names.
+
+    Of each name it knows a weight of the attention that has it.
+    """
 
     proved: dict[str, No | None]
     report: CompileReport
+    names: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
 
 
 _PROCESS = _Process({}, CompileReport())
@@ -77,6 +83,7 @@ def compile_report(*, reset: bool = False) -> CompileReport:
     report = _PROCESS.report
     if reset:
         _PROCESS.report = CompileReport()
+        _PROCESS.names.clear()
     return report
 
 
@@ -97,6 +104,7 @@ def compile_graph(
     leaked = _without_data(program)
     written = take_out_writes(program.graph_module) if leaked is None else leaked
     changed, report = _rewritten(program, chosen, written)
+    report = _told_apart(report, program)
     _PROCESS.report += report
     _speak(report, program, chosen)
     if not report.rewritten:
@@ -227,8 +235,9 @@ def _rewritten(
 ) -> tuple[Program, CompileReport]:
     """Rewrite the sites that the plan names, each new structure proved, and say what was done."""
     sites = program.sites
+    cuts = tuple(No(m.why, _place(m)) for m in find_cuts(program))
     if isinstance(written, No):
-        return program, CompileReport(found=sites, refused=(written,) * bool(sites))
+        return program, CompileReport(found=sites, refused=((written,) * bool(sites)) + cuts)
     choices = chosen.plan.choices if isinstance(chosen.plan, Plan) else None
     wanted = None if choices is None else {c.site for c in choices if c.rewrite == "exact"}
     changed, done = rewrite_exactly(
@@ -237,8 +246,40 @@ def _rewritten(
     rewritten = tuple(s for s in sites if s.name in done)
     others = (_needs_weights(c) for c in choices or () if c.rewrite != "exact")
     here = {s.name for s in sites}
-    refused = (*changed.refused, *(no for no in others if no.where in here))
+    refused = (*changed.refused, *(no for no in others if no.where in here), *cuts)
     return changed, CompileReport(sites, rewritten, refused)
+
+
+def _place(miss: NearMiss) -> str:
+    return f"{miss.module or 'model'} ({miss.node})"
+
+
+def _told_apart(report: CompileReport, program: Program) -> CompileReport:
+    """Number the sites that have the name of another attention.
+
+    Where dynamo cuts a model, it names what follows from the module that it was in: layers of one
+    kind have one name.
+    """
+    names = {site.name: _free_name(site, program) for site in report.found}
+    found, rewritten = (
+        tuple(replace(site, name=names[site.name]) for site in sites)
+        for sites in (report.found, report.rewritten)
+    )
+    return replace(report, found=found, rewritten=rewritten)
+
+
+def _free_name(site: Site, program: Program) -> str:
+    """Return the first numbered name that nobody has, or that the site has by its weights."""
+    known = [p.parameter for p in site.projections.values() if p.parameter in program.weights]
+    if not known:
+        return site.name
+    weight = program.weights[known[0]]
+    number, name = 1, site.name
+    while name in _PROCESS.names and _PROCESS.names[name]() is not weight:
+        number += 1
+        name = f"{site.name}#{number}"
+    _PROCESS.names[name] = weakref.ref(weight)
+    return name
 
 
 def _needs_weights(choice: Choice) -> No:
@@ -251,7 +292,8 @@ def _needs_weights(choice: Choice) -> No:
 
 def _speak(report: CompileReport, program: Program, chosen: Options) -> None:
     """Say what was found and done, and what was not rewritten, as the options ask."""
-    misses = [f"{m.module} ({m.node}): {m.why}" for m in program.near_misses]
+    told = {no.where for no in report.refused}
+    misses = [f"{_place(m)}: {m.why}" for m in program.near_misses if _place(m) not in told]
     if chosen.explain:
         for line in _explained(report, misses):
             print(f"attnopt: {line}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """torch.compile with backend "attnopt": what it rewrites, reports and refuses."""
 
 import importlib
+import math
 import tomllib
 import warnings
 from pathlib import Path
@@ -24,13 +25,13 @@ def _afresh():
     attnopt.compile_report(reset=True)
 
 
-def compiled(module, **options):
+def compiled(module, *, dynamic=None, **options):
     """Compile as torch.compile(backend="attnopt", options=...) does, without inductor."""
 
     def backend(graph_module, inputs):
         return compile_graph(graph_module, inputs, options={"inner": "aot_eager", **options})
 
-    return torch.compile(module, backend=backend)
+    return torch.compile(module, backend=backend, dynamic=dynamic)
 
 
 def llama(attention="sdpa"):
@@ -60,6 +61,55 @@ class Noisy(nn.Module):
     def forward(self, q, k, v):
         weights = F.dropout(torch.softmax(q @ k.transpose(-1, -2), dim=-1), 0.5, self.training)
         return weights @ v
+
+
+class Patched(nn.Module):
+    """Attention between patches of four tokens, after as many as fill whole patches are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        patches = math.ceil(x.shape[1] / 4)
+        whole = F.interpolate(x.mT, size=4 * patches).mT
+        within = whole.reshape(x.shape[0], patches, 4, 16).transpose(1, 2).reshape(-1, patches, 16)
+        heads = self.qkv(within).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.flatten(1, 2).unbind(0)
+        weights = torch.softmax(torch.bmm(q, k.transpose(-1, -2)) / 8**0.5, dim=-1)
+        return torch.bmm(weights, v).view(-1, 2, patches, 8).transpose(1, 2).flatten(2)
+
+
+class Cut(nn.Module):
+    """Attention within which dynamo ends a graph, before or after the weights."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def forward(self, q, k, v):
+        scores = q @ k.transpose(-1, -2) * 0.3
+        if not self.after:
+            torch._dynamo.graph_break()
+        weights = torch.softmax(scores + 1.0, dim=-1)
+        if self.after:
+            torch._dynamo.graph_break()
+        return weights @ v
+
+
+class Layer(nn.Module):
+    """A layer that dynamo compiles by itself."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        heads = self.qkv(x).unflatten(-1, (3, self.heads, 16 // self.heads))
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def qkv():
@@ -130,6 +180,51 @@ def test_dropout_that_is_active_is_left_alone():
     attnopt.compile_report(reset=True)
     torch.testing.assert_close(compiled(Noisy().eval())(*operands), Noisy().eval()(*operands))
     assert len(attnopt.compile_report().rewritten) == 1
+
+
+@pytest.mark.parametrize(("after", "where"), [(False, "its scores"), (True, "its weights meet")])
+def test_attention_that_dynamo_cut_is_refused(after, where):
+    operands = qkv()
+    with pytest.warns(UserWarning, match=f"attnopt left .* as they were: .*{where}"):
+        out = compiled(Cut(after))(*operands)
+    torch.testing.assert_close(out, Cut(after)(*operands))
+    report = attnopt.compile_report()
+    assert (report.found, len(report.refused)) == ((), 1)
+    assert "outside this graph, which was cut within the attention" in report.refused[0].why
+
+
+def test_a_classifier_of_another_graph_is_no_attention():
+    def classes(x):
+        torch._dynamo.graph_break()
+        return torch.softmax(x * 2, dim=1), torch.softmax(x[..., 0], dim=-1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled(classes)(torch.randn(2, 5, 3, 3))
+    assert not attnopt.compile_report().refused
+
+
+def test_layers_that_dynamo_compiles_one_by_one_have_names_of_their_own():
+    model = nn.Sequential(Layer(1), Layer(2), Layer(4)).eval()
+    twin = compiled(model)
+    with torch.no_grad():
+        for length in (9, 12):
+            x = torch.randn(2, length, 16)
+            torch.testing.assert_close(twin(x), model(x))
+    report = attnopt.compile_report()
+    assert {s.name for s in report.found} == {"model", "model#2", "model#3"}
+    assert report.rewritten == report.found
+
+
+def test_sizes_that_are_rounded_up_are_written():
+    model = Patched().eval()
+    twin = compiled(model, dynamic=True)
+    for length in (13, 22):
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(twin(x), model(x))
+    report = attnopt.compile_report()
+    assert report.rewritten == report.found != ()
+    assert not report.refused
 
 
 def test_a_proof_that_would_take_too_long_is_refused(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from dha_models import decoder
+from torch import nn
 
 import attnopt
 from attnopt.cli import main
@@ -26,6 +27,8 @@ import onnx
 
 from attnopt.backends.ort import Export, operators, parity
 from attnopt.backends.ort.attention import attend
+from attnopt.backends.ort.exporting import signatures_of
+from attnopt.verifying import in_float32
 
 # Libraries of the exporter warn of their own ways.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -135,6 +138,53 @@ def test_a_file_that_is_none_is_reported(tmp_path: Path):
     assert re.match("ONNX Runtime ended with status 1: .*(INVALID_PROTOBUF|Protobuf)", told)
 
 
+class Attends(nn.Module):
+    """Attention over tokens, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Any) -> Any:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_sizes_that_the_source_cannot_run_at_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The captured sizes are compared, and nothing is claimed of others."""
+    program = attnopt.capture(Attends().eval(), (torch.randn(2, 5, 8),))
+    ((_, signature),) = signatures_of(program).values()
+    model = in_float32(program)
+    flat = model.flat
+    length = signature.example()["x"].shape[1]
+
+    def one_size(values: Any) -> Any:
+        (x,) = (t for t in values.values() if isinstance(t, torch.Tensor) and t.dim() == 3)
+        if x.shape[1] != length:
+            raise RuntimeError(f"the table has no place {x.shape[1]}\nmore lines")
+        return flat(values)
+
+    @torch.no_grad()
+    def echo(file: Path, calls: Any, outputs: list[str]) -> Any:
+        return [
+            dict(zip(outputs, flat(program.form.flatten((), call)), strict=True)) for call in calls
+        ]
+
+    monkeypatch.setattr(model, "flat", one_size)
+    monkeypatch.setattr(parity, "run_onnxruntime_plainly", echo)
+    found = parity.compare(model, program, {tmp_path / "model.onnx": signature}, steps=1)
+    assert [c.case for c in found.cases] == ["the captured sizes"]
+    assert found.left_out == (f"other sizes: the table has no place {2 * length}",)
+    assert found.accepted
+    assert found.content()["left_out"] == list(found.left_out)
+    # A source that fails where it was captured is no matter of sizes.
+    monkeypatch.setattr(model, "flat", lambda values: one_size({"x": torch.ones(1, 99, 8)}))
+    with pytest.raises(RuntimeError, match="no place 99"):
+        parity.compare(model, program, {tmp_path / "model.onnx": signature}, steps=1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -184,6 +234,15 @@ def test_a_wrong_call_is_told_in_one_line(
     assert line.startswith("AO")
     assert told in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v2", "llama4_text"])
+def test_rotary_embeddings_of_complex_numbers_are_exported(name: str, tmp_path: Path):
+    model, kwargs, _ = zoo.build(name, "eager", task="lm")
+    made = attnopt.export_onnx(attnopt.capture(model, (), kwargs), tmp_path / "out", steps=16)
+    assert made.accepted, made.parity
+    assert max(c.max_delta_logit for c in made.parity.cases) < 1e-4
 
 
 @pytest.mark.parametrize(

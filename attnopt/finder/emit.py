@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from attnopt.finder.evaluate import Shapes
 from attnopt.finder.layout import Layout
 from attnopt.finder.ops import value
+from attnopt.frontend.cleanup import SIZE_OPERATIONS
 from attnopt.ops import attention
 
 aten = torch.ops.aten
@@ -73,12 +74,15 @@ class Writer:
         """Return a size as an integer, or as a node computed from the sizes of the inputs."""
         if isinstance(size, int):
             return size
-        expression = size.node.expr
-        return self._expression(expression)
+        made = self._expression(size.node.expr)
+        assert not isinstance(made, float)
+        return made
 
-    def _expression(self, e: Any) -> Size:
+    def _expression(self, e: Any) -> Size | float:
         if e.is_Integer:
             return int(e)
+        if e.is_Float:
+            return float(e)
         if e not in self._sizes:
             self._sizes[e] = self._build(e)
         return self._sizes[e]
@@ -91,18 +95,12 @@ class Writer:
         if isinstance(e, sympy.Pow) and e.exp.is_Integer and e.exp > 0:
             return self._fold(operator.mul, [self._expression(e.base)] * int(e.exp))
         parts = [self._expression(a) for a in e.args]
-        if isinstance(e, sympy.Add):
-            return self._fold(operator.add, parts)
-        if isinstance(e, sympy.Mul):
-            return self._fold(operator.mul, parts)
-        binary = {"FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv,
-                  "Mod": operator.mod, "PythonMod": operator.mod, "Max": torch.sym_max,
-                  "Min": torch.sym_min}.get(type(e).__name__)  # fmt: skip
-        if binary is None:
+        target = SIZE_OPERATIONS.get(type(e).__name__)
+        if target is None:
             raise NotImplementedError(f"size expression {e}")
-        return self._fold(binary, parts)
+        return self._fold(target, parts) if len(parts) > 1 else self.call(target, *parts)
 
-    def _fold(self, op: Any, parts: list[Size]) -> fx.Node:
+    def _fold(self, op: Any, parts: Sequence[Size | float]) -> fx.Node:
         total = parts[0]
         for part in parts[1:]:
             total = self.call(op, total, part)

@@ -1,8 +1,9 @@
 """Normalize the capture: one flat functional graph, without asserts, that follows its inputs."""
 
+import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import sympy
 import torch
@@ -121,6 +122,8 @@ class Sizes:
         """Return the node, or the integer, that computes an expression in sizes of inputs."""
         if expression.is_Integer:
             return int(expression)
+        if expression.is_Float:
+            return float(expression)
         if expression in self.made:
             return self.made[expression]
         if isinstance(expression, sympy.Symbol):
@@ -135,19 +138,19 @@ class Sizes:
         return node
 
     def _operation(self, expression: sympy.Expr) -> tuple[Any, Any]:
-        target = _OPERATIONS.get(type(expression).__name__)
+        target = SIZE_OPERATIONS.get(type(expression).__name__)
         if target is None:
             raise NotImplementedError(f"a size with {type(expression).__name__}: {expression}")
         first, *rest = expression.args
         if len(rest) > 1:
-            return target, (self._inner(first), self._inner(expression.func(*rest)))
-        return target, (self._inner(first), self._inner(rest[0]))
+            rest = [expression.func(*rest)]
+        return target, [self._inner(x) for x in (first, *rest)]
 
     def _inner(self, expression: Any) -> Any:
         return self.node_for(expression, None)
 
 
-_OPERATIONS: dict[str, Any] = {
+SIZE_OPERATIONS: Final[dict[str, Any]] = {
     "Add": operator.add,
     "Mul": operator.mul,
     "FloorDiv": operator.floordiv,
@@ -156,7 +159,14 @@ _OPERATIONS: dict[str, Any] = {
     "Mod": operator.mod,
     "Max": torch.sym_max,
     "Min": torch.sym_min,
+    "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv,
+    "ToFloat": torch.sym_float,
+    "CeilToInt": math.ceil,
+    "FloorToInt": math.floor,
+    "TruncToInt": math.trunc,
 }
+"""What computes each kind of expression in sizes; those of one operand follow those of two."""
 
 
 def _value_like(value: Any, expression: sympy.Expr) -> Any:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from attnopt.backends.ort.folding import fold_caches
 from attnopt.backends.ort.operators import Choice, Target, choose
+from attnopt.backends.ort.pairs import split_complex
 from attnopt.backends.ort.signature import Signature
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.inlining import inline_attention
@@ -41,6 +42,7 @@ def standalone(
                 _replace(node, graph.get_attr(binding.name))
     made = fx.GraphModule(weights, graph)
     _order(made, [*signature.inputs, *(s.placeholder for s in signature.states)])
+    split_complex(made)
     remove_dead(made)
     made.recompile()
     return made.eval(), choices
