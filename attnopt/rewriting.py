@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,18 +64,17 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     main = program.main
     stats = statistics_of(plan, main)
     known = {t.name: t for t in (*main.mlps, *main.sites)}
-    declined = shared(main)
-    twice = [c.site for i, c in enumerate(choices) if c.site in {o.site for o in choices[:i]}]
-    if twice:
-        raise ValueError(f"the plan chooses twice for {twice[0]}: apply one plan after the other")
+    _must_be_single(choices)
+    not_alone = shared(main)
     edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
     changed = Spool()
     refitted: list[str] = []
     for choice in choices:
         site, module, config = _resolved(choice, known)
-        _must(declined.get(site.name, True))
         _must(module.fits(site, config))
         new = module.convert(site, stats, config)
+        if any(name in main.weights for name in new):
+            _must(not_alone.get(site.name))
         changed.update(new)
         for edit in edits.values():
             for same in (
@@ -109,7 +109,9 @@ def _joined(
     if not program.parts:
         return made[""]
     history = (*program.history, note)
-    return replace(program.with_weights(changed), parts=dict(made), history=history)
+    states = next((p.states for p in made.values() if p.states), ())
+    joined = replace(program.with_weights(changed), parts=dict(made), history=history)
+    return replace(joined, states=states)
 
 
 def _tier(choice: Choice, sites: Mapping[str, Site | Mlp]) -> int:
@@ -157,6 +159,13 @@ def _resolved(choice: Choice, sites: Mapping[str, Site | Mlp]) -> tuple[Site | M
 def _must(answer: Any) -> None:
     if isinstance(answer, No):
         raise ValueError(f"the plan cannot be carried out: {answer}")
+
+
+def _must_be_single(choices: Sequence[Choice]) -> None:
+    """Refuse two choices for one site: each would start from what the other changes."""
+    for name, count in Counter(c.site for c in choices).items():
+        if count > 1:
+            raise ValueError(f"the plan has {count} choices for site {name!r}; keep one of them")
 
 
 def _digest(choices: Sequence[Choice]) -> str:

@@ -38,6 +38,7 @@ from attnopt.finder.ops import (
 )
 from attnopt.finder.provenance import ELEMENTWISE, View
 from attnopt.finder.scores import is_canonical
+from attnopt.frontend.skeletons import cache_slots
 from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Mlp, No, Site
 from attnopt.program import Program, State
@@ -384,13 +385,13 @@ def _ordered(edit: GraphEdit, nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 def _alone(edit: GraphEdit, line: set[fx.Node], readers: set[fx.Node], last: str) -> No | None:
     """Say what else reads the nodes of a line, beside `readers` and the weight called `last`."""
-    outputs = {s.output for s in edit.program.states}
+    outputs = _cached_outputs(edit.program)
     end = inputs_of(edit.program, [last])[last]
     for node in sorted(line):
         for user in node.users:
             if user in readers or is_size(user) or (node is end and read_contraction(user)):
                 continue
-            if user.op == "output" and _gives_states_only(user, node, outputs):
+            if user.op == "output" and _gives_only(user, node, outputs):
                 continue
             if kind(user) in _SHAPE_READERS:
                 continue
@@ -401,10 +402,18 @@ def _alone(edit: GraphEdit, line: set[fx.Node], readers: set[fx.Node], last: str
 _SHAPE_READERS = frozenset("sym_size size numel dim zeros_like ones_like empty_like".split())
 
 
-def _gives_states_only(output: fx.Node, node: fx.Node, states: set[int]) -> bool:
+def _cached_outputs(program: Program) -> set[int]:
+    """Return the outputs that are states, or layers of a cache that another part takes."""
+    made = program.form.made_of
+    if isinstance(made, tuple):
+        return {int(key) for key in cache_slots(made[1].skeleton)}
+    return {s.output for s in program.states}
+
+
+def _gives_only(output: fx.Node, node: fx.Node, places: set[int]) -> bool:
     (values,) = output.args
     assert isinstance(values, list | tuple)
-    return all(i in states for i, given in enumerate(values) if given is node)
+    return all(i in places for i, given in enumerate(values) if given is node)
 
 
 # ------------------------------------------------------------------------------------------- nodes

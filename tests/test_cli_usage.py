@@ -10,9 +10,7 @@ from attnopt.cli import main
 from attnopt.cli._errors import Exit
 
 CONFIG = '{"model_type": "llama"}'
-COMMANDS = (
-    "bench, diff, doctor, explain, export, generate, heal, inspect, optimize, passes, verify"
-)
+COMMANDS = "bench, diff, doctor, explain, export, generate, heal, inspect, optimize, passes, verify"
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

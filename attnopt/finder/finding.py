@@ -99,8 +99,7 @@ def _find(program: Program) -> Findings:
     names = _names([g[0].module for g in groups])
     sites = tuple(_read(view, g, name, anchors) for g, name in zip(groups, names, strict=True))
     misses.extend(find_mixers(view, {p.module for p in pieces}))
-    taken = frozenset(p.parameter for s in sites for p in s.projections.values())
-    return Findings(view, tuple(groups), sites, tuple(misses), find_mlps(view, taken))
+    return Findings(view, tuple(groups), sites, tuple(misses), find_mlps(view, sites))
 
 
 def _candidates(

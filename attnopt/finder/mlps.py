@@ -5,7 +5,7 @@ elementwise ops alone, from contractions of one input with learned weights. Ever
 followed through splits and views, so that gated, plain and fused gate-up forms are one thing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -14,7 +14,7 @@ from attnopt.finder.contraction import Contraction, read_contraction
 from attnopt.finder.ops import CONTRACTIONS, TRANSPARENT, args, kind, module_path, shape, value
 from attnopt.finder.projections import Weight, indexed, parameter_rows
 from attnopt.finder.provenance import ELEMENTWISE, Root, View, weight_of
-from attnopt.nouns import Mlp, Projection
+from attnopt.nouns import Mlp, Projection, Site
 
 # Elementwise over channels: a neuron depends on its own row of each projection and on nothing else.
 _FOREIGN = frozenset("softmax _softmax normalize".split())
@@ -36,15 +36,16 @@ class _Way:
     active: bool
 
 
-def find_mlps(view: View, taken: frozenset[str]) -> tuple[Mlp, ...]:
-    """Find every MLP; `taken` are the parameters that attention reads."""
+def find_mlps(view: View, sites: Sequence[Site]) -> tuple[Mlp, ...]:
+    """Find every MLP; the parameters and names of the attentions are taken."""
+    taken = frozenset(p.parameter for s in sites for p in s.projections.values())
     found: list[Mlp] = []
     for node in view.program.graph.nodes:
         if kind(node) in CONTRACTIONS:
             mlp = _read(view, node, taken)
             if mlp is not None:
                 found.append(mlp)
-    names = _names([m.module for m in found])
+    names = _names([m.module for m in found], {s.name for s in sites})
     return tuple(
         Mlp(n, m.module, m.neurons, m.inputs, m.down) for n, m in zip(names, found, strict=True)
     )
@@ -129,9 +130,19 @@ def _step(view: View, node: fx.Node, known: Mapping[fx.Node, list[_Way]]) -> lis
         return [_Way(numbers, False)]
     if kind(node) in _MOVING:
         return [_Way(_moved(view, node, w.numbers), w.active) for w in known[before[0]]]
-    active = kind(node) in _ACTIVE
+    active = kind(node) in _ACTIVE and not _is_scaling(view, node)
     ways = [_Way(_broadcast(w.numbers, node), w.active or active) for n in before for w in known[n]]
     return ways[: _MOST_WAYS + 1]
+
+
+def _is_scaling(view: View, node: fx.Node) -> bool:
+    """Whether a node multiplies neurons by what they do not depend on."""
+    return kind(node) in ("mul", "div") and len(_operands(view, node)) == 1 and not _squares(node)
+
+
+def _squares(node: fx.Node) -> bool:
+    given = [a for a in args(node)[:2] if isinstance(a, fx.Node)]
+    return len(given) != len(set(given))
 
 
 def _moved(view: View, node: fx.Node, numbers: _Numbers) -> _Numbers:
@@ -190,9 +201,9 @@ def _common_module(paths: list[str]) -> str:
     return ".".join(common)
 
 
-def _names(modules: list[str]) -> list[str]:
-    """Name each MLP for its module, later ones of one module with a number."""
-    seen: dict[str, int] = {}
+def _names(modules: list[str], taken: set[str]) -> list[str]:
+    """Name each MLP for its module, with a number where that is the name of something else."""
+    seen = dict.fromkeys(taken, 1)
     names: list[str] = []
     for module in modules:
         seen[module] = seen.get(module, 0) + 1

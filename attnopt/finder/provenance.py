@@ -167,7 +167,8 @@ class Provenance:
 
     def root_of(self, number: int) -> Root:
         """Return the root that an element number belongs to."""
-        return max((r for r in self.roots if r.base <= number), key=lambda r: r.base)
+        # A root without elements starts where the next one does.
+        return max((r for r in self.roots if r.base <= number), key=lambda r: (r.base, r.end))
 
     def _trace(self, node: fx.Node, second: bool) -> Tensor | tuple[Tensor, ...]:
         key = (node, second)

@@ -76,6 +76,19 @@ def put_together(skeleton: Any, get: Callable[[int | str], Any]) -> Any:
     return skeleton
 
 
+def cache_slots(skeleton: Any) -> list[int | str]:
+    """List the slots of a skeleton that lie in a key-value cache."""
+    if isinstance(skeleton, CacheLayers):
+        held = (*skeleton.layers, *(skeleton.cross or ()))
+        return [slot.key for layer in held for slot in layer.values() if isinstance(slot, Slot)]
+    if isinstance(skeleton, Made):
+        skeleton = skeleton.arguments
+    inner = skeleton.values() if isinstance(skeleton, dict) else skeleton
+    if not isinstance(inner, list | tuple) and inner is skeleton:
+        return []
+    return [key for value in inner for key in cache_slots(value)]
+
+
 def is_cache(value: Any) -> bool:
     """Say whether a value is a cache of Transformers, without importing it."""
     return any(c.__module__ == "transformers.cache_utils" for c in type(value).__mro__[:-1])
