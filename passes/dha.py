@@ -82,7 +82,7 @@ def convert(site: Site, stats: Statistics, config: Config) -> dict[str, Tensor]:
     """Return new parameters of the projections; none where the heads stay as they are."""
     if config.kv_heads == site.kv_heads:
         return {}
-    layer = _Layer.read(site, stats)
+    layer = Layer.read(site, stats)
     group = site.kv_heads // config.kv_heads
     groups = [list(range(i, i + group)) for i in range(0, site.kv_heads, group)]
     fused = _MERGES[config.merge](layer, groups)
@@ -109,7 +109,7 @@ def damage(site: Site, stats: Statistics, config: Config) -> float:
     """Predict the squared error of the values, in output units, relative to their energy."""
     if config.kv_heads == site.kv_heads:
         return 0.0
-    layer = _Layer.read(site, stats)
+    layer = Layer.read(site, stats)
     group = site.kv_heads // config.kv_heads
     lost = total = 0.0
     for start in range(0, site.kv_heads, group):
@@ -123,7 +123,7 @@ def damage(site: Site, stats: Statistics, config: Config) -> float:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """The four projections of a site in float64, heads first, and the moments of their inputs.
 
     `q`, `k`, `v` map inputs (with a 1 appended for the bias) to (heads, channels); `o` has for each
@@ -140,7 +140,7 @@ class _Layer:
     interleaved: bool
 
     @classmethod
-    def read(cls, site: Site, stats: Statistics) -> "_Layer":
+    def read(cls, site: Site, stats: Statistics) -> "Layer":
         """Read a site's projections and moments."""
         made = {n: read_heads(stats.weights, p) for n, p in site.projections.items()}
         rope = site.rope
@@ -164,9 +164,9 @@ class _Layer:
         """List the query heads that read a key head."""
         return range(key_head * self.readers, (key_head + 1) * self.readers)
 
-    def replaced(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> "_Layer":
+    def replaced(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> "Layer":
         """Return a layer with other projections of the same kind."""
-        return _Layer(
+        return Layer(
             Heads(q, self.q.biased),
             Heads(k, self.k.biased),
             Heads(v, self.v.biased),
@@ -215,7 +215,7 @@ def _moment(a: Tensor, gram: Tensor, b: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- closed form
 
 
-def _fuse_planes(layer: _Layer, groups: list[list[int]]) -> _Layer:
+def _fuse_planes(layer: Layer, groups: list[list[int]]) -> Layer:
     """Fuse keys by rank-1 complex components per plane, values by joint components."""
     q, o = layer.q.maps.clone(), layer.o.maps.clone()
     keys: list[Tensor] = []
@@ -232,7 +232,7 @@ def _fuse_planes(layer: _Layer, groups: list[list[int]]) -> _Layer:
     return layer.replaced(q, torch.stack(keys), torch.stack(values), o)
 
 
-def _fused_key(layer: _Layer, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_key(layer: Layer, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the common key of a group, and what the queries of each member must do."""
     k = layer.k.maps[members]
     z = layer.planes(k)
@@ -244,7 +244,7 @@ def _fused_key(layer: _Layer, members: list[int]) -> tuple[Tensor, Tensor, Tenso
     return layer.channels(common, still), factors, decoders
 
 
-def _plane_components(layer: _Layer, members: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
+def _plane_components(layer: Layer, members: list[int], z: Tensor) -> tuple[Tensor, Tensor]:
     """Return c and a (heads, planes): the fused key is sum c k, and a times it replaces k."""
     gram = layer.gram_kv
     covariance = torch.einsum("hpi,ij,gpj->phg", z, gram.to(z.dtype), z.conj())
@@ -263,7 +263,7 @@ def _plane_components(layer: _Layer, members: list[int], z: Tensor) -> tuple[Ten
     return (shares / size.unsqueeze(-1)).mT, factors.mT
 
 
-def _query_energy(layer: _Layer, members: list[int]) -> Tensor:
+def _query_energy(layer: Layer, members: list[int]) -> Tensor:
     """Return, per member and plane, the root of the energy of the queries that read it."""
     rows: list[Tensor] = []
     for member in members:
@@ -273,7 +273,7 @@ def _query_energy(layer: _Layer, members: list[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def _query_metric(layer: _Layer, members: list[int]) -> list[Tensor]:
+def _query_metric(layer: Layer, members: list[int]) -> list[Tensor]:
     """Return, per member, the second moment of the still channels of its queries."""
     metrics: list[Tensor] = []
     for member in members:
@@ -282,20 +282,20 @@ def _query_metric(layer: _Layer, members: list[int]) -> list[Tensor]:
     return metrics
 
 
-def _read_fused(layer: _Layer, q: Tensor, factor: Tensor, decoder: Tensor) -> Tensor:
+def _read_fused(layer: Layer, q: Tensor, factor: Tensor, decoder: Tensor) -> Tensor:
     """Let a query head read the fused key as it read its own."""
     turned = layer.planes(q) * factor.conj().unsqueeze(-1)
     return layer.channels(turned, decoder.T @ layer.still(q))
 
 
-def _fused_value(layer: _Layer, members: list[int]) -> tuple[Tensor, Tensor]:
+def _fused_value(layer: Layer, members: list[int]) -> tuple[Tensor, Tensor]:
     """Return the common value of a group, and the map from it to each member's value."""
     return _joint_components(
         layer.v.maps[members], layer.gram_kv, _output_metric(layer, members), layer.v.width
     )
 
 
-def _output_metric(layer: _Layer, members: list[int]) -> list[Tensor]:
+def _output_metric(layer: Layer, members: list[int]) -> list[Tensor]:
     """Return, per member, how much the output projection makes of each direction of its value."""
     return [
         sum((layer.o.maps[h] @ layer.o.maps[h].T for h in layer.queries_of(m)), torch.zeros(()))
@@ -328,7 +328,7 @@ def _principal(maps: Tensor, gram: Tensor, metrics: list[Tensor]) -> tuple[Tenso
     return spectrum, low, directions * directions.gather(0, largest).sign()
 
 
-def _value_spectrum(layer: _Layer, members: list[int]) -> Tensor:
+def _value_spectrum(layer: Layer, members: list[int]) -> Tensor:
     maps = layer.v.maps[members]
     return _principal(maps, layer.gram_kv, _output_metric(layer, members))[0]
 
@@ -340,30 +340,30 @@ _RIDGE = 1e-9
 # ---------------------------------------------------------------------------------------- baselines
 
 
-def _fuse_mean(layer: _Layer, groups: list[list[int]]) -> _Layer:
+def _fuse_mean(layer: Layer, groups: list[list[int]]) -> Layer:
     """Average the heads of a group, as the GQA paper does."""
     k, v = (_averaged(x.maps, groups) for x in (layer.k, layer.v))
     return layer.replaced(layer.q.maps, k, v, layer.o.maps)
 
 
-def _fuse_mean_renorm(layer: _Layer, groups: list[list[int]]) -> _Layer:
+def _fuse_mean_renorm(layer: Layer, groups: list[list[int]]) -> Layer:
     """Average the heads of a group and give the mean their mean norm."""
     k, v = (_renormed(x.maps, groups) for x in (layer.k, layer.v))
     return layer.replaced(layer.q.maps, k, v, layer.o.maps)
 
 
-def _fuse_first(layer: _Layer, groups: list[list[int]]) -> _Layer:
+def _fuse_first(layer: Layer, groups: list[list[int]]) -> Layer:
     """Keep the first head of a group."""
     first = [members[0] for members in groups]
     return layer.replaced(layer.q.maps, layer.k.maps[first], layer.v.maps[first], layer.o.maps)
 
 
-def _fuse_procrustes(layer: _Layer, groups: list[list[int]]) -> _Layer:
+def _fuse_procrustes(layer: Layer, groups: list[list[int]]) -> Layer:
     """Align the heads of a group by rotations, then average them."""
     return _fuse_mean(_aligned(layer, groups), groups)
 
 
-def _fuse_procrustes_renorm(layer: _Layer, groups: list[list[int]]) -> _Layer:
+def _fuse_procrustes_renorm(layer: Layer, groups: list[list[int]]) -> Layer:
     """Align the heads of a group by rotations, then average them and restore the norm."""
     return _fuse_mean_renorm(_aligned(layer, groups), groups)
 
@@ -381,7 +381,7 @@ def _renormed(maps: Tensor, groups: list[list[int]]) -> Tensor:
     return torch.stack(rows)
 
 
-def _aligned(layer: _Layer, groups: list[list[int]]) -> _Layer:
+def _aligned(layer: Layer, groups: list[list[int]]) -> Layer:
     """Turn the heads of each group towards their mean; queries and outputs turn with them."""
     q, k, v, o = (x.maps.clone() for x in (layer.q, layer.k, layer.v, layer.o))
     root = _root(layer.gram_kv)
@@ -443,7 +443,7 @@ def _root(gram: Tensor) -> Tensor:
     return root
 
 
-_MERGES: dict[str, Callable[[_Layer, list[list[int]]], _Layer]] = {
+_MERGES: dict[str, Callable[[Layer, list[list[int]]], Layer]] = {
     "planes": _fuse_planes,
     "mean": _fuse_mean,
     "mean_renorm": _fuse_mean_renorm,

@@ -156,7 +156,7 @@ def test_the_damage_predicted_is_the_damage_measured() -> None:
     program, stats = captured(model)
     site = program.sites[0]
     predicted = dha.damage(site, stats, dha.Config(2))
-    layer = dha._Layer.read(site, stats)
+    layer = dha.Layer.read(site, stats)
     lost = total = 0.0
     for members in ([0, 1], [2, 3]):
         common, back = dha._fused_value(layer, members)
