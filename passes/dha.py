@@ -8,7 +8,7 @@ analysis of the values in the metric of the output projection. Both are closed f
 moments, and neither depends on the arbitrary basis that the heads happen to be stored in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,19 +24,15 @@ from attnopt.surgery import GraphEdit, Kept, narrow
 exact = False
 tier = 0
 
-Merge = Literal["planes", "mean", "mean_renorm", "first", "procrustes", "procrustes_renorm"]
-
 
 @dataclass(frozen=True)
 class Config:
-    """How many key and value heads stay, and how the heads of a group become one.
+    """How many key and value heads stay.
 
-    `planes` is the closed form; the others are published baselines, kept to compare with. `refit`
-    solves the output projection anew for what the fused heads give it, layer after layer.
+    `refit` solves the output projection anew for what the fused heads give it, layer after layer.
     """
 
     kv_heads: int = 1
-    merge: Merge = "planes"
     refit: bool = True
 
 
@@ -85,7 +81,7 @@ def convert(site: Site, stats: Statistics, config: Config) -> dict[str, Tensor]:
     layer = Layer.read(site, stats)
     group = site.kv_heads // config.kv_heads
     groups = [list(range(i, i + group)) for i in range(0, site.kv_heads, group)]
-    fused = _MERGES[config.merge](layer, groups)
+    fused = _fuse_planes(layer, groups)
     return fused.write(site, stats.weights)
 
 
@@ -335,119 +331,3 @@ def _value_spectrum(layer: Layer, members: list[int]) -> Tensor:
 
 _TINY = 1e-30
 _RIDGE = 1e-9
-
-
-# ---------------------------------------------------------------------------------------- baselines
-
-
-def _fuse_mean(layer: Layer, groups: list[list[int]]) -> Layer:
-    """Average the heads of a group, as the GQA paper does."""
-    k, v = (_averaged(x.maps, groups) for x in (layer.k, layer.v))
-    return layer.replaced(layer.q.maps, k, v, layer.o.maps)
-
-
-def _fuse_mean_renorm(layer: Layer, groups: list[list[int]]) -> Layer:
-    """Average the heads of a group and give the mean their mean norm."""
-    k, v = (_renormed(x.maps, groups) for x in (layer.k, layer.v))
-    return layer.replaced(layer.q.maps, k, v, layer.o.maps)
-
-
-def _fuse_first(layer: Layer, groups: list[list[int]]) -> Layer:
-    """Keep the first head of a group."""
-    first = [members[0] for members in groups]
-    return layer.replaced(layer.q.maps, layer.k.maps[first], layer.v.maps[first], layer.o.maps)
-
-
-def _fuse_procrustes(layer: Layer, groups: list[list[int]]) -> Layer:
-    """Align the heads of a group by rotations, then average them."""
-    return _fuse_mean(_aligned(layer, groups), groups)
-
-
-def _fuse_procrustes_renorm(layer: Layer, groups: list[list[int]]) -> Layer:
-    """Align the heads of a group by rotations, then average them and restore the norm."""
-    return _fuse_mean_renorm(_aligned(layer, groups), groups)
-
-
-def _averaged(maps: Tensor, groups: list[list[int]]) -> Tensor:
-    return torch.stack([maps[members].mean(0) for members in groups])
-
-
-def _renormed(maps: Tensor, groups: list[list[int]]) -> Tensor:
-    rows: list[Tensor] = []
-    for members in groups:
-        mean = maps[members].mean(0)
-        norm = torch.linalg.matrix_norm(maps[members]).mean()
-        rows.append(mean * norm / torch.linalg.matrix_norm(mean).clamp_min(_TINY))
-    return torch.stack(rows)
-
-
-def _aligned(layer: Layer, groups: list[list[int]]) -> Layer:
-    """Turn the heads of each group towards their mean; queries and outputs turn with them."""
-    q, k, v, o = (x.maps.clone() for x in (layer.q, layer.k, layer.v, layer.o))
-    root = _root(layer.gram_kv)
-    for members in groups:
-        phases = _align(layer.planes(k[members]) @ root.to(torch.complex128), _phase)
-        turns = _align((v[members] @ root), _rotation)
-        still = _align((layer.still(k[members]) @ root), _rotation)
-        for i, m in enumerate(members):
-            k[m] = layer.channels(
-                phases[i].unsqueeze(-1) * layer.planes(k[m]), still[i] @ layer.still(k[m])
-            )
-            v[m] = turns[i] @ v[m]
-            for h in layer.queries_of(m):
-                q[h] = layer.channels(
-                    phases[i].unsqueeze(-1) * layer.planes(q[h]), still[i] @ layer.still(q[h])
-                )
-                o[h] = turns[i] @ o[h]
-    return layer.replaced(q, k, v, o)
-
-
-def _align(
-    heads: Tensor, fit: Callable[[Tensor, Tensor], Tensor], steps: int = 100, limit: float = 1e-5
-) -> Tensor:
-    """Generalised Procrustes: turn every head to the mean of the turned ones, until it rests."""
-    turned, before = heads, torch.inf
-    turns = torch.stack([fit(h, h) for h in heads])
-    for _ in range(steps):
-        mean = turned.mean(0)
-        turns = torch.stack([fit(h, mean) for h in heads])
-        turned = torch.stack([_turn(t, h) for t, h in zip(turns, heads, strict=True)])
-        spread = float((turned - turned.mean(0)).abs().square().sum())
-        if before - spread <= limit * spread:
-            break
-        before = spread
-    return turns
-
-
-def _turn(turn: Tensor, head: Tensor) -> Tensor:
-    return turn.unsqueeze(-1) * head if turn.is_complex() else turn @ head
-
-
-def _phase(head: Tensor, reference: Tensor) -> Tensor:
-    """Return the unit number per plane that brings a head closest to a reference."""
-    overlap = (reference * head.conj()).sum(-1)
-    return overlap / overlap.abs().clamp_min(_TINY)
-
-
-def _rotation(head: Tensor, reference: Tensor) -> Tensor:
-    """Return the orthogonal matrix that brings a head closest to a reference."""
-    u, _, vh = torch.linalg.svd(reference @ head.T)
-    turn: Tensor = u @ vh
-    return turn
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Return R with R R^T = gram, so that norms of W R are norms over the data."""
-    values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = vectors * values.clamp_min(0).sqrt()
-    return root
-
-
-_MERGES: dict[str, Callable[[Layer, list[list[int]]], Layer]] = {
-    "planes": _fuse_planes,
-    "mean": _fuse_mean,
-    "mean_renorm": _fuse_mean_renorm,
-    "first": _fuse_first,
-    "procrustes": _fuse_procrustes,
-    "procrustes_renorm": _fuse_procrustes_renorm,
-}
