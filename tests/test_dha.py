@@ -52,8 +52,6 @@ def test_heads_that_are_equal_in_another_basis_fuse_without_loss() -> None:
     turn_heads(model)
     program, stats = captured(model)
     assert distance(logits(fused(program, stats, 2, refit=False)), logits(model)) < 1e-4
-    averaged = fused(program, stats, 2, merge="mean", refit=False)
-    assert distance(logits(averaged), logits(model)) > 0.05
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -73,16 +71,6 @@ def test_as_many_heads_as_before_change_nothing() -> None:
         if binding.kind == "parameter":
             assert torch.equal(result.weights[binding.name], program.weights[binding.name])
     assert torch.equal(logits(result), logits(program))
-
-
-def test_the_closed_form_beats_the_baselines() -> None:
-    model = decoder("llama")
-    program, stats = captured(model)
-    errors = {
-        merge: distance(logits(fused(program, stats, 2, merge=merge, refit=False)), logits(model))
-        for merge in ("planes", "mean", "mean_renorm", "first", "procrustes", "procrustes_renorm")
-    }
-    assert min(errors, key=errors.__getitem__) == "planes", errors
 
 
 def test_a_refit_brings_the_result_closer() -> None:
@@ -156,7 +144,7 @@ def test_the_damage_predicted_is_the_damage_measured() -> None:
     program, stats = captured(model)
     site = program.sites[0]
     predicted = dha.damage(site, stats, dha.Config(2))
-    layer = dha._Layer.read(site, stats)
+    layer = dha.Layer.read(site, stats)
     lost = total = 0.0
     for members in ([0, 1], [2, 3]):
         common, back = dha._fused_value(layer, members)

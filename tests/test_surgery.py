@@ -139,7 +139,7 @@ def test_heads_cannot_keep_unlike_channels() -> None:
 
 
 def test_what_something_else_reads_is_not_narrowed() -> None:
-    program, x = exact(reads_twice=True)
+    program, _ = exact(reads_twice=True)
     (site,) = program.sites
     edit = GraphEdit.of(program)
     before = str(edit.graph)
