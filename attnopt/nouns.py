@@ -115,6 +115,12 @@ class Mlp:
     down: Projection = field(hash=False)
 
     @property
+    def projections(self) -> dict[str, Projection]:
+        """All of its projections by name, the one that reads the neurons last."""
+        made = {f"in{i}": p for i, p in enumerate(self.inputs)}
+        return {**made, "down": self.down}
+
+    @property
     def gated(self) -> bool:
         """Whether each neuron is made of two rows."""
         return sum(len(p.rows[0]) for p in self.inputs) > 1

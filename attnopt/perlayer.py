@@ -99,7 +99,7 @@ def _stand_in(stock: type[nn.Module]) -> type:
         # What is set on the model later, such as its attention function, holds for every layer.
         for part in module.modules():
             if getattr(part, "config", None) is own:
-                part.config = config  # type: ignore[assignment]
+                part.config = config
         return module
 
     named = {"__new__": build, "__module__": stock.__module__, "stock": stock}

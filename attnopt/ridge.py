@@ -98,10 +98,11 @@ class Few:
     def blocks(self, places: Tensor) -> Tensor:
         """Return blocks (units, width, width) of the inverse over what is still there."""
         kept = self.rows[:, self._there()]
-        units = self.rows[:, places].movedim(0, 1)
-        told = units.mT @ torch.linalg.solve(self._kernel(kept), units)
+        solved = torch.linalg.solve(self._kernel(kept), self.rows)
+        told = torch.einsum("tui,tuj->uij", self.rows[:, places], solved[:, places])
         one = torch.eye(places.shape[1], dtype=self.rows.dtype)
-        return (one - told) / self._small()
+        found: Tensor = (one - told) / self._small()
+        return found
 
     def eliminate(self, gone: Tensor) -> Tensor:
         """Take inputs out; return the map (gone, all) by which their columns move to the others."""

@@ -242,7 +242,8 @@ class _Removal:
         places = self.reader.places[torch.tensor(pool)].flatten(1)
         blocks = self._ridge.blocks(places)
         if places.shape[1] == 1:
-            return self._weight[:, places[:, 0]].square().sum(0) / blocks[:, 0, 0]
+            sizes = torch.linalg.vector_norm(self._weight, dim=0).square()
+            return sizes[places[:, 0]] / blocks[:, 0, 0]
         weights = self._weight[:, places].movedim(1, 0)
         return (torch.linalg.solve(blocks, weights.mT) * weights.mT).sum((-1, -2))
 

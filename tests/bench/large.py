@@ -143,7 +143,7 @@ def work(given: argparse.Namespace) -> int:
     ids = torch.randint(program.config.vocab_size, (1, given.tokens), generator=drawn_by)
     statistics = attnopt.calibrate(program, ids, given.folder / "statistics")
     watch.lap("calibrate")
-    choices = tuple(choices_of(program, given))
+    choices = tuple(choices_of(program, given, statistics))
     rewritten = attnopt.apply(program, attnopt.Plan(choices, statistics=statistics))
     watch.lap("rewrite")
     attnopt.save(rewritten, given.folder / "out")
@@ -161,17 +161,20 @@ def work(given: argparse.Namespace) -> int:
     return 0
 
 
-def choices_of(program: Any, given: argparse.Namespace) -> Iterator[Any]:
-    """Say what is to be done at every site."""
+def choices_of(program: Any, given: argparse.Namespace, statistics: Any) -> Iterator[Any]:
+    """Say what is to be done at every site: fewer key heads, or fewer parameters as planned."""
     import attnopt
 
     told = {k: json.loads(v) for k, v in (s.split("=", 1) for s in given.setting)}
+    if given.rewrite == "amp":
+        plan = attnopt.plan(program, {"params": 1 - given.share}, statistics=statistics)
+        for choice in plan.choices:
+            yield attnopt.Choice(choice.site, "amp", {**choice.config, "refit": False, **told})
+        return
     for site in program.sites:
-        config = {"share": given.share}
-        if given.rewrite == "dha":
-            kept = max(1, round(site.kv_heads * (1 - given.share)))
-            config = {"kv_heads": kept, "refit": False}
-        yield attnopt.Choice(site.name, given.rewrite, {**config, **told})
+        kept = max(1, round(site.kv_heads * (1 - given.share)))
+        config = {"kv_heads": kept, "refit": False, **told}
+        yield attnopt.Choice(site.name, given.rewrite, config)
 
 
 class Watch:
