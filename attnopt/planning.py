@@ -171,11 +171,8 @@ def _fewer_parameters(program: Program, share: float, names: Sequence[str] | Non
     main, amp = program.main, registry.load("amp")
     config: Any = amp.Config
     declined = shared(main)
-    things: list[Site | Mlp] = [
-        t
-        for t in (*main.sites, *main.mlps)
-        if t.name not in declined and amp.fits(t, config()) is True
-    ]
+    both: tuple[Site | Mlp, ...] = (*main.sites, *main.mlps)
+    things = [t for t in both if t.name not in declined and amp.fits(t, config()) is True]
     total = sum(p.numel() for p in parameters(main))
     held = {t.name: removable(t, main.weights) for t in things}
     goal = (1 - share) * total

@@ -63,7 +63,8 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     """Convert the weights and edit the graphs, choice by choice, then refit what asks for it."""
     main = program.main
     stats = statistics_of(plan, main)
-    known = {t.name: t for t in (*main.mlps, *main.sites)}
+    known: dict[str, Site | Mlp] = {m.name: m for m in main.mlps}
+    known |= {s.name: s for s in main.sites}
     _must_be_single(choices)
     not_alone = shared(main)
     edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
@@ -77,9 +78,8 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
             _must(not_alone.get(site.name))
         changed.update(new)
         for edit in edits.values():
-            for same in (
-                t for t in (*edit.program.mlps, *edit.program.sites) if t.name == site.name
-            ):
+            here: tuple[Site | Mlp, ...] = (*edit.program.mlps, *edit.program.sites)
+            for same in (t for t in here if t.name == site.name):
                 _must(module.emit(edit, same, config))
         if new and getattr(config, "refit", False):
             refitted.append(_reader(site))

@@ -45,7 +45,7 @@ class Pass(Protocol):
         ...
 
     @property
-    def fits(self) -> "Callable[[Site, Any], Literal[True] | No]":
+    def fits(self) -> "Callable[[Any, Any], Literal[True] | No]":
         """Whether the pass applies at a site, or why it does not."""
         ...
 

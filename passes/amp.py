@@ -242,10 +242,11 @@ class _Removal:
         places = self.reader.places[torch.tensor(pool)].flatten(1)
         blocks = self._ridge.blocks(places)
         if places.shape[1] == 1:
-            sizes = torch.linalg.vector_norm(self._weight, dim=0).square()
+            sizes: Tensor = torch.linalg.vector_norm(self._weight, dim=0).square()
             return sizes[places[:, 0]] / blocks[:, 0, 0]
         weights = self._weight[:, places].movedim(1, 0)
-        return (torch.linalg.solve(blocks, weights.mT) * weights.mT).sum((-1, -2))
+        solved: Tensor = torch.linalg.solve(blocks, weights.mT)
+        return (solved * weights.mT).sum((-1, -2))
 
     def _eliminate(self, units: list[int]) -> None:
         """Take units out, and move their columns to the others."""

@@ -11,6 +11,7 @@ from dha_models import decoder, ids, repeat_heads, turn_heads
 import attnopt
 from attnopt.calibrating import Statistics
 from attnopt.data import Source, split_of
+from attnopt.layers import Layer, joint_components, output_metric
 from attnopt.nouns import Choice, No
 from attnopt.passes import dha
 from attnopt.program import Program
@@ -144,10 +145,12 @@ def test_the_damage_predicted_is_the_damage_measured() -> None:
     program, stats = captured(model)
     site = program.sites[0]
     predicted = dha.damage(site, stats, dha.Config(2))
-    layer = dha.Layer.read(site, stats)
+    layer = Layer.read(site, stats)
     lost = total = 0.0
     for members in ([0, 1], [2, 3]):
-        common, back = dha._fused_value(layer, members)
+        common, back = joint_components(
+            layer.v.maps[members], layer.gram_kv, output_metric(layer, members), layer.v.width
+        )
         for i, m in enumerate(members):
             for h in layer.queries_of(m):
                 gone = layer.o.maps[h].T @ (layer.v.maps[m] - back[i] @ common)

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from attnopt.nouns import Mlp, No
+from attnopt.nouns import Mlp, No, Site
 from attnopt.perlayer import MARK, TURN, is_marked
 from attnopt.program import Program
 from attnopt.weights import described
@@ -204,7 +204,7 @@ def _layers(program: Program, config: Any) -> dict[int, dict[str, int]] | None:
 
 def _numbers(program: Program) -> Iterator[tuple[int, dict[str, int]]]:
     """Yield what each site and MLP says of its layer; of layer 0 where not all are numbered."""
-    things = (*program.sites, *program.mlps)
+    things: tuple[Site | Mlp, ...] = (*program.sites, *program.mlps)
     layers = [_number(t.module) for t in things]
     numbered = None not in layers
     for thing, layer in zip(things, layers, strict=True):

@@ -20,6 +20,7 @@ from attnopt.healing.training import Run, Task, identity
 from attnopt.healing.workers import Workers, joined
 from attnopt.program import Program
 from attnopt.verifying import Report
+from attnopt.verifying.language import LanguageScores
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,8 @@ def _measured(run: Run, result: Program, before: Tensor) -> Healing:
     judged = task.rows.judged
     base = task.row_losses(task.teacher, task.known, judged)
     after = task.row_losses(task.student, task.kept_weights(), judged)
-    tokens = _scored(judged)
-    limit = task.recipe.max_drop
-    lost, left = (Report(base, x, tokens, limit) for x in (before, after))
+    counts, limit = _scored(judged), task.recipe.max_drop
+    lost, left = (Report(LanguageScores(base, losses, counts), limit) for losses in (before, after))
     note = (
         f"heal: {progress.steps} steps, {progress.tokens} tokens, "
         f"loss {lost.nll.mean():.4f} to {left.nll.mean():.4f} (teacher {left.base:.4f})"
@@ -164,9 +164,14 @@ def _measured(run: Run, result: Program, before: Tensor) -> Healing:
     )
 
 
-def _scored(rows: Mapping[str, Tensor]) -> int:
-    ids = rows.get("input_ids")
-    return len(next(iter(rows.values()))) if ids is None else ids.shape[0] * (ids.shape[1] - 1)
+def _scored(rows: Mapping[str, Tensor]) -> Tensor:
+    """Return how many tokens of each row are predicted; one where rows have none."""
+    ids, mask = rows.get("input_ids"), rows.get("attention_mask")
+    if ids is None:
+        return torch.ones(len(next(iter(rows.values()))))
+    if mask is not None and mask.shape == ids.shape:
+        return mask[:, 1:].sum(1).clamp_min(1)
+    return torch.full((len(ids),), ids.shape[1] - 1)
 
 
 def _teacher(teacher: Program | nn.Module | str | os.PathLike[str]) -> Program:

@@ -39,6 +39,15 @@ class Rows:
         return whole.hexdigest()
 
 
+def _named(rows: Any) -> dict[str, Tensor]:
+    """Return rows by the names of a program's inputs."""
+    if isinstance(rows, Tensor):
+        return {"input_ids": rows}
+    if isinstance(rows, Mapping):
+        return dict(rows)
+    raise TypeError("heal needs rows of one length: a tensor, or named tensors of as many rows")
+
+
 def rows_of(data: Any, tokenizer: Any) -> Rows:
     """Cut data into rows: a Split, token ids, named tensors, or a source of text by its name.
 
@@ -49,7 +58,7 @@ def rows_of(data: Any, tokenizer: Any) -> Rows:
     if isinstance(data, Source):
         data = split_of(data, tokenizer() if data.is_text else None, held_out=_HELD_OUT)
     if isinstance(data, Split):
-        return _of({"input_ids": data.calibration}, {"input_ids": data.held_out})
+        return _of(_named(data.calibration), _named(data.held_out))
     if isinstance(data, Tensor):
         data = {"input_ids": data}
     if not isinstance(data, Mapping) or not all(isinstance(x, Tensor) for x in data.values()):

@@ -33,14 +33,14 @@ class LanguageScores:
     """The losses of both programs row by row, in nats per token, and how far apart they predict.
 
     `counts` has the tokens of each row, `divergence` their summed KL(reference || program), and
-    `agreeing` on how many of them both have the same first choice.
+    `agreeing` on how many of them both have the same first choice, where that was looked at.
     """
 
     reference_nll: Tensor
     nll: Tensor
     counts: Tensor
-    divergence: Tensor
-    agreeing: Tensor
+    divergence: Tensor | None = None
+    agreeing: Tensor | None = None
     objective: Objective = "causal"
     seed: int = 0
     task: str = "lm"
@@ -79,25 +79,31 @@ class LanguageScores:
         return Paired.of(change, self.reference_nll.double() * self.counts, seed=self.seed)
 
     @cached_property
-    def kl(self) -> Paired:
+    def kl(self) -> Paired | None:
         """The mean of KL(reference || program), in nats per token."""
-        return Paired.of(self.divergence, self.counts, seed=self.seed)
+        return self._share(self.divergence)
 
     @cached_property
-    def agreement(self) -> Paired:
+    def agreement(self) -> Paired | None:
         """The share of tokens of which both have the same first choice."""
-        return Paired.of(self.agreeing, self.counts, seed=self.seed)
+        return self._share(self.agreeing)
+
+    def _share(self, amounts: Tensor | None) -> Paired | None:
+        return None if amounts is None else Paired.of(amounts, self.counts, seed=self.seed)
 
     def rows(self) -> list[Row]:
         """Return what a table shows."""
         loss = ("held-out loss, nats a token", f"{self.base:.4f}", f"{self.mean:.4f}")
         before, after = _perplexity(self.base), _perplexity(self.mean)
-        return [
+        found = [
             (*loss, f"{self.drop.mean:+.2%}"),
             ("perplexity", f"{before:,.3f}", f"{after:,.3f}", f"{after / before - 1:+.2%}"),
-            ("KL from the reference, nats a token", "", f"{self.kl.mean:.4f}", ""),
-            ("same first choice", "", f"{self.agreement.mean:.2%}", ""),
         ]
+        if self.kl is not None:
+            found.append(("KL from the reference, nats a token", "", f"{self.kl.mean:.4f}", ""))
+        if self.agreement is not None:
+            found.append(("same first choice", "", f"{self.agreement.mean:.2%}", ""))
+        return found
 
     def content(self) -> dict[str, Any]:
         """Return the numbers as JSON values."""
@@ -110,8 +116,8 @@ class LanguageScores:
             "delta_nll": self.delta_nll.content(),
             "reference_perplexity": finite(_perplexity(self.base)),
             "perplexity": finite(_perplexity(self.mean)),
-            "kl": self.kl.content(),
-            "agreement": self.agreement.content(),
+            "kl": None if self.kl is None else self.kl.content(),
+            "agreement": None if self.agreement is None else self.agreement.content(),
         }
 
 
