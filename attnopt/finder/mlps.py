@@ -56,8 +56,8 @@ def _read(view: View, node: fx.Node, taken: frozenset[str]) -> Mlp | None:
     weight = None if contraction is None else weight_of(contraction, view.origins)
     if contraction is None or weight is None or len(contraction.summed) != 1:
         return None
-    if any(size > 1 for size in shape(weight)[2:]):
-        return None  # a convolution sees neighbours too
+    if not _is_pointwise(contraction, weight):
+        return None
     neurons = contraction.lhs if weight is contraction.rhs else contraction.rhs
     axis = contraction.labels(neurons).index(contraction.summed[0])
     made = made_of(view, neurons, axis)
@@ -73,6 +73,14 @@ def _read(view: View, node: fx.Node, taken: frozenset[str]) -> Mlp | None:
         return None
     module = _common_module([module_path(node), *(module_path(r.node) for r in made)])
     return Mlp(module, module, count, projections, down)
+
+
+def _is_pointwise(contraction: Contraction, weight: fx.Node) -> bool:
+    """Whether each output reads all channels of one place; convolutions may see neighbours."""
+    if not kind(contraction.node).startswith("conv"):
+        return True
+    channels = shape(contraction.lhs)[contraction.lhs_labels.index("k")]
+    return shape(weight)[1] == channels and all(size == 1 for size in shape(weight)[2:])
 
 
 def made_of(
@@ -93,6 +101,8 @@ def made_of(
         root, line = channels
         assert root.contraction is not None
         weight = weight_of(root.contraction, view.origins)
+        if weight is None or not _is_pointwise(root.contraction, weight):
+            return None
         inputs.add(root.contraction.lhs if weight is root.contraction.rhs else root.contraction.rhs)
         made[root] = tuple(
             (*old, new) if new not in old else old
