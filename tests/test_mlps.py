@@ -173,18 +173,33 @@ def by_depth(m: Block, x: Tensor, i: int) -> Tensor:
     return m.down[i](F.gelu(deep).squeeze(-1).mT)
 
 
+def routed(m: Block, x: Tensor, i: int) -> Tensor:
+    """Two experts, of which each token has one."""
+    first = m.head(x)[..., :2].argmax(-1, keepdim=True) == 0
+    return torch.where(first, gated(m, x, 0), 0.0) + gated(m, x, 1) * ~first
+
+
+def weighed(m: Block, x: Tensor, i: int) -> Tensor:
+    """An expert that all tokens share, weighed by a gate of its own."""
+    return gated(m, x, i) * torch.sigmoid(m.head(x)[..., :1])
+
+
 def folded(m: Block, x: Tensor, i: int) -> Tensor:
     """The same row for two neurons, in another order: no neuron has a row of its own."""
     up = m.up[i](x)
     return m.down[i](F.silu(up) * up.flip(-1))
 
 
-NO_MLP = (linear_only, of_two_inputs, over_neurons, normed, over_neighbours, by_depth)
+NO_MLP = (linear_only, of_two_inputs, over_neurons, normed, over_neighbours, by_depth, routed)
 
 
 @pytest.mark.parametrize("other", NO_MLP)
 def test_what_is_no_mlp_is_not_claimed(other: Callable[[Block, Tensor, int], Tensor]) -> None:
     assert captured(other).mlps == ()
+
+
+def test_an_expert_that_all_tokens_share_is_an_mlp() -> None:
+    assert [m.neurons for m in captured(weighed).mlps] == [10, 10]
 
 
 def test_neurons_that_share_rows_are_not_claimed() -> None:
@@ -220,7 +235,15 @@ def test_models_have_one_mlp_a_layer(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "found"), [("mixtral", []), ("gpt_oss", []), ("dbrx", []), ("fnet", [64, 64])]
+    ("name", "found"),
+    # One dense layer each beside the experts; an expert that all tokens share.
+    [
+        ("mixtral", []),
+        ("gpt_oss", []),
+        ("dbrx", []),
+        ("switch_transformers", [64, 64]),
+        ("qwen2_moe", [64, 64]),
+    ],
 )
 def test_experts_are_not_taken_for_plain_mlps(name: str, found: list[int]) -> None:
     model, call, _ = zoo.build(name)

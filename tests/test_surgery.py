@@ -31,9 +31,7 @@ def case(name: str) -> Case:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize(
-    "name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
-)
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_what_is_left_computes_as_the_masked_source_does(name: str, unit: str) -> None:
     choices, refused = choices_of(case(name).program, unit)
     assert not refused
@@ -142,7 +140,7 @@ def test_heads_cannot_keep_unlike_channels() -> None:
 
 
 def test_what_something_else_reads_is_not_narrowed() -> None:
-    program, x = exact(reads_twice=True)
+    program, _ = exact(reads_twice=True)
     (site,) = program.sites
     edit = GraphEdit.of(program)
     before = str(edit.graph)

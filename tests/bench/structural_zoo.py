@@ -48,7 +48,9 @@ def lines(name: str) -> list[tuple[str, bool]]:
         return [(f"not captured: {type(error).__name__}: {str(error)[:200]}", False)]
     main = case.program.main
     found = [(f"{len(main.sites)} sites, {len(main.mlps)} MLPs", True)]
-    return found + [(f"{unit:8s} {text}", good) for unit in UNITS for text, good in [of(case, unit)]]
+    return found + [
+        (f"{unit:8s} {text}", good) for unit in UNITS for text, good in [of(case, unit)]
+    ]
 
 
 def of(case: Case, unit: str) -> tuple[str, bool]:
