@@ -101,7 +101,8 @@ class Few:
         units = self.rows[:, places].movedim(0, 1)
         told = units.mT @ torch.linalg.solve(self._kernel(kept), units)
         one = torch.eye(places.shape[1], dtype=self.rows.dtype)
-        return (one - told) / self._small()
+        inverse: Tensor = (one - told) / self._small()
+        return inverse
 
     def eliminate(self, gone: Tensor) -> Tensor:
         """Take inputs out; return the map (gone, all) by which their columns move to the others."""

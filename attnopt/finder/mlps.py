@@ -71,6 +71,8 @@ def _read(view: View, node: fx.Node, taken: frozenset[str]) -> Mlp | None:
         return None
     neurons = contraction.lhs if weight is contraction.rhs else contraction.rhs
     axis = contraction.labels(neurons).index(contraction.summed[0])
+    if axis != len(shape(neurons)) - 1 and not kind(node).startswith("conv"):
+        return None  # calibration counts the inputs of a projection along the last axis
     made = made_of(view, neurons, axis)
     if made is None:
         return None
