@@ -120,7 +120,7 @@ def _is_chosen(node: fx.Node) -> bool:
 def _is_pointwise(contraction: Contraction, weight: fx.Node) -> bool:
     """Whether each output reads all channels of one place; convolutions may see neighbours."""
     if not kind(contraction.node).startswith("conv"):
-        return True
+        return len(shape(weight)) == 2  # more axes tell experts apart
     channels = shape(contraction.lhs)[contraction.lhs_labels.index("k")]
     return shape(weight)[1] == channels and all(size == 1 for size in shape(weight)[2:])
 
