@@ -47,7 +47,8 @@ from attnopt.weights import described
 _SIZED = frozenset("view _unsafe_view reshape expand".split())
 _PICKING = frozenset("select index_select roll flip unfold index gather unbind".split())
 _SPLITTING = frozenset("split split_with_sizes chunk unsafe_split unsafe_chunk".split())
-_KNOWN = TRANSPARENT | NORMS | ELEMENTWISE | JOINING | LAYOUT
+_PAIRING = frozenset({"view_as_complex", "view_as_real"})
+_KNOWN = TRANSPARENT | NORMS | ELEMENTWISE | JOINING | LAYOUT | _PAIRING
 
 aten = torch.ops.aten
 

@@ -55,6 +55,8 @@ def fits(site: Site | Mlp, config: Config) -> Literal[True] | No:
 def _fits_neurons(mlp: Mlp, config: Config) -> Literal[True] | No:
     if config.groups or config.queries:
         return No("an MLP has neurons and no heads", mlp.name)
+    if mlp.down.layout == "conv":
+        return No("its neurons are channels of an image, which calibration does not see", mlp.name)
     if not 0 <= config.neurons < mlp.neurons:
         return No(f"of {mlp.neurons} neurons 0 to {mlp.neurons - 1} can go", mlp.name)
     return True

@@ -185,3 +185,45 @@ def test_weights_that_take_gradients_are_fused_like_others():
     assert len(changed) == 2
     names = [b.name for b in result.program.bindings.values() if "k_proj" in b.name]
     assert not any(result.program.weights[name].requires_grad for name in names)
+
+
+@pytest.mark.parametrize(("family", "k", "v"), [("llama", 4, 1), ("llama", 1, 2), ("glm", 2, 1)])
+def test_keys_and_values_keep_numbers_of_their_own(family: str, k: int, v: int) -> None:
+    model = decoder(family)
+    repeat_heads(model, 2)
+    turn_heads(model) if family == "llama" else None
+    program, stats = captured(model)
+    result = fused(program, stats, 4, k_heads=k, v_heads=v)
+    assert result.tier == 2
+    if k >= 2 and v >= 2:
+        assert distance(logits(result), logits(model)) < 1e-4
+    whole, tokens = logits(result, 2, 9), ids(2, 9, seed=5)
+    state, steps = None, []
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        outputs, state = result.step({"input_ids": tokens[:, start:stop]}, state)
+        steps.append(outputs[0])
+    assert distance(torch.cat(steps, 1).double(), whole) < 1e-5
+    counts = {s.role: s.shape[1] for s in result.states}
+    assert counts == {"key": k, "value": v}
+
+
+def test_heads_that_are_alike_become_neighbours() -> None:
+    """Heads 0 and 2, and 1 and 3, are equal up to their bases: only likeness finds the groups."""
+    model = decoder("llama")
+    for layer in model.model.layers:
+        for name in ("k_proj", "v_proj"):
+            rows = getattr(layer.self_attn, name).weight.view(4, 8, 32)
+            rows[2:] = rows[:2]
+    turn_heads(model)
+    program, stats = captured(model)
+    alike = fused(program, stats, 2, grouping="similar", refit=False)
+    assert distance(logits(alike), logits(model)) < 1e-4
+    assert distance(logits(fused(program, stats, 2, refit=False)), logits(model)) > 0.05
+
+
+def test_only_values_fuse_where_keys_pass_a_norm() -> None:
+    program, _ = captured(decoder("llama"))
+    normed = replace(program.sites[0], qk_norm="head")
+    assert dha.fits(normed, dha.Config(4, v_heads=1)) is True
+    assert "only values" in str(dha.fits(normed, dha.Config(2)))
+    assert all(c.keys == 4 for c in dha.decoupled(normed))

@@ -64,13 +64,18 @@ def by_matmul(m: Block, x: Tensor, i: int) -> Tensor:
     return torch.tanh(x @ m.turned * (1 + i)) @ m.back if i else m.down[0](F.relu(m.up[0](x)))
 
 
+def by_convolution(m: Block, x: Tensor, i: int) -> Tensor:
+    up = F.conv1d(x.mT, m.up[i].weight.unsqueeze(-1), m.up[i].bias)
+    return F.conv1d(F.gelu(up), m.down[i].weight.unsqueeze(-1)).mT
+
+
 def through_a_view(m: Block, x: Tensor, i: int) -> Tensor:
     rows = m.up[i](x.flatten(0, 1))
     return m.down[i](F.gelu(rows.clamp(-3, 3))).view(x.shape)
 
 
 SPELLINGS = {f.__name__: f for f in (plain, gated, in_halves, interleaved, in_pairs, by_matmul,
-                                     through_a_view)}  # fmt: skip
+                                     by_convolution, through_a_view)}  # fmt: skip
 
 
 def captured(spelling: Callable[[Block, Tensor, int], Tensor]) -> Program:
@@ -118,7 +123,7 @@ def check_rows(program: Program, call: dict[str, Tensor], args: tuple[Tensor, ..
 def test_every_spelling_is_found_with_its_rows(spelling: str) -> None:
     program = captured(SPELLINGS[spelling])
     assert [m.neurons for m in program.mlps] == [10, 10]
-    expected = spelling not in ("plain", "by_matmul", "through_a_view")
+    expected = spelling not in ("plain", "by_matmul", "by_convolution", "through_a_view")
     assert {m.gated for m in program.mlps} == {expected}
     check_rows(program, {}, (torch.randn(2, 5, 6),))
 
@@ -154,15 +159,47 @@ def normed(m: Block, x: Tensor, i: int) -> Tensor:
     return m.down[i](F.layer_norm(F.gelu(m.up[i](x)), (10,)))
 
 
+def image(x: Tensor) -> Tensor:
+    return x.mT.unsqueeze(-1)
+
+
+def over_neighbours(m: Block, x: Tensor, i: int) -> Tensor:
+    up = F.conv2d(image(x), m.up[i].weight[..., None, None].expand(-1, -1, 3, 1), padding=(1, 0))
+    return m.down[i](F.gelu(up).squeeze(-1).mT)
+
+
+def by_depth(m: Block, x: Tensor, i: int) -> Tensor:
+    deep = F.conv2d(image(m.up[i](x)), m.back[:, :1, None, None], groups=10)
+    return m.down[i](F.gelu(deep).squeeze(-1).mT)
+
+
+def routed(m: Block, x: Tensor, i: int) -> Tensor:
+    """Two experts, of which each token has one."""
+    first = m.head(x)[..., :2].argmax(-1, keepdim=True) == 0
+    return torch.where(first, gated(m, x, 0), 0.0) + gated(m, x, 1) * ~first
+
+
+def weighed(m: Block, x: Tensor, i: int) -> Tensor:
+    """An expert that all tokens share, weighed by a gate of its own."""
+    return gated(m, x, i) * torch.sigmoid(m.head(x)[..., :1])
+
+
 def folded(m: Block, x: Tensor, i: int) -> Tensor:
     """The same row for two neurons, in another order: no neuron has a row of its own."""
     up = m.up[i](x)
     return m.down[i](F.silu(up) * up.flip(-1))
 
 
-@pytest.mark.parametrize("other", [linear_only, of_two_inputs, over_neurons, normed])
+NO_MLP = (linear_only, of_two_inputs, over_neurons, normed, over_neighbours, by_depth, routed)
+
+
+@pytest.mark.parametrize("other", NO_MLP)
 def test_what_is_no_mlp_is_not_claimed(other: Callable[[Block, Tensor, int], Tensor]) -> None:
     assert captured(other).mlps == ()
+
+
+def test_an_expert_that_all_tokens_share_is_an_mlp() -> None:
+    assert [m.neurons for m in captured(weighed).mlps] == [10, 10]
 
 
 def test_neurons_that_share_rows_are_not_claimed() -> None:
@@ -198,7 +235,15 @@ def test_models_have_one_mlp_a_layer(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "found"), [("mixtral", []), ("gpt_oss", []), ("dbrx", []), ("fnet", [64, 64])]
+    ("name", "found"),
+    # One dense layer each beside the experts; an expert that all tokens share.
+    [
+        ("mixtral", []),
+        ("gpt_oss", []),
+        ("dbrx", []),
+        ("switch_transformers", [64, 64]),
+        ("qwen2_moe", [64, 64]),
+    ],
 )
 def test_experts_are_not_taken_for_plain_mlps(name: str, found: list[int]) -> None:
     model, call, _ = zoo.build(name)

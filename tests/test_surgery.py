@@ -17,10 +17,11 @@ from attnopt.surgery import GraphEdit, Kept, narrow
 # By what is peculiar to each: grouped queries; fused qkv of a conv1d.
 FAST = ("llama", "gpt2")
 # Norms of q and k; fused qkv and gate-up; interleaved fused qkv; alibi with heads in the batch;
-# no cache; tables by head; a window; sinks; partial interleaved rotation; soft caps.
+# no cache; tables by head; a window; sinks; partial interleaved rotation; soft caps; two parts;
+# experts; one key head; learned queries; a complex rotation.
 SLOW = (
     "qwen3 phi3 gpt_neox bloom bert vit modernbert swin mistral gpt_oss glm gemma2 cohere2 t5 bart "
-    "whisper mixtral falcon_new gpt_bigcode distilbert"
+    "whisper mixtral gpt_bigcode distilbert detr llama4_text"
 ).split()
 
 

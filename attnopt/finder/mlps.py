@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from attnopt.finder.contraction import Contraction, read_contraction
-from attnopt.finder.ops import CONTRACTIONS, TRANSPARENT, args, kind, module_path, shape, value
+from attnopt.finder.ops import (
+    CONTRACTIONS,
+    LAYOUT,
+    NORMS,
+    TRANSPARENT,
+    args,
+    kind,
+    module_path,
+    shape,
+    value,
+)
 from attnopt.finder.projections import Weight, indexed, parameter_rows
 from attnopt.finder.provenance import ELEMENTWISE, Root, View, weight_of
 from attnopt.nouns import Mlp, Projection, Site
@@ -21,6 +31,7 @@ _FOREIGN = frozenset("softmax _softmax normalize".split())
 _POINTWISE = (ELEMENTWISE | TRANSPARENT) - _FOREIGN
 
 
+_CHOOSING = frozenset("topk argmax max sort argsort kthvalue nonzero".split())
 _MOST_WAYS = 16
 _Numbers = Tensor | tuple[Tensor, ...] | None
 
@@ -56,10 +67,12 @@ def _read(view: View, node: fx.Node, taken: frozenset[str]) -> Mlp | None:
     weight = None if contraction is None else weight_of(contraction, view.origins)
     if contraction is None or weight is None or len(contraction.summed) != 1:
         return None
-    if any(size > 1 for size in shape(weight)[2:]):
-        return None  # a convolution sees neighbours too
+    if not _is_pointwise(contraction, weight) or _is_routed(node):
+        return None
     neurons = contraction.lhs if weight is contraction.rhs else contraction.rhs
     axis = contraction.labels(neurons).index(contraction.summed[0])
+    if axis != len(shape(neurons)) - 1 and not kind(node).startswith("conv"):
+        return None  # calibration counts the inputs of a projection along the last axis
     made = made_of(view, neurons, axis)
     if made is None:
         return None
@@ -73,6 +86,43 @@ def _read(view: View, node: fx.Node, taken: frozenset[str]) -> Mlp | None:
         return None
     module = _common_module([module_path(node), *(module_path(r.node) for r in made)])
     return Mlp(module, module, count, projections, down)
+
+
+def _is_routed(result: fx.Node) -> bool:
+    """Whether a choice between experts weighs or masks a result: few of its tokens count."""
+    todo, seen = [result], {result}
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if kind(user) in ("mul", "where", "masked_fill", "index_add", "index_put", "scatter"):
+                others = [n for n in user.all_input_nodes if n not in seen]
+                if any(_is_chosen(n) for n in others):
+                    return True
+            elif kind(user) in TRANSPARENT | LAYOUT and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def _is_chosen(node: fx.Node) -> bool:
+    """Whether the largest of some scores are picked on the way to a node."""
+    todo, seen = [node], {node}
+    while todo:
+        found = todo.pop()
+        if kind(found) in _CHOOSING:
+            return True
+        if kind(found) not in CONTRACTIONS | NORMS:
+            todo.extend(n for n in found.all_input_nodes if n not in seen)
+            seen.update(found.all_input_nodes)
+    return False
+
+
+def _is_pointwise(contraction: Contraction, weight: fx.Node) -> bool:
+    """Whether each output reads all channels of one place; convolutions may see neighbours."""
+    if not kind(contraction.node).startswith("conv"):
+        return len(shape(weight)) == 2  # more axes tell experts apart
+    channels = shape(contraction.lhs)[contraction.lhs_labels.index("k")]
+    return shape(weight)[1] == channels and all(size == 1 for size in shape(weight)[2:])
 
 
 def made_of(
@@ -93,6 +143,8 @@ def made_of(
         root, line = channels
         assert root.contraction is not None
         weight = weight_of(root.contraction, view.origins)
+        if weight is None or not _is_pointwise(root.contraction, weight):
+            return None
         inputs.add(root.contraction.lhs if weight is root.contraction.rhs else root.contraction.rhs)
         made[root] = tuple(
             (*old, new) if new not in old else old

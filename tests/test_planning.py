@@ -1,0 +1,90 @@
+"""Budgets: met exactly, the same in every layer or by measured damage; the solver is right."""
+
+import itertools
+
+import pytest
+import torch
+from dha_models import decoder, ids
+
+import attnopt
+from attnopt.knapsack import Item, choose
+from attnopt.planning import NothingToDoError, removable
+from attnopt.program import Program
+
+
+def captured(family: str = "llama") -> Program:
+    return attnopt.apply(attnopt.capture(decoder(family), (), {"input_ids": ids(2, 11)}), "exact")
+
+
+def size(program: Program) -> int:
+    bound = [b.name for b in program.bindings.values() if b.kind == "parameter"]
+    return sum(program.weights[n].numel() for n in bound)
+
+
+def test_the_knapsack_is_solved_to_the_optimum() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        rows = [
+            [
+                Item(i, float(w), float(d))
+                for i, (w, d) in enumerate(torch.rand(4, 2, generator=draw))
+            ]
+            for _ in range(4)
+        ]
+        budget = 1.6
+        fitting = [c for c in itertools.product(*rows) if sum(i.weight for i in c) <= budget]
+        chosen = choose(rows, budget)
+        if not fitting:
+            assert chosen is None
+            continue
+        assert chosen is not None
+        best = min(sum(i.damage for i in c) for c in fitting)
+        assert sum(i.damage for i in chosen) == pytest.approx(best)
+        assert sum(i.weight for i in chosen) <= budget * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_gqa", "qwen2"])
+def test_a_budget_of_parameters_is_met_to_half_a_neuron_a_layer(family: str) -> None:
+    program = captured(family)
+    plan = attnopt.plan(program, {"params": 0.75}, ids(8, 24, seed=3))
+    result = attnopt.apply(program, plan)
+    unit, _ = removable(program.mlps[0], program.weights)
+    assert abs(size(result) - 0.75 * size(program)) <= len(program.mlps) * unit / 2 + 1
+    assert len({s.kv_heads for s in result.sites}) == 1
+    assert len({m.neurons for m in result.mlps}) == 1
+
+
+def test_what_cannot_be_removed_is_told() -> None:
+    with pytest.raises(NothingToDoError, match="the least is 0"):
+        attnopt.plan(captured(), {"params": 0.01}, ids(4, 24))
+    with pytest.raises(ValueError, match="one budget"):
+        attnopt.plan(captured(), {"params": 0.8, "kv_cache": 0.5}, ids(4, 24))
+
+
+@pytest.mark.parametrize("tier", [1, 2])
+def test_layers_and_kinds_have_budgets_of_their_own(tier: int) -> None:
+    program = captured()
+    stats = attnopt.calibrate(program, ids(16, 24, seed=3))
+    plan = attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=tier)
+    result = attnopt.apply(program, plan)
+    _, state = result.step({"input_ids": ids(1, 6)})
+    kept = sum(t.numel() for t in state.tensors.values())
+    _, state = program.step({"input_ids": ids(1, 6)})
+    assert kept <= 0.5 * sum(t.numel() for t in state.tensors.values())
+    alike = attnopt.apply(
+        program, attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=0)
+    )
+    tokens = ids(16, 24, seed=3)
+    want = program(input_ids=tokens).logits
+    errors = [float((p(input_ids=tokens).logits - want).norm()) for p in (result, alike)]
+    assert errors[0] < 1.5 * errors[1]
+
+
+def test_measured_damages_serve_another_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnopt import budgets
+
+    program = captured()
+    stats = attnopt.calibrate(program, ids(8, 24, seed=3))
+    attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=1)
+    monkeypatch.setattr(budgets, "_applied", lambda *_: pytest.fail("measured again"))
+    attnopt.plan(program, {"kv_cache": 0.25}, statistics=stats, tier=1)
