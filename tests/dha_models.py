@@ -48,8 +48,11 @@ def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randint(2, 61, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def turn_heads(model: torch.nn.Module, seed: int = 2) -> None:
-    """Change the basis of every head: the model computes the same, in another gauge."""
+def turn_heads(model: torch.nn.Module, seed: int = 2, *, rigid: bool = False) -> None:
+    """Change the basis of every head: the model computes the same, in another gauge.
+
+    A rigid change keeps the length of every key.
+    """
     torch.manual_seed(seed)
     config = model.config
     heads, kept = config.num_attention_heads, config.num_key_value_heads
@@ -58,6 +61,7 @@ def turn_heads(model: torch.nn.Module, seed: int = 2) -> None:
         attention = layer.self_attn
         for h in range(kept):
             factor = torch.complex(*torch.randn(2, width // 2).double().mul(0.5).add(0.7))
+            factor = factor / factor.abs() if rigid else factor
             rotation = torch.linalg.qr(torch.randn(width, width).double())[0]
             _turn_keys(attention.k_proj.weight, h, width, factor)
             _rotate(attention.v_proj.weight, h, width, rotation)
