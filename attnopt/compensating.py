@@ -2,18 +2,22 @@
 
 Layer by layer, with the layers before it already rewritten and refitted: the least-squares solution
 of `new inputs x new weight = old inputs x old weight` over the calibration data, with a small ridge
-that pulls towards the weight as it was. Source and rewritten program run side by side and wait for
-each other at every projection, so that each runs once.
+that pulls towards the weight as it was. Where the projection is added to a residual stream, it also
+makes up for what the layers before it have changed there. Source and rewritten program run side by
+side and wait for each other at every projection, so that each runs once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from attnopt import debug
 from attnopt.calibrating import Statistics, inputs_of, kept_tokens, rows_of
+from attnopt.finder.contraction import read_contraction
+from attnopt.finder.ops import TRANSPARENT, kind, shape, value
 from attnopt.program import Program
 from attnopt.running import Run
 from attnopt.weights import Spool
@@ -22,13 +26,14 @@ RIDGE = 1e-4
 
 
 def refit(
-    source: Program, rewritten: Program, parameters: Sequence[str], stats: Statistics, key: str
+    source: Program, rewritten: Program, axes: Mapping[str, int], stats: Statistics, key: str
 ) -> Spool:
-    """Return the given weights, refitted in order of execution.
+    """Return the weights named, refitted in order of execution.
 
-    Moments are kept in `stats` under `key`, so that the same plan is replayed without data.
+    `axes` says along which axis of each its inputs lie. Moments are kept in `stats` under `key`, so
+    that the same plan is replayed without data.
     """
-    places = {name: f"{key}/{name}" for name in parameters}
+    places = {name: f"{key}/{name}" for name in axes}
     missing = [n for n, place in places.items() if place not in stats.refits]
     if missing and not stats.batches:
         raise ValueError(
@@ -36,52 +41,135 @@ def refit(
             "them; calibrate again (attnopt.calibrate) and set them in the plan"
         )
     if missing:
-        _gather(source, rewritten, places, stats)
+        _gather(source, rewritten, axes, places, stats)
     solved = Spool()
     for name, place in places.items():
-        moments = stats.refits[place]
-        solved[name] = _solve(rewritten.weights[name], source.weights[name], *moments)
+        both = rewritten.weights[name], source.weights[name]
+        solved[name] = _solve(*both, axes[name], *stats.refits[place])
     return solved
 
 
 def _gather(
-    source: Program, rewritten: Program, places: Mapping[str, str], stats: Statistics
+    source: Program,
+    rewritten: Program,
+    axes: Mapping[str, int],
+    places: Mapping[str, str],
+    stats: Statistics,
 ) -> None:
     """Run both programs side by side and keep the moments of every projection."""
-    old_wide, new_wide = source.cast(torch.float32), rewritten.cast(torch.float32)
-    before, after = inputs_of(old_wide, places), inputs_of(new_wide, places)
-    order = {node: i for i, node in enumerate(new_wide.graph.nodes)}
-    old_nodes, new_nodes = set(before.values()), set(after.values())
-    runs = [
-        (Run(old_wide, b, old_nodes), Run(new_wide, b, new_nodes), kept_tokens(b))
+    wide = source.cast(torch.float32), rewritten.cast(torch.float32)
+    looks = [_Looks.of(program, axes) for program in wide]
+    order = {node: i for i, node in enumerate(wide[1].graph.nodes)}
+    walks = [
+        [_Walk(Run(p, b, look.nodes), look) for p, look in zip(wide, looks, strict=True)]
         for b in stats.batches
     ]
-    for number, name in enumerate(sorted(places, key=lambda n: order[after[n]]), 1):
+    kept = [kept_tokens(b) for b in stats.batches]
+    for number, name in enumerate(sorted(places, key=lambda n: order[looks[1].inputs[n]]), 1):
         moments = _Moments()
-        for old, new, kept in runs:
-            moments.add(
-                rows_of(new.until(after[name]), kept), rows_of(old.until(before[name]), kept)
-            )
+        together = all(name in look.residuals for look in looks)
+        for (old, new), counted in zip(walks, kept, strict=True):
+            streams = [w.residual(name) for w in (old, new)] if together else []
+            drift = rows_of(streams[0] - streams[1], counted) if together else None
+            inputs = (rows_of(w.input(name), counted) for w in (new, old))
+            moments.add(*inputs, drift)
         stats.refits[places[name]] = moments.means()
-        solved = _solve(rewritten.weights[name], source.weights[name], *moments.means())
-        for _, new, _ in runs:
-            new.weights[name] = solved.float()
+        both = rewritten.weights[name], source.weights[name]
+        solved = _solve(*both, axes[name], *moments.means())
+        for _, new in walks:
+            new.run.weights[name] = solved.float()
         debug.advance("refit", number, len(places))
 
 
+@dataclass(frozen=True)
+class _Looks:
+    """Where to look in a graph: at the input of each projection, and at the stream it is added to.
+
+    A stream that is known only after the input is left out.
+    """
+
+    inputs: Mapping[str, fx.Node]
+    residuals: Mapping[str, fx.Node]
+
+    @classmethod
+    def of(cls, program: Program, names: Mapping[str, int]) -> "_Looks":
+        """Find both for every projection."""
+        inputs = inputs_of(program, names)
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        found: dict[str, fx.Node] = {}
+        for name, node in inputs.items():
+            stream = _residual(node, program, name)
+            if stream is not None and order[stream] < order[node]:
+                found[name] = stream
+        return cls(inputs, found)
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """All of them."""
+        return {*self.inputs.values(), *self.residuals.values()}
+
+
+def _residual(given: fx.Node, program: Program, name: str) -> fx.Node | None:
+    """Follow the product of an input and a weight to where it is added; return the other addend."""
+    product = next((u for u in given.users if _reads(u, program, name)), None)
+    while product is not None and len(product.users) == 1:
+        (user,) = product.users
+        if kind(user) == "add" and len(user.all_input_nodes) == 2:
+            (other,) = (n for n in user.all_input_nodes if n is not product)
+            same = isinstance(value(other), Tensor) and shape(other) == shape(user)
+            return other if same and other.op == "call_function" else None
+        product = user if kind(user) in TRANSPARENT else None
+    return None
+
+
+def _reads(user: fx.Node, program: Program, name: str) -> bool:
+    if read_contraction(user) is None:
+        return False
+    todo = list(user.all_input_nodes)
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder" and program.bindings[node.name].name == name:
+            return True
+        if kind(node) in ("t", "transpose", "permute") or kind(node) in TRANSPARENT:
+            todo.extend(node.all_input_nodes)
+    return False
+
+
+@dataclass
+class _Walk:
+    """A run that is stopped at every look, in order of execution."""
+
+    run: Run
+    looks: _Looks
+    held: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def residual(self, name: str) -> Tensor:
+        """Return the stream that a projection is added to; several may be added to one."""
+        node = self.looks.residuals[name]
+        if node not in self.held:
+            self.held = {node: self.run.until(node)}
+        return self.held[node]
+
+    def input(self, name: str) -> Tensor:
+        """Return the input of a projection."""
+        found: Tensor = self.run.until(self.looks.inputs[name])
+        return found
+
+
 class _Moments:
-    """The running sums of new^T new and new^T old."""
+    """The running sums of new^T new, of new^T old, and of new^T drift where there is a drift."""
 
     def __init__(self) -> None:
         self.gram: Any = 0.0
         self.cross: Any = 0.0
         self.count = 0
 
-    def add(self, new: Tensor, old: Tensor) -> None:
-        """Add rows of inputs before and after."""
-        new, old = new.double(), old.double()
+    def add(self, new: Tensor, old: Tensor, drift: Tensor | None) -> None:
+        """Add rows of inputs before and after, and of how far the streams are apart."""
+        told = [old] if drift is None else [old, drift]
+        new = new.double()
         self.gram = self.gram + new.T @ new
-        self.cross = self.cross + new.T @ old
+        self.cross = self.cross + new.T @ torch.cat(told, dim=1).double()
         self.count += len(new)
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -89,11 +177,16 @@ class _Moments:
         return self.gram / self.count, self.cross / self.count
 
 
-def _solve(now: Tensor, before: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """Return the weight (outputs, inputs) that makes the old outputs of the new inputs."""
-    old = now.double()
-    ridge = RIDGE * gram.diagonal().mean()
-    left = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-    right = cross @ before.double().T + ridge * old.T
-    solved: Tensor = torch.linalg.solve(left, right).T.to(now.dtype).contiguous()
-    return solved
+def _solve(now: Tensor, before: Tensor, axis: int, gram: Tensor, cross: Tensor) -> Tensor:
+    """Return the weight that makes the old outputs, and the drift, of the new inputs."""
+    old, whole = (w.double().movedim(axis, -1) for w in (now, before))
+    outputs = old.shape[:-1]
+    old, whole = old.flatten(0, -2), whole.flatten(0, -2)
+    small = RIDGE * gram.diagonal().mean()
+    left = gram + small * torch.eye(len(gram), dtype=gram.dtype)
+    width = whole.shape[1]
+    right = cross[:, :width] @ whole.T + small * old.T
+    if cross.shape[1] > width:
+        right = right + cross[:, width:]
+    solved = torch.linalg.solve(left, right).T.reshape(*outputs, -1)
+    return solved.movedim(-1, axis).to(now.dtype).contiguous()

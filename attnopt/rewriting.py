@@ -69,7 +69,7 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     not_alone = shared(main)
     edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
     changed = Spool()
-    refitted: list[str] = []
+    refitted: dict[str, int] = {}
     for choice in choices:
         site, module, config = _resolved(choice, known)
         _must(module.fits(site, config))
@@ -82,7 +82,7 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
             for same in (t for t in here if t.name == site.name):
                 _must(module.emit(edit, same, config))
         if new and getattr(config, "refit", False):
-            refitted.append(_reader(site))
+            refitted |= _reader(site)
     note = f"{', '.join(sorted({c.rewrite for c in choices}))}: {len(choices)} sites"
     lowest = max(program.tier, *(_tier(c, known) for c in choices))
     for edit in edits.values():
@@ -134,9 +134,10 @@ def statistics_of(plan: Plan, program: Program) -> Statistics:
     return Statistics.load(plan.source, program.weights)
 
 
-def _reader(site: Site | Mlp) -> str:
-    """Return the parameter that reads the heads or neurons of a site."""
-    return site.down.parameter if isinstance(site, Mlp) else site.projections["o"].parameter
+def _reader(site: Site | Mlp) -> dict[str, int]:
+    """Return the parameter that reads the heads or neurons of a site, and its axis of inputs."""
+    reader = site.down if isinstance(site, Mlp) else site.projections["o"]
+    return {reader.parameter: reader.axis}
 
 
 def _resolved(choice: Choice, sites: Mapping[str, Site | Mlp]) -> tuple[Site | Mlp, Any, Any]:

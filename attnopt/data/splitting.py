@@ -65,7 +65,7 @@ def split_of(
         return _dealt(source, held_out, processor)
     calibration, held = _documents(source)
     rows = source.rows if held_out is None else held_out
-    first = cut(calibration, tokenizer, rows=source.rows, length=source.length, seed=source.seed)
+    first, _ = _spread(calibration, tokenizer, source.rows, source.length, source.seed)
     second, used = _spread(held, tokenizer, rows, source.length)
     return Split(first, second, str(source), _digest({"ids": first}, {"ids": second}), used)
 
@@ -85,14 +85,15 @@ def cut(documents: Sequence[str], tokenizer: Any, *, rows: int, length: int, see
 
 
 def _spread(
-    documents: Sequence[str], tokenizer: Any, rows: int, length: int
+    documents: Sequence[str], tokenizer: Any, rows: int, length: int, seed: int = 0
 ) -> tuple[Tensor, int | None]:
     """Cut rows from as many documents as there are, and return how many those are.
 
-    Rows of one document are alike: an interval that takes them for independent is too narrow. Each
-    document gives as many rows from somewhere inside it; where that is too little, all is cut.
+    Rows of one document are alike: an interval that takes them for independent is too narrow, and
+    moments of a few files serve no others. Each document gives as many rows from somewhere inside
+    it; where that is too little, all is cut.
     """
-    random, found, used = torch.Generator().manual_seed(0), list[Tensor](), 0
+    random, found, used = torch.Generator().manual_seed(seed), list[Tensor](), 0
     order = torch.randperm(len(documents), generator=random).tolist()
     for left, index in zip(range(len(order), 0, -1), order, strict=True):
         share = -(-(rows - len(found)) // left)
@@ -102,7 +103,7 @@ def _spread(
         found.extend(torch.tensor(ids[: count * length]).view(-1, length))
         used += count > 0
     if len(found) < rows:
-        return cut(documents, tokenizer, rows=rows, length=length, seed=0), None
+        return cut(documents, tokenizer, rows=rows, length=length, seed=seed), None
     return torch.stack(found), used
 
 

@@ -38,7 +38,8 @@ def merged(
     result = reweighted(apply(program, Plan(choices, statistics=stats)), weights)
     if not refit:
         return result
-    outputs = [site.projections["o"].parameter for site in program.sites]
+    readers = [site.projections["o"] for site in program.sites]
+    outputs = {reader.parameter: reader.axis for reader in readers}
     key = f"{merge}-{kv_heads}"
     return reweighted(result, refit_outputs(program.main, result.main, outputs, stats, key))
 
