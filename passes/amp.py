@@ -86,7 +86,9 @@ def convert(site: Site | Mlp, stats: Statistics, config: Config) -> dict[str, Te
     """Return the parameters without what goes; none where nothing does."""
     if _is_idle(config):
         return {}
-    chosen = _chosen(site, stats, config)
+    chosen = _choose(site, stats, config)
+    # The graph needs to know what stays; the columns of a large model are better solved again.
+    stats.memo[_key(site, config)] = chosen.stays
     if isinstance(site, Mlp):
         stays = chosen.stays
         written = [_written(p, stays) for p in site.inputs]
@@ -101,10 +103,12 @@ def emit(edit: GraphEdit, site: Site | Mlp, config: Config) -> No | None:
     """Give the graph its new number of heads or neurons."""
     if _is_idle(config):
         return None
-    chosen = _chosen(site, edit.statistics, config)
+    stays = edit.statistics.memo.get(_key(site, config))
+    if stays is None:
+        stays = _choose(site, edit.statistics, config).stays
     if isinstance(site, Mlp):
-        return narrow_mlp(edit, site, chosen.stays)
-    return narrow(edit, site, _kept(site, chosen.stays))
+        return narrow_mlp(edit, site, stays)
+    return narrow(edit, site, _kept(site, stays))
 
 
 def cost(site: Site | Mlp, config: Config, workload: Any) -> dict[str, float]:
@@ -136,16 +140,12 @@ class _Chosen:
     columns: Tensor
 
 
-def _chosen(site: Site | Mlp, stats: Statistics, config: Config) -> _Chosen:
-    """Choose what stays, once for each site and setting."""
-    key = f"amp/{site.name}/{config}"
-    if key not in stats.memo:
-        stats.memo[key] = _choose(site, stats, config)
-    found: _Chosen = stats.memo[key]
-    return found
+def _key(site: Site | Mlp, config: Config) -> str:
+    return f"amp/{site.name}/{config}"
 
 
 def _choose(site: Site | Mlp, stats: Statistics, config: Config) -> _Chosen:
+    """Choose what stays, and solve the columns that read it."""
     reader = _Reader.of(site, stats)
     removal = _Removal(reader, config)
     if isinstance(site, Mlp):
