@@ -71,8 +71,8 @@ def _gather(
         for (old, new), counted in zip(walks, kept, strict=True):
             streams = [w.residual(name) for w in (old, new)] if together else []
             drift = rows_of(streams[0] - streams[1], counted) if together else None
-            inputs = (rows_of(w.input(name), counted) for w in (new, old))
-            moments.add(*inputs, drift)
+            after, before = (rows_of(w.input(name), counted) for w in (new, old))
+            moments.add(after, before, drift)
         stats.refits[places[name]] = moments.means()
         both = rewritten.weights[name], source.weights[name]
         solved = _solve(*both, axes[name], *moments.means())
@@ -188,5 +188,5 @@ def _solve(now: Tensor, before: Tensor, axis: int, gram: Tensor, cross: Tensor) 
     right = cross[:, :width] @ whole.T + small * old.T
     if cross.shape[1] > width:
         right = right + cross[:, width:]
-    solved = torch.linalg.solve(left, right).T.reshape(*outputs, -1)
+    solved: Tensor = torch.linalg.solve(left, right).T.reshape(*outputs, -1)
     return solved.movedim(-1, axis).to(now.dtype).contiguous()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What attnopt does, on the two bundled checkpoints: inspect, explain, rewrite exactly, halve a cache.
+# What attnopt does, on the two bundled checkpoints: inspect, explain, rewrite exactly, halve a cache,
+# remove a fifth of the parameters.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-rm -rf out/code-llama-half out/code-llama-half-onnx
+rm -rf out/code-llama-half out/code-llama-half-onnx out/code-llama-pruned
 
 show() {
     printf '$ %s\n' "$*"
@@ -17,3 +18,4 @@ show python examples/exact_parity.py examples/models/code-llama examples/models/
 show attnopt optimize examples/models/code-llama -o out/code-llama-half --kv-cache 50% --max-drop 10%
 show python examples/greedy.py examples/models/code-llama out/code-llama-half --compiled
 show attnopt export out/code-llama-half --to onnx -o out/code-llama-half-onnx
+show attnopt optimize examples/models/code-llama -o out/code-llama-pruned --params 80% --max-drop 10%

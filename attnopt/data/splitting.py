@@ -94,7 +94,7 @@ def _spread(
     it; where that is too little, all is cut.
     """
     random, found, used = torch.Generator().manual_seed(seed), list[Tensor](), 0
-    order = torch.randperm(len(documents), generator=random).tolist()
+    order: list[int] = torch.randperm(len(documents), generator=random).tolist()
     for left, index in zip(range(len(order), 0, -1), order, strict=True):
         share = -(-(rows - len(found)) // left)
         piece = _piece(documents[index], share * length * _CHARACTERS, random)

@@ -49,9 +49,13 @@ class ClassScores:
         """The share of answers that differ."""
         return self._share(self.counts - self.agreeing)
 
-    @cached_property
+    @property
     def drop(self) -> Paired:
         """The fall of the accuracy, or the share of answers that differ."""
+        return self._drop
+
+    @cached_property
+    def _drop(self) -> Paired:
         if self.right is None or self.reference_right is None:
             return self.disagreement
         if not bool(self.right.isfinite().all() & self.reference_right.isfinite().all()):

@@ -44,9 +44,13 @@ class EmbeddingScores:
         """The cosine between the two embeddings of a row."""
         return Paired.of(_cosines(self.reference, self.program), seed=self.seed)
 
-    @cached_property
+    @property
     def drop(self) -> Paired:
         """How far the embedding of a row turns: 1 - cosine."""
+        return self._drop
+
+    @cached_property
+    def _drop(self) -> Paired:
         return Paired.of(1 - _cosines(self.reference, self.program), seed=self.seed)
 
     @property

@@ -3,6 +3,7 @@
 The harness fetches its data itself. https://github.com/EleutherAI/lm-evaluation-harness
 """
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ Benchmarks = dict[str, dict[str, tuple[float, float]]]
 def check_harness() -> None:
     """Raise ValueError where the harness is not installed."""
     try:
-        import lm_eval  # noqa: F401
+        importlib.import_module("lm_eval")
     except ImportError as error:
         raise ValueError(
             "tasks of lm-evaluation-harness need it: pip install 'attnopt[lm-eval]'"
@@ -33,10 +34,9 @@ def benchmarks(program: Run, reference: Run, tokenizer: Any, tasks: Sequence[str
 
 
 def _scores(model: Run, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+    lm_eval: Any = importlib.import_module("lm_eval")
+    wrapper: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
+    wrapped = wrapper(pretrained=model, tokenizer=tokenizer)
     try:
         found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks))
     except KeyError as error:

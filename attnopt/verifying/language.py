@@ -72,9 +72,13 @@ class LanguageScores:
         change = (self.nll.double() - self.reference_nll.double()) * self.counts
         return Paired.of(change, self.counts, seed=self.seed)
 
-    @cached_property
+    @property
     def drop(self) -> Paired:
         """The change of the loss relative to the reference's, both sums over the same rows."""
+        return self._drop
+
+    @cached_property
+    def _drop(self) -> Paired:
         change = (self.nll.double() - self.reference_nll.double()) * self.counts
         return Paired.of(change, self.reference_nll.double() * self.counts, seed=self.seed)
 
