@@ -37,7 +37,7 @@ def choose(rows: Sequence[Sequence[Item[T]]], budget: float) -> list[Item[T]] | 
     largest = max(weights.max(), 1.0)
     found = milp(
         np.array([i.damage for i in items]),
-        integrality=np.ones(len(items)),
+        integrality=np.ones(len(items), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(once, 1, 1),
