@@ -23,6 +23,9 @@ from attnopt.running import Run
 from attnopt.weights import Spool
 
 RIDGE = 1e-4
+# How much of what is lost before a projection it makes up for: all of it is too much where the loss
+# is large, and half brings nearly as much where it is small.
+DRIFT = 0.5
 
 
 def refit(
@@ -70,7 +73,7 @@ def _gather(
         together = all(name in look.residuals for look in looks)
         for (old, new), counted in zip(walks, kept, strict=True):
             streams = [w.residual(name) for w in (old, new)] if together else []
-            drift = rows_of(streams[0] - streams[1], counted) if together else None
+            drift = rows_of(DRIFT * (streams[0] - streams[1]), counted) if together else None
             after, before = (rows_of(w.input(name), counted) for w in (new, old))
             moments.add(after, before, drift)
         stats.refits[places[name]] = moments.means()

@@ -199,7 +199,7 @@ def _fewer_parameters(program: Program, share: float, names: Sequence[str] | Non
         _Option(
             t,
             "amp",
-            config(neurons=n) if isinstance(t, Mlp) else config(groups=n, refit=True),
+            config(refit=True, **{"neurons" if isinstance(t, Mlp) else "groups": n}),
             held[t.name][0] * n,
         )
         for t in things

@@ -59,7 +59,7 @@ def test_without_a_limit_nothing_is_gated_and_verbose_says_every_site(folder: Pa
     assert main(words(folder, "other", "-v", "--task", "lm")) == 0
     out = capsys.readouterr().out
     assert "nothing was gated" in out
-    assert out.count("error of model.layers.") == 2
+    assert out.count("error of model.layers.") == 4
 
 
 def test_a_classifier_is_judged_by_its_answers(tmp_path: Path, capsys):

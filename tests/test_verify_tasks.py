@@ -105,7 +105,7 @@ def test_a_captured_encoder_is_an_encoder():
     report = attnopt.verify(exact, program, ids(30, 9), max_drop=1e-6)
     assert report.task == "embedding"
     assert report.accepted
-    assert list(report.sites) == [s.name for s in program.sites]
+    assert list(report.sites) == [t.name for t in (*program.sites, *program.mlps)]
     stats = attnopt.calibrate(exact, ids(30, 9))
     assert stats.tokens == 30 * 8
 
