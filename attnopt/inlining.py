@@ -1,6 +1,6 @@
 """Make a graph ready to run: no op without effect, masks chosen by the call, attention inlined."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.graphs import copied_module
 from attnopt.ops import attention
-from attnopt.ops.sdpa import attend
+from attnopt.ops.variants import fast_copy
 
 aten = torch.ops.aten
 
@@ -115,29 +115,23 @@ def inline_attention(
     graph_module: fx.GraphModule,
     *,
     remember: bool,
-    kernel_of: Callable[[fx.Node], Callable[..., Any]] = lambda node: attend,
-    targets: Sequence[Any] = (attention,),
+    kernel_of: Callable[[fx.Node], Callable[..., Any] | None] = fast_copy,
 ) -> None:
     """Call the kernels directly, in place; with `remember`, layers share the masks they make."""
     graph = graph_module.graph
-    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
-    if not nodes:
+    called = [n for n in graph.nodes if n.op == "call_function"]
+    kernels = {n: kernel for n in called if (kernel := kernel_of(n)) is not None}
+    if not kernels:
         return
     memo: fx.Node | None = None
     if remember:
-        with graph.inserting_before(nodes[0]):
+        with graph.inserting_before(next(iter(kernels))):
             memo = graph.call_function(dict)
-    for node in nodes:
+    for node, kernel in kernels.items():
         kept = {k: x for k, x in node.kwargs.items() if x is not None}
-        tensors = [x for x in node.args if _is_tensor(x)]
         with graph.inserting_before(node):
-            made = graph.call_function(kernel_of(node), (*tensors, memo), kept)
+            made = graph.call_function(kernel, node.args, {**kept, "memo": memo})
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
     graph_module.recompile()
-
-
-def _is_tensor(argument: Any) -> bool:
-    """Tell a tensor from a length: the kernels read lengths from the tensors."""
-    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), Tensor)

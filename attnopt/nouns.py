@@ -28,16 +28,19 @@ class Mask:
 
     `window` counts the keys of a causal sliding window, the query's own included, or the length of
     a chunk or block. A two-sided window sees `window` keys to the left and `right` keys to the
-    right of the query (its own counted in neither). `prefix` keys are seen by everyone.
+    right of the query (its own counted in neither). `prefix` keys are seen by everyone, the `first`
+    keys of a sliding window by every later query.
     """
 
     kind: MaskKind
     window: int | None = None
     right: int | None = None
     prefix: int | None = None
+    first: int | None = None
 
     def __str__(self) -> str:
-        shown = {"window": self.window, "right": self.right, "prefix": self.prefix}
+        names = ("window", "right", "prefix", "first")
+        shown = {name: getattr(self, name) for name in names}
         inner = ", ".join(f"{k}={v}" for k, v in shown.items() if v is not None)
         return f"{self.kind}({inner})" if inner else self.kind
 

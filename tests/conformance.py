@@ -80,6 +80,21 @@ KINDS: Final = (
     Kind("window 1", {"window": 1}, lambda i, j: j == i),
     Kind("window 5", {"causal": True, "window": 5}, lambda i, j: (j <= i) & (j > i - 5)),
     Kind("window 200", {"window": 200}, lambda i, j: (j <= i) & (j > i - 200)),
+    Kind(
+        "window 5 and first 3",
+        {"causal": True, "window": 5, "first": 3},
+        lambda i, j: (j <= i) & ((j > i - 5) | (j < 3)),
+    ),
+    Kind(
+        "window 130 and first 40",
+        {"causal": True, "window": 130, "first": 40},
+        lambda i, j: (j <= i) & ((j > i - 130) | (j < 40)),
+    ),
+    Kind(
+        "both sides and first 2",
+        {"window": 4, "right": 2, "first": 2},
+        lambda i, j: ((j >= i - 4) | (j < 2)) & (j <= i + 2),
+    ),
     Kind("both sides", {"window": 4, "right": 2}, lambda i, j: (j >= i - 4) & (j <= i + 2)),
     Kind("left only", {"window": 4, "right": 0}, lambda i, j: (j >= i - 4) & (j <= i)),
     Kind("prefix", {"causal": True, "prefix": 5}, lambda i, j: (j <= i) | (j < 5)),

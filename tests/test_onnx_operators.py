@@ -109,12 +109,14 @@ class Everything(torch.nn.Module):
         super().__init__()
         self.choices: tuple[Choice, ...] = tuple(choose(node_of(c), target) for c in calls)
         self.options = [call.given() for call in calls]
+        self.pasts = [() if call.past is None else (call.past,) for call in calls]
 
     def forward(self, calls: list[list[Tensor]]) -> list[Tensor]:
         memo: dict[Any, Any] = {}
         found: list[Tensor] = []
-        for choice, tensors, options in zip(self.choices, calls, self.options, strict=True):
-            result = choice.kernel(*tensors, memo, **options)
+        made = zip(self.choices, calls, self.pasts, self.options, strict=True)
+        for choice, tensors, past, options in made:
+            result = choice.kernel(*tensors, *past, memo=memo, **options)
             found += [result] if isinstance(result, Tensor) else result
         return found
 

@@ -22,7 +22,7 @@ from attnopt.finder.provenance import View
 from attnopt.finder.reading import match_anchor, match_canonical, match_fused
 from attnopt.finder.rope import rope
 from attnopt.finder.scale import scale_before
-from attnopt.finder.scores import Anchor, Walker, find_anchors, is_canonical, is_fused
+from attnopt.finder.scores import Anchor, Walker, find_anchors, is_fused, is_variant
 from attnopt.nouns import Mlp, NearMiss, No, Site
 from attnopt.program import Program
 
@@ -112,7 +112,7 @@ def _candidates(
     for node in view.program.graph.nodes:
         if is_fused(node) and node.users:
             yield node, match_fused(view, node)
-        elif is_canonical(node):
+        elif is_variant(node):
             yield node, match_canonical(view, node)
 
 

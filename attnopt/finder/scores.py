@@ -31,6 +31,8 @@ from attnopt.finder.ops import (
 )
 from attnopt.finder.provenance import View
 from attnopt.nouns import No
+from attnopt.ops import attention
+from attnopt.ops.variants import fast_copy
 
 # What a mask writes is at most this (or minus infinity); above it, it is a bias.
 HARD = -1e4
@@ -91,7 +93,12 @@ def is_fused(node: fx.Node) -> bool:
 
 def is_canonical(node: fx.Node) -> bool:
     """Tell whether a node is the canonical attention op."""
-    return kind(node) == "attention" and getattr(node.target, "namespace", "") == "attnopt"
+    return node.target is attention
+
+
+def is_variant(node: fx.Node) -> bool:
+    """Tell whether a node is an op that an attention was rewritten to, the canonical one too."""
+    return fast_copy(node) is not None
 
 
 def through(node: Any) -> Any:

@@ -1,6 +1,7 @@
 """The op library `torch.ops.attnopt`: each op's reference is its definition."""
 
 from attnopt.ops.attention import attention, attention_lse, attention_reference
+from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
 from attnopt.ops.recurrence import linear_recurrence, linear_recurrence_reference
 
@@ -8,6 +9,9 @@ __all__ = [
     "attention",
     "attention_lse",
     "attention_reference",
+    "block_attention",
+    "block_attention_lse",
+    "block_attention_reference",
     "cached_attention",
     "cached_attention_reference",
     "linear_recurrence",

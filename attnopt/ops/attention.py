@@ -36,6 +36,7 @@ def attention_reference(
     right: int | None = None,
     prefix: int | None = None,
     chunk: int | None = None,
+    first: int | None = None,
     k_map: list[int] | None = None,
     v_map: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def attention_reference(
         scores = scores + bias.to(dtype)
     structure = visible_keys(
         *scores.shape[-2:], causal=causal, window=window, right=right, prefix=prefix, chunk=chunk,
-        device=scores.device,
+        first=first, device=scores.device,
     )  # fmt: skip
     for visible in (structure, padding, mask):
         if visible is not None:
@@ -87,8 +88,8 @@ def _per_query_head(x: Tensor, heads: int, head_map: list[int] | None) -> Tensor
 OPTIONS_SCHEMA = (
     "Tensor? bias=None, Tensor? mask=None, Tensor? padding=None, Tensor? sinks=None, "
     "float? scale=None, float? softcap=None, bool mean_if_blind=False, bool causal=False, "
-    "int? window=None, int? right=None, int? prefix=None, int? chunk=None, int[]? k_map=None, "
-    "int[]? v_map=None"
+    "int? window=None, int? right=None, int? prefix=None, int? chunk=None, int? first=None, "
+    "int[]? k_map=None, int[]? v_map=None"
 )
 
 

@@ -33,6 +33,7 @@ class Structure:
     right: int | None = None
     prefix: int | None = None
     chunk: int | None = None
+    first: int | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -53,11 +54,11 @@ class Structure:
             return found
         reach = keys if found.right is None else keys - 1
         if found.window >= reach and (found.right is None or found.right >= keys - 1):
-            return replace(found, causal=found.ends, window=None, right=None)
+            return replace(found, causal=found.ends, window=None, right=None, first=None)
         return found
 
     def first_key(self, position: int) -> int:
-        """Return the first key that a query at this position sees."""
+        """Return where the window of a query at this position begins."""
         first = 0
         if self.window is not None:
             first = position - self.window + (1 if self.right is None else 0)
@@ -69,11 +70,11 @@ class Structure:
         """Return the structure as booleans, true = visible."""
         return visible_keys(
             queries, keys, causal=self.causal, window=self.window, right=self.right,
-            prefix=self.prefix, chunk=self.chunk, device=device,
+            prefix=self.prefix, chunk=self.chunk, first=self.first, device=device,
         )  # fmt: skip
 
     def range(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the first key that each query sees, and the one after its last: without gaps."""
+        """Return where the window of each query begins, and the key after its last one."""
         row = torch.arange(queries, device=device) + (keys - queries)
         start, stop = torch.zeros_like(row), torch.full_like(row, keys)
         if self.ends:
@@ -102,14 +103,37 @@ class Hidden:
         """Tell whether positions alone decide."""
         return self.padding is None and self.mask is None and self.bias is None
 
-    def keys_from(self, first: int) -> "Hidden":
-        """Return the same for the keys from a number on."""
-        return self.part(slice(None), slice(first, None))
-
-    def part(self, queries: slice, keys: slice) -> "Hidden":
+    def part(self, queries: slice, keys: "Keys") -> "Hidden":
         """Return the same for some queries and keys; the structure stays that of the whole."""
         cut = [_part(x, queries, keys) for x in (self.padding, self.mask, self.bias)]
         return Hidden(self.structure, *cut)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Some of the keys: the first so many, and those of a stretch behind them."""
+
+    first: int
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, structure: Structure, start: int, stop: int) -> "Keys":
+        """Return the keys of a stretch with those that every query sees."""
+        first = structure.first or 0
+        return cls(0, 0, stop) if start <= first else cls(first, start, stop)
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.first + self.stop - self.start
+
+    def of_tensor(self, x: Tensor, axis: int) -> Tensor:
+        """Take them from a tensor."""
+        stretch = x.narrow(axis, self.start, self.stop - self.start)
+        return (
+            stretch if not self.first else torch.cat([x.narrow(axis, 0, self.first), stretch], axis)
+        )
 
 
 Memo = dict[Hashable, tuple[Any, Any]]
@@ -142,9 +166,10 @@ def _attend(
     """Choose how a call's masks are said to the kernel; a blind query gives zeros."""
     queries, keys = q.shape[2], k.shape[2]
     if queries == 1:
-        first = hidden.structure.first_key(keys - 1)
-        if first:
-            k, v, hidden = k[:, :, first:], v[:, :, first:], hidden.keys_from(first)
+        seen = Keys.of(hidden.structure, hidden.structure.first_key(keys - 1), keys)
+        if seen.count < keys:
+            k, v = seen.of_tensor(k, 2), seen.of_tensor(v, 2)
+            hidden = hidden.part(slice(None), seen)
         return _one_query(q, k, v, hidden, scale, memo)
     if hidden.is_structure and hidden.structure.is_plain:
         if not hidden.structure.causal:
@@ -191,7 +216,10 @@ def _sees(q: Tensor, k: Tensor, hidden: Hidden, memo: Memo | None) -> Tensor | N
             sees = (stop > start).unsqueeze(-1)
         else:
             before = F.pad(padding.long().cumsum(-1), (1, 0))
-            sees = (before[..., stop] > before[..., start]).transpose(-1, -2)
+            seen = before[..., stop] - before[..., start]
+            if structure.first is not None:
+                seen = seen + before[..., stop.clamp(max=structure.first)]
+            sees = (seen > 0).transpose(-1, -2)
     known = memo is not None and not torch.compiler.is_compiling()
     return None if known and bool(sees.all()) else sees
 
@@ -254,12 +282,12 @@ def _joined(q: Tensor, hidden: Hidden, seen: Tensor | None) -> Tensor | None:
     return torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)
 
 
-def _part(x: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
+def _part(x: Tensor | None, queries: slice, keys: Keys) -> Tensor | None:
     """Cut a tensor that broadcasts to (B, H, T, S)."""
     if x is None:
         return None
     x = x if x.dim() < 2 or x.shape[-2] == 1 else x[..., queries, :]
-    return x if x.dim() < 1 or x.shape[-1] == 1 else x[..., keys]
+    return x if x.dim() < 1 or x.shape[-1] == 1 else keys.of_tensor(x, -1)
 
 
 @dataclass(frozen=True)
@@ -267,7 +295,7 @@ class _Block:
     """Some queries, and the keys that any of them sees."""
 
     queries: slice
-    keys: slice
+    keys: Keys
 
 
 def _blocks(queries: int, keys: int, structure: Structure) -> list[_Block]:
@@ -282,8 +310,8 @@ def _blocks(queries: int, keys: int, structure: Structure) -> list[_Block]:
         stop = min(start + size, queries)
         last = before + stop + (0 if structure.right is None else structure.right)
         first = structure.first_key(before + start)
-        found.append(_Block(slice(start, stop), slice(first, min(last, keys))))
-    done = sum((b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start) for b in found)
+        found.append(_Block(slice(start, stop), Keys.of(structure, first, min(last, keys))))
+    done = sum((b.queries.stop - b.queries.start) * b.keys.count for b in found)
     return found if done <= (1 - _LEAST_SKIPPED) * queries * keys else []
 
 
@@ -294,7 +322,9 @@ def _by_blocks(
     """Attend block by block; the result lies in memory as (B, T, H, E)."""
     masks = _remembered(memo, q, k, hidden, lambda: _block_masks(q, k, hidden, blocks))
     found = [
-        _kernel(q[:, :, b.queries], k[:, :, b.keys], v[:, :, b.keys], mask, scale).transpose(1, 2)
+        _kernel(
+            q[:, :, b.queries], b.keys.of_tensor(k, 2), b.keys.of_tensor(v, 2), mask, scale
+        ).transpose(1, 2)
         for b, mask in zip(blocks, masks, strict=True)
     ]
     return torch.cat(found, dim=1).transpose(1, 2)
@@ -305,22 +335,27 @@ def _block_masks(q: Tensor, k: Tensor, hidden: Hidden, blocks: list[_Block]) -> 
     made: dict[Hashable, Tensor | None] = {}
     masks: list[Tensor | None] = []
     for block in blocks:
-        position = before + block.queries.start - block.keys.start
-        sizes = (block.queries.stop - block.queries.start, block.keys.stop - block.keys.start)
-        if (position, *sizes) not in made:
-            made[position, *sizes] = _placed(hidden.structure, position, *sizes, q.device)
-        seen = made[position, *sizes]
+        size = block.queries.stop - block.queries.start
+        offset = before + block.queries.start - block.keys.start
+        key = (offset, size, block.keys.first, block.keys.count)
+        if key not in made:
+            made[key] = _placed(hidden.structure, before + block.queries.start, size, block, q)
+        seen = made[key]
         masks.append(_joined(q, hidden.part(block.queries, block.keys), seen))
     return masks
 
 
 def _placed(
-    structure: Structure, position: int, queries: int, keys: int, device: torch.device
+    structure: Structure, position: int, queries: int, block: _Block, q: Tensor
 ) -> Tensor | None:
-    """Return the structure of queries of which the first is at `position` of the keys."""
-    whole = max(keys, position + queries)
-    seen = structure.mask(whole - position, whole, device)
-    return None if seen is None else seen[:queries, :keys]
+    """Return the structure of a block, whose first query is at `position` of all keys."""
+    keys = block.keys
+    if keys.first:
+        structure = replace(structure, first=None)
+    position, count = position - keys.start, keys.stop - keys.start
+    whole = max(count, position + queries)
+    seen = structure.mask(whole - position, whole, q.device)
+    return None if seen is None else F.pad(seen[:queries, :count], (keys.first, 0), value=True)
 
 
 def _remembered(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnopt.nouns import Mask
 
-OPTIONS = ("causal", "window", "right", "prefix", "chunk")
+OPTIONS = ("causal", "window", "right", "prefix", "chunk", "first")
 
 
 def visible_keys(
@@ -24,13 +24,15 @@ def visible_keys(
     right: int | None = None,
     prefix: int | None = None,
     chunk: int | None = None,
+    first: int | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor | None:
     """Return the (T, S) structure, true = visible; None where everything is.
 
     `window` alone is causal and counts the query's own key; with `right` it counts keys to the
     left, as `right` does to the right, both without the query's own. `chunk` hides other chunks of
-    that length. `prefix` keys are seen by every query that is causal otherwise.
+    that length. `prefix` keys are seen by every query that is causal otherwise; the `first` keys by
+    every later query, however far behind its window they are.
     """
     row = torch.arange(queries, device=device).unsqueeze(1) + (keys - queries)
     column = torch.arange(keys, device=device)
@@ -39,7 +41,8 @@ def visible_keys(
         past = column <= row
         seen.append(past if prefix is None else past | (column < prefix))
     if window is not None:
-        seen.append(row - column < window if right is None else row - column <= window)
+        near = row - column < window if right is None else row - column <= window
+        seen.append(near if first is None else near | (column < first))
     if right is not None:
         seen.append(column - row <= right)
     if chunk is not None:
@@ -68,10 +71,10 @@ def options_of(mask: Mask) -> dict[str, Any]:
             return {}
         case "causal":
             return {"causal": True}
-        case "sliding" if mask.right is not None:
-            return {"window": mask.window, "right": mask.right}
         case "sliding":
-            return {"causal": True, "window": mask.window}
+            side = {"causal": True} if mask.right is None else {"right": mask.right}
+            first = {} if mask.first is None else {"first": mask.first}
+            return {**side, "window": mask.window, **first}
         case "prefix":
             return {"causal": True, "prefix": mask.prefix}
         case "chunked":
@@ -84,11 +87,11 @@ def options_of(mask: Mask) -> dict[str, Any]:
 
 def mask_of(options: Mapping[str, Any]) -> Mask:
     """Name the structure that the options of an op say."""
-    window, right, prefix, chunk = (options.get(n) for n in OPTIONS[1:])
+    window, right, prefix, chunk, first = (options.get(n) for n in OPTIONS[1:])
     if chunk is not None:
         return Mask("chunked" if options.get("causal") else "block", window=chunk)
     if prefix is not None:
         return Mask("prefix", prefix=prefix)
     if window is not None:
-        return Mask("sliding", window=window, right=right)
+        return Mask("sliding", window=window, right=right, first=first)
     return Mask("causal" if options.get("causal") else "none")

@@ -95,7 +95,14 @@ def _is_grouped_query(given: Options, k: tuple[Any, ...], v: tuple[Any, ...]) ->
 
 
 def _grouped_query(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, memo: Memo, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past: Any,
+    memo: Memo,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     """Call ONNX Runtime's op for decoders; its rows are as long as their padding leaves them."""
     given = Options.read(options)
@@ -154,12 +161,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, memo: Memo, **options: Any) -> T
 
 
 def _cached(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, memo: Memo, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past: Any,
+    memo: Memo,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     """Call the standard op with its past."""
     given = Options.read(options)
     if given.k_map is not None or given.v_map is not None:
-        return _concatenated(_attention)(q, k, v, past_k, past_v, memo, **options)
+        return _concatenated(_attention)(q, k, v, past_k, past_v, past, memo, **options)
     total = past_k.shape[2] + k.shape[2]
     added, sees = _added(q, k, memo, given, total)
     found, keys, values = torch.onnx.ops.symbolic_multi_out(
@@ -199,7 +213,14 @@ def _concatenated(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, 
     """Return a kernel that makes the cache longer before it calls another."""
 
     def cached(
-        q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, memo: Memo, **options: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        past: Any,
+        memo: Memo,
+        **options: Any,
     ) -> tuple[Tensor, ...]:
         keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
         return kernel(q, keys, values, memo, **options), keys, values

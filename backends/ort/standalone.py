@@ -14,6 +14,7 @@ from attnopt.backends.ort.signature import Signature
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.inlining import inline_attention
 from attnopt.ops import attention, cached_attention
+from attnopt.ops.variants import fast_copy
 from attnopt.program import Program
 
 aten = torch.ops.aten
@@ -74,12 +75,13 @@ def _inline(graph_module: fx.GraphModule, target: Target) -> tuple[Choice, ...]:
     """Call the operator that is chosen for each attention, in place."""
     choices: list[Choice] = []
 
-    def kernel_of(node: fx.Node) -> Callable[..., Any]:
+    def kernel_of(node: fx.Node) -> Callable[..., Any] | None:
+        if node.target not in (attention, cached_attention):
+            return fast_copy(node)
         choices.append(choose(node, target))
         return choices[-1].kernel
 
-    targets = (attention, cached_attention)
-    inline_attention(graph_module, remember=True, kernel_of=kernel_of, targets=targets)
+    inline_attention(graph_module, remember=True, kernel_of=kernel_of)
     return tuple(choices)
 
 

@@ -1,0 +1,31 @@
+"""The ops that an attention may be rewritten to, and the fast copy of each.
+
+A variant takes queries, keys and values first, its own tensors and lengths next, and options by
+name, those of the canonical attention among them. Its fast copy takes the same and `memo`, a
+dictionary in which the layers of one forward share what they make, or None.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from attnopt.ops.attention import attention
+from attnopt.ops.sdpa import attend
+
+Fast = Callable[..., Any]
+
+
+def fast_copy(node: Any) -> Fast | None:
+    """Return the fast copy of what a node of a graph calls; None where it calls no variant."""
+    return fast_copies().get(node.target)
+
+
+@cache
+def fast_copies() -> dict[Any, Fast]:
+    """Return every variant with its fast copy."""
+    from attnopt.ops.blocks import attend_blocks, block_attention
+
+    return {
+        attention: attend,
+        block_attention: attend_blocks,
+    }
