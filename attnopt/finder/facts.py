@@ -25,6 +25,7 @@ from attnopt.finder.projections import Numbers, pushed
 from attnopt.finder.provenance import ELEMENTWISE, View, weight_of
 from attnopt.finder.walking import projecting, walk_back
 from attnopt.nouns import Grid
+from attnopt.ops.variants import fast_copy
 
 
 def cache_inputs(view: View, start: fx.Node) -> list[fx.Node]:
@@ -96,7 +97,9 @@ def _upstream(view: View, node: fx.Node) -> list[fx.Node] | None:
     data = [n for n in node.all_input_nodes if origins.is_data(n)]
     if not data and origins.is_projected(node):
         data = [n for n in node.all_input_nodes if "parameter" in origins.of(n)][:1]
-    if node.op == "placeholder" or name in ("embedding", "attention", "", *SDPA) or not data:
+    if node.op == "placeholder" or name in ("embedding", "", *SDPA) or not data:
+        return None
+    if fast_copy(node) is not None:
         return None
     if name in JOINING:
         fresh = [n for n in data if "state" not in origins.of(n) or "parameter" in origins.of(n)]
