@@ -94,7 +94,7 @@ def cache_bytes(site: Site, element_size: int) -> int:
 def _leaves(program: Program) -> Iterator[Program]:
     """Yield the graphs that one pass over the input runs."""
     if not program.parts:
-        yield program
+        yield program.growing
     for name, part in program.parts.items():
         # The later steps of an encoder-decoder repeat the modules of its first.
         if name != "decode":

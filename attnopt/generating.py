@@ -52,7 +52,7 @@ class Generates(LoweredTransformer, GenerationMixin):
         # State space models call their cache by a name of their own.
         self.cache_name = str(getattr(program.form.made_of, "argument", "past_key_values"))
         # States of constant size have no place for a mask of what they have seen.
-        self.sees_past = any(s.grows is not None for p in parts for s in p.states)
+        self.sees_past = any(s.counts for p in parts for s in p.states)
         self.accepted = {
             *self.inputs,
             self.cache_name,

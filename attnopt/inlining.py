@@ -22,14 +22,14 @@ _END = 2**63 - 1
 def drop_idle(graph_module: fx.GraphModule) -> None:
     """Remove ops that return their input as it is, in place."""
     for node in list(graph_module.graph.nodes):
-        source = _unchanged(node)
+        source = unchanged(node)
         if source is not None:
             node.replace_all_uses_with(source)
             graph_module.graph.erase_node(node)
     remove_dead(graph_module)
 
 
-def _unchanged(node: fx.Node) -> fx.Node | None:
+def unchanged(node: fx.Node) -> fx.Node | None:
     """Return the input that a node passes on unchanged, if it does."""
     args: tuple[Any, ...] = node.args
     source = args[0] if args else None

@@ -180,7 +180,7 @@ def retargeted(program: Program, dtype: torch.dtype, device: torch.device) -> Pr
         graph_module = copied_module(program.graph_module)
         drop_idle(graph_module)
         graph_module = _keeping_values(graph_module, device)
-        return replace(program, graph_module=graph_module)
+        return replace(program, graph_module=graph_module, grown=None)
     graph_module = _keeping_values(copied_module(program.graph_module), device)
     for node in graph_module.graph.nodes:
         if not _follows_weights(node, own):
@@ -191,7 +191,7 @@ def retargeted(program: Program, dtype: torch.dtype, device: torch.device) -> Pr
             node.kwargs = map_aggregate(node.kwargs, lambda a: dtype if a is own else a)
         _refill(node, own, dtype)
     states = tuple(replace(s, dtype=dtype if s.dtype == own else s.dtype) for s in program.states)
-    changed = replace(program, graph_module=graph_module)
+    changed = replace(program, graph_module=graph_module, grown=None)
     return changed.with_states(states) if states else changed
 
 

@@ -36,8 +36,8 @@ class State:
     `placeholder` takes it in, output number `output` gives its successor; `grows` is the axis that
     lengthens with the tokens seen (None: constant size). `shape` has "batch" for the batch size,
     "past" for the growing size and "source" for the encoder's; a state starts as zeros of this
-    shape with past = 0. `index` tells
-    several states of one role and layer apart.
+    shape with past = 0. `index` tells several states of one role and layer apart. Keys and values
+    that do not grow are rings (`attnopt.ops.window`) of the `first` tokens and of the last ones.
     """
 
     name: str
@@ -49,6 +49,17 @@ class State:
     shape: tuple[int | str, ...] = ()
     dtype: torch.dtype = torch.float32
     index: int = 0
+    first: int = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it holds tokens by number, so that a mask says which of them are real."""
+        return self.role in ("key", "value")
+
+    @property
+    def ring(self) -> bool:
+        """Whether it holds the last tokens only."""
+        return self.counts and self.grows is None
 
     def initial(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the value before the first token."""
@@ -131,11 +142,22 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Growing:
+    """The form of a program in which every cache grows, which rewrites and exports start from."""
+
+    graph_module: fx.GraphModule
+    bindings: Mapping[str, Binding]
+    states: tuple[State, ...]
+    form: CallForm
+
+
+@dataclass(frozen=True)
 class Program:
     """A captured model.
 
     Either one graph (`parts` empty), or, for an encoder-decoder or a model captured module by
-    module, named parts that are Programs themselves; `graph_module` then is empty.
+    module, named parts that are Programs themselves; `graph_module` then is empty. Where states are
+    rings, `grown` is the form without them.
     """
 
     name: str
@@ -151,6 +173,15 @@ class Program:
     refused: tuple["No", ...] = ()
     source: Source = field(default_factory=Source)
     tier: int = 0
+    grown: Growing | None = None
+
+    @property
+    def growing(self) -> "Program":
+        """The same program with caches that grow in place of rings."""
+        if self.grown is None:
+            return self
+        form = {name: getattr(self.grown, name) for name in Growing.__dataclass_fields__}
+        return replace(self, grown=None, **form)
 
     @property
     def graph(self) -> fx.Graph:
@@ -182,7 +213,7 @@ class Program:
     def main(self) -> "Program":
         """The graph that runs every site: that of an encoder-decoder's first step."""
         if not self.parts:
-            return self
+            return self.growing
         if set(self.parts) != {"encode", "decode"}:
             raise NotImplementedError(
                 f"{self.name} was captured in parts ({', '.join(self.parts)}); plans other than "
@@ -199,7 +230,8 @@ class Program:
 
     def with_graph(self, graph_module: fx.GraphModule, *, note: str) -> "Program":
         """Return a program with another graph and one more line of history."""
-        return replace(self, graph_module=graph_module, history=(*self.history, note))
+        history = (*self.history, note)
+        return replace(self, graph_module=graph_module, history=history, grown=None)
 
     def with_states(self, states: tuple[State, ...]) -> "Program":
         """Return a program with another State table; the graph must already take and give it."""
@@ -215,7 +247,10 @@ class Program:
     def cast(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> "Program":
         """Return a program that computes in another floating dtype, its graph a copy."""
         from attnopt.lowering import retargeted
+        from attnopt.rings import with_rings
 
+        if self.grown is not None:
+            return with_rings(self.growing.cast(dtype, device))
         parts = {name: part.cast(dtype, device) for name, part in self.parts.items()}
         cast = retargeted(self, dtype, torch.device(device))
         return replace(cast, weights=_Cast(self.weights, dtype), parts=parts)

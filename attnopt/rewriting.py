@@ -28,6 +28,7 @@ from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.passes import exact
 from attnopt.program import Program
 from attnopt.refusals import shared
+from attnopt.rings import with_rings
 from attnopt.surgery import GraphEdit
 from attnopt.weights import Spool
 
@@ -41,10 +42,10 @@ def apply(program: Program, plan: Plan | str) -> Program:
     if isinstance(plan, str):
         if plan != "exact":
             raise ValueError(f"cannot apply {plan!r}: it is a Plan, Plan.load(file), or 'exact'")
-        return _exact(program)
-    exact_form = _exact(program)
+        return with_rings(_exact(program.growing))
+    exact_form = _exact(program.growing)
     changing = [c for c in plan.choices if c.rewrite != "exact"]
-    return _carry_out(exact_form, plan, changing) if changing else exact_form
+    return with_rings(_carry_out(exact_form, plan, changing) if changing else exact_form)
 
 
 def _exact(program: Program) -> Program:

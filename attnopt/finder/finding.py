@@ -72,6 +72,7 @@ def find_sites(program: Program) -> Findings:
     """Find and read every attention in a program, each graph once."""
     if program.parts:
         return _of_parts(program)
+    program = program.growing
     kept = vars(program.graph)
     if _FOUND not in kept:
         kept[_FOUND] = _find(program)

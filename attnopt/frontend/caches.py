@@ -7,8 +7,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
+from attnopt.ops.window import ring_of
 from attnopt.program import Role, State
 
 Kind = Literal["full", "linear", "both", "empty"]
@@ -85,6 +91,57 @@ class LinearLayer(LinearAttentionLayer):
         """Replace the state."""
         self.recurrent_states[state_idx] = recurrent_states
         return recurrent_states
+
+
+class StoredLayer(CacheLayerMixin):
+    """What a program keeps for one layer, by name, rings among it; only the program reads it."""
+
+    is_sliding = False
+
+    def __init__(self, tensors: Mapping[str, Tensor], seen: int):
+        super().__init__()
+        self.tensors = dict(tensors)
+        self.seen = seen
+        self.is_initialized = True
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.tensors = {name: change(x) for name, x in self.tensors.items()}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is to be made: a program gives what a layer holds."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the program itself goes on from a state."""
+        raise TypeError("the state of a rewritten layer is read by its program, not by attention")
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the tokens that a mask covers, and where they begin."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return that there is no longest text."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._each(torch.zeros_like)
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows where beam search wants them."""
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._each(lambda x: x[indices, ...])
 
 
 @dataclass(frozen=True)
@@ -235,10 +292,14 @@ def cache_of_states(states: tuple[State, ...], tensors: Mapping[str, Tensor], se
 def _layer_key(state: State) -> str:
     if state.role in ("conv", "recurrent"):
         return f"{state.role}_{state.index}"
+    if state.ring:
+        return f"ring_{state.role}_{state.index}"
     return state.role.removeprefix("cross_")
 
 
 def _stored_layer(tensors: dict[str, Tensor], seen: int) -> Any:
+    if any(name.startswith("ring") for name in tensors):
+        return StoredLayer(tensors, seen)
     if "key" in tensors:
         return FullLayer(tensors["key"], tensors["value"], seen)
     if tensors:
@@ -258,13 +319,23 @@ def cached_tensor(cache: Any, state: State) -> Tensor | None:
         return listed[0]
     layer = cache.layers[state.layer]
     role: Role = state.role
+    if isinstance(layer, StoredLayer):
+        return layer.tensors.get(_layer_key(state))
     if role in ("conv", "recurrent"):
         stored: Tensor | None = getattr(layer, f"{role}_states")[state.index]
         return stored if layer.has_previous_state[state.index] else None
     if not layer.is_initialized:
         return None
     found: Tensor = layer.keys if role.endswith("key") else layer.values
-    return _unwindowed(layer, found)
+    if not state.ring:
+        return _unwindowed(layer, found)
+    if state.shape[1] != found.shape[1]:
+        raise TypeError(
+            f"layer {state.layer} of the cache has {found.shape[1]} heads, and some of them have a "
+            "state of their own here; start from the cache that this program returned"
+        )
+    slots = int(state.shape[2])
+    return ring_of(found, int(layer.get_seq_length()), slots, state.first)
 
 
 def _unwindowed(layer: Any, stored: Tensor) -> Tensor:

@@ -366,7 +366,7 @@ class StatefulCalls:
             raise ValueError(f"argument {self.tokens} is missing: the captured call had it")
         past = carry.past_length if carry else 0
         if self.tokens == "input_ids":
-            self._default_mask(given, ids, past if any(s.grows for s in self.states) else 0)
+            self._default_mask(given, ids, past if any(s.counts for s in self.states) else 0)
             self._default_positions(given, ids, past)
         tensors = self.inputs.tensors_of(given)
         self.inputs.check(tensors)

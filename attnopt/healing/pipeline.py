@@ -19,6 +19,7 @@ from attnopt.healing.rows import Rows, rows_of
 from attnopt.healing.training import Run, Task, identity
 from attnopt.healing.workers import Workers, joined
 from attnopt.program import Program
+from attnopt.rings import with_rings
 from attnopt.verifying import Report
 from attnopt.verifying.language import LanguageScores
 
@@ -98,6 +99,7 @@ def healed(
     resume: bool = False,
 ) -> Healing:
     """Heal as `heal` does, and return what was measured, too."""
+    rings, program = program.grown is not None, program.growing
     reference = _teacher(teacher)
     _refuse_parts(program, reference)
     place = None if checkpoint is None else Path(checkpoint).absolute()
@@ -111,7 +113,8 @@ def healed(
             run.resume()
         run.go()
         result = program.with_weights(task.learner.changed_weights(program))
-        return _measured(run, result, before)
+        found = _measured(run, result, before)
+        return replace(found, program=with_rings(found.program)) if rings else found
 
 
 def _task(program: Program, teacher: Program, rows: Rows, recipe: Recipe, workers: Workers) -> Task:

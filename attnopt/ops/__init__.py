@@ -4,6 +4,7 @@ from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
 from attnopt.ops.recurrence import linear_recurrence, linear_recurrence_reference
+from attnopt.ops.window import window_attention, window_attention_reference
 
 __all__ = [
     "attention",
@@ -16,4 +17,6 @@ __all__ = [
     "cached_attention_reference",
     "linear_recurrence",
     "linear_recurrence_reference",
+    "window_attention",
+    "window_attention_reference",
 ]

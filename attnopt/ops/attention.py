@@ -85,12 +85,17 @@ def _per_query_head(x: Tensor, heads: int, head_map: list[int] | None) -> Tensor
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-OPTIONS_SCHEMA = (
+_SIDES_SCHEMA = (
     "Tensor? bias=None, Tensor? mask=None, Tensor? padding=None, Tensor? sinks=None, "
-    "float? scale=None, float? softcap=None, bool mean_if_blind=False, bool causal=False, "
-    "int? window=None, int? right=None, int? prefix=None, int? chunk=None, int? first=None, "
-    "int[]? k_map=None, int[]? v_map=None"
+    "float? scale=None, float? softcap=None, bool mean_if_blind=False"
 )
+STRUCTURE_SCHEMA = (
+    "bool causal=False, int? window=None, int? right=None, int? prefix=None, int? chunk=None, "
+    "int? first=None"
+)
+MAPS_SCHEMA = "int[]? k_map=None, int[]? v_map=None"
+OPTIONS_SCHEMA = f"{_SIDES_SCHEMA}, {STRUCTURE_SCHEMA}, {MAPS_SCHEMA}"
+UNSTRUCTURED_SCHEMA = f"{_SIDES_SCHEMA}, {MAPS_SCHEMA}"
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -6,7 +6,7 @@ per forward, for each block of queries and the keys that the block can see. What
 say (a soft cap, sinks) runs by the reference.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.attention import attention_reference
+from attnopt.ops.attention import MAPS_SCHEMA, STRUCTURE_SCHEMA, attention_reference
 from attnopt.ops.options import Options
 from attnopt.ops.structure import chunk_of, visible_keys
 
@@ -150,6 +150,19 @@ def attend(
 
     Without a memo, as in a graph to be compiled, no loop depends on the sizes.
     """
+    if torch.compiler.is_compiling() and _has_bands(q, options):
+        # Bands are a loop over sizes, which a compiled graph calls and does not hold.
+        found: Tensor = torch.ops.attnopt.banded_attention(q, k, v, **options)
+        return found
+    return _attended(q, k, v, memo, **options)
+
+
+def _has_bands(q: Tensor, options: Mapping[str, Any]) -> bool:
+    others = any(options.get(name) is not None for name in ("bias", "sinks", "softcap"))
+    return options.get("window") is not None and not others and q.shape[2] != 1
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, memo: Memo | None, **options: Any) -> Tensor:
     given = Options.read(options)
     if given.sinks is not None or given.softcap is not None:
         return attention_reference(q, k, v, **options)[0]
@@ -374,3 +387,46 @@ def _remembered(
             memo.pop(next(iter(memo)))
         memo[key] = (make(), parts)
     return memo[key][0]
+
+
+def _banded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Attend by bands; the result always lies in memory as (B, T, H, E)."""
+    found = _attended(q, k, v, {}, padding=padding, mask=mask, **options)
+    return found.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _shaped(q: Tensor, k: Tensor, v: Tensor, *masks: Any, **options: Any) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _gradients(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Attend once more, and take the gradients of that."""
+    *tensors, padding, mask = context.saved_tensors
+    with torch.enable_grad():
+        own = [x.detach().requires_grad_() for x in tensors]
+        found = _attended(*own, {}, padding=padding, mask=mask, **context.options)
+        return *torch.autograd.grad(found, own, gradient), None, None
+
+
+_NAME = "attnopt::banded_attention"
+_LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
+_LIBRARY.define(
+    "banded_attention(Tensor q, Tensor k, Tensor v, Tensor? padding=None, Tensor? mask=None, *, "
+    f"float? scale=None, bool mean_if_blind=False, {STRUCTURE_SCHEMA}, {MAPS_SCHEMA}) -> Tensor"
+)
+_LIBRARY.impl("banded_attention", _banded, "CompositeExplicitAutograd")
+torch.library.register_fake(_NAME, _shaped, lib=_LIBRARY)
+torch.library.register_autograd(_NAME, _gradients, setup_context=_save, lib=_LIBRARY)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from attnopt.frontend.encoderdecoder import route
 from attnopt.nouns import No
 from attnopt.program import Binding, CallForm, Program, Source, State
+from attnopt.rings import with_rings
 from attnopt.stored.calls import read_call, write_call
 from attnopt.stored.graphs import read_graph, write_graph
 
@@ -60,6 +61,7 @@ def read_program(content: Mapping[str, Any], weights: Mapping[str, Tensor], conf
 
 
 def _write_one(program: Program) -> dict[str, Any]:
+    rings, program = program.grown is not None, program.growing
     content: dict[str, Any] = {"graph": None, "call": None}
     if not program.parts:
         content = {"graph": write_graph(program.graph), "call": write_call(program.form)}
@@ -72,6 +74,7 @@ def _write_one(program: Program) -> dict[str, Any]:
         "history": list(program.history),
         "refused": [[no.why, no.where] for no in program.refused],
         "tier": program.tier,
+        "rings": rings,
     }
 
 
@@ -94,7 +97,7 @@ def _read_one(
         module = read_graph(content["graph"])
     bindings = {str(n): Binding(kind, str(name)) for n, (kind, name) in content["bindings"].items()}
     _check(module, bindings, weights)
-    return Program(
+    made = Program(
         name=str(content["name"]),
         graph_module=module,
         bindings=bindings,
@@ -108,6 +111,7 @@ def _read_one(
         source=source or Source(),
         tier=int(content["tier"]),
     )
+    return with_rings(made) if content.get("rings") else made
 
 
 def _check(

@@ -1,0 +1,145 @@
+"""Attention within a window, over a state of constant size: a ring of the last keys.
+
+The state holds the `first` keys and values and the last `window` ones. Token number n lies in slot
+n while n < first, and in slot first + (n - first) mod window after that, so nothing is ever moved:
+what is in a slot follows from how many tokens were seen. Axis letters as in
+`attnopt.ops.attention`; R slots. Side operands (bias, mask, padding) have a place for every token
+seen, as if all keys were there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.ops.attention import UNSTRUCTURED_SCHEMA, attention_reference
+from attnopt.ops.sdpa import Memo, attend
+
+_SIDES = ("bias", "mask", "padding")
+
+
+def positions_of(slots: int, seen: Any, first: int, device: torch.device) -> Tensor:
+    """Return the number of the token in each slot after so many were seen; -1 where none is."""
+    slot = torch.arange(slots, device=device)
+    turns = torch.div(seen - 1 - slot, max(slots - first, 1), rounding_mode="floor")
+    last = torch.where(slot < first, slot, slot + turns * (slots - first))
+    return torch.where(slot < seen, last, -1)
+
+
+def ring_of(whole: Tensor, seen: Any, slots: int, first: int) -> Tensor:
+    """Return the ring of the last tokens of `whole` (B, H, S, D), of which `seen` were seen."""
+    held = positions_of(slots, seen, first, whole.device)
+    place = (held - (seen - whole.shape[2])).clamp(min=0)
+    empty = (held < 0).view(1, 1, -1, 1)
+    padded = whole if whole.shape[2] else whole.new_zeros(*whole.shape[:2], 1, whole.shape[3])
+    return padded.index_select(2, place).masked_fill(empty, 0.0)
+
+
+def window_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_length: int,
+    *,
+    window: int,
+    first: int = 0,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output (B, H, T, E), and the rings of keys and values (B, Hk, R, D or E)."""
+    tokens, slots, device = q.shape[2], past_k.shape[2], q.device
+    held = positions_of(slots, past_length, first, device)
+    query = torch.arange(tokens, device=device) + past_length
+    key = torch.cat([held, query])
+    options = {n: _held(x, key) if n in _SIDES else x for n, x in options.items()}
+    gap = query.unsqueeze(1) - key
+    seen = (key >= 0) & (gap >= 0) & ((gap < window) | (key < first))
+    if options.get("mask") is not None:
+        seen = seen & options["mask"]
+    keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    found = attention_reference(q, keys, values, **{**options, "mask": seen})[0]
+    return found, *(_next(x, held, past_length, tokens, first) for x in (keys, values))
+
+
+def _held(side: Tensor | None, key: Tensor) -> Tensor | None:
+    """Choose the places of a side operand that belong to keys that are held."""
+    if side is None or side.dim() < 1 or side.shape[-1] == 1:
+        return side
+    return side.index_select(-1, key.clamp(min=0))
+
+
+def _next(keys: Tensor, held: Tensor, past_length: Any, tokens: Any, first: int) -> Tensor:
+    """Return the ring after a call, from the ring before it and the new tokens behind it."""
+    slots = held.shape[0]
+    now = positions_of(slots, past_length + tokens, first, keys.device)
+    same = torch.arange(slots, device=keys.device)
+    return keys.index_select(2, torch.where(now == held, same, now - past_length + slots))
+
+
+def attend_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_length: int,
+    *,
+    window: int,
+    first: int = 0,
+    memo: Memo | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the reference returns: by bands at the start, by the ring alone step by step."""
+    slots = past_k.shape[2]
+    if past_length == 0:
+        options = {**options, "causal": True, "window": window, "first": first or None}
+        found = attend(q, k, v, memo, **options)
+        return found, *(ring_of(x, q.shape[2], slots, first) for x in (k, v))
+    if q.shape[2] != 1 or slots != first + window:
+        ring = (past_k, past_v, past_length)
+        return _chunk(q, k, v, *ring, window=window, first=first, memo=memo, **options)
+    seen = past_length + 1
+    slot = past_length if past_length < first else first + (past_length - first) % window
+    at = torch.full((1,), slot, device=q.device)
+    keys, values = past_k.index_copy(2, at, k), past_v.index_copy(2, at, v)
+    filled = slots if seen >= slots else seen
+    sides = {n: x for n in _SIDES if (x := options.get(n)) is not None}
+    if sides:
+        held = positions_of(slots, seen, first, q.device)
+        options |= {n: _held(x, held[:filled]) for n, x in sides.items()}
+    return attend(q, keys[:, :, :filled], values[:, :, :filled], memo, **options), keys, values
+
+
+def _chunk(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, past_length: int, *,
+    window: int, first: int, memo: Memo | None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attend with several queries behind a ring, brought into the order of its tokens."""
+    slots, tokens = past_k.shape[2], q.shape[2]
+    held = positions_of(slots, past_length, first, q.device)
+    order = torch.argsort(held)[slots - min(past_length, slots) :]
+    keys, values = (
+        torch.cat([past.index_select(2, order), new], dim=2)
+        for past, new in ((past_k, k), (past_v, v))
+    )
+    new = torch.arange(tokens, device=q.device) + past_length
+    key = torch.cat([held[order], new])
+    options |= {n: _held(x, key) for n in _SIDES if (x := options.get(n)) is not None}
+    found = attend(
+        q, keys, values, memo, **options, causal=True, window=window, first=first or None
+    )
+    rings = (_next(torch.cat([p, n], dim=2), held, past_length, tokens, first)
+             for p, n in ((past_k, k), (past_v, v)))  # fmt: skip
+    return found, *rings
+
+
+_LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
+_LIBRARY.define(
+    "window_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, "
+    f"SymInt past_length, *, int window, int first=0, {UNSTRUCTURED_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("window_attention", window_attention_reference, "CompositeImplicitAutograd")
+
+window_attention = torch.ops.attnopt.window_attention.default
