@@ -11,7 +11,7 @@ import torch
 from attnopt import passes as registry
 from attnopt.budgets import cache_budget
 from attnopt.calibrating import Statistics, calibrate
-from attnopt.costs import parameters
+from attnopt.costs import default_workload, parameters
 from attnopt.heads import per_row
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.program import Program
@@ -44,14 +44,28 @@ def plan(
     the damage of each is measured on calibration rows.
     """
     wanted = checked_goal(goal or {})
-    chosen = search(program, wanted, passes)
+    spread = _spreading(passes) if "kv_cache" in wanted else None
+    chosen = [] if spread is not None else search(program, wanted, passes)
     if statistics is None:
         statistics = calibrate(program, data)
-    if tier and "kv_cache" in wanted:
+    if spread is not None:
+        tokens = default_workload(program).sequence
+        choices = spread.allocate(program, statistics, wanted["kv_cache"], tokens=tokens)
+        if not choices:
+            raise NothingToDoError(
+                f"pass {list(passes or ())} applies to no site that keeps a cache"
+            )
+    elif tier and "kv_cache" in wanted:
         choices = cache_budget(program, statistics, wanted["kv_cache"], decoupled=tier > 1)
     else:
         choices = tuple(_explained(option, statistics) for option in chosen)
     return Plan(choices, wanted, dict(provenance or {}), statistics=statistics)
+
+
+def _spreading(passes: Sequence[str] | None) -> Any:
+    """Return the one pass asked for, where it spreads a budget over heads by itself."""
+    module = registry.load(passes[0]) if passes is not None and len(passes) == 1 else None
+    return module if hasattr(module, "allocate") else None
 
 
 def search(

@@ -121,7 +121,7 @@ def _readers(whole: fx.Node, position: int) -> dict[fx.Node, tuple[int, int]] | 
             found[user] = heads
         elif unchanged(user) is source:
             todo += [(user, reader, heads) for reader in user.users]
-        elif user.target is aten.slice.Tensor and source is whole and user.args[1] == _HEADS:
+        elif user.target is aten.slice.Tensor and heads == every and user.args[1] == _HEADS:
             start, stop = user.args[2:4]
             cut = range(every[1])[start:stop]  # type: ignore[misc]
             todo += [(user, reader, (cut.start, cut.stop)) for reader in user.users]

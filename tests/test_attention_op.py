@@ -18,6 +18,7 @@ STRUCTURES = (
     Mask("chunked", window=4),
     Mask("block", window=4),
     Mask("prefix", prefix=3),
+    Mask("sliding", window=4, first=3),
 )
 
 

@@ -16,6 +16,7 @@ NAMED = (
     Mask("chunked", window=5),
     Mask("block", window=4),
     Mask("prefix", prefix=3),
+    Mask("sliding", window=4, first=3),
 )
 
 

@@ -32,6 +32,7 @@ def _candidates(seen: list[Tensor]) -> Iterator[Mask]:
     counts = {int(v[-1].sum()) for v in seen}
     window = max(counts)
     yield Mask("sliding", window=window)
+    yield from _beside_first(widest[-1])
     yield from _chunks(seen)
     reaches = [_reach(v) for v in seen]
     behind, ahead = (max(r[i] for r in reaches) for i in (0, 1))
@@ -39,6 +40,16 @@ def _candidates(seen: list[Tensor]) -> Iterator[Mask]:
         yield Mask("sliding", window=behind, right=ahead)
         if queries == keys:
             yield Mask("prefix", prefix=int(widest[0].sum()))
+
+
+def _beside_first(row: Tensor) -> Iterator[Mask]:
+    """Yield the window whose queries see the first keys, too, if the last row has a gap."""
+    hidden = (~row).nonzero().flatten()
+    if not len(hidden) or not row[0] or not row[-1]:
+        return
+    first, last = int(hidden[0]), int(hidden[-1])
+    if last - first + 1 == len(hidden):
+        yield Mask("sliding", window=len(row) - 1 - last, first=first)
 
 
 def _reach(visible: Tensor) -> tuple[int, int]:
