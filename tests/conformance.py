@@ -191,6 +191,9 @@ def problems() -> Iterator[Problem]:
         yield Problem(queries=900, keys=1000, **large, options=shown)
         mean = {"mean_if_blind": True, **shown}
         yield Problem(queries=1000, keys=1000, **large, options=mean)
+        if "window" in kind.options:
+            unlike = {"padding": padding(2, 400)}
+            yield Problem(queries=290, keys=400, kind=kind, kv_heads=2, options=unlike)
     yield Problem(kv_heads=2, options={"k_map": [0, 1, 0, 1], "v_map": [1, 1, 0, 1]})
     yield Problem(kv_heads=2, v_heads=4)
     yield Problem(heads=6, kv_heads=2, v_heads=3, kind=KINDS[1])
