@@ -66,16 +66,11 @@ def op(lengths: tuple[int, ...], most: int) -> tuple[list[Row], list[Row]]:
     ours: list[float] = []
     for length in lengths:
         q, k, v = operands(length)
+        dense = F.scaled_dot_product_attention
         calls: dict[str, Callable[[], Tensor]] = {
-            "ours": lambda: attend(q, k, v, {}, causal=True, window=WINDOW),  # noqa: B023
+            "ours": partial(attend, q, k, v, {}, causal=True, window=WINDOW),
             "flex": partial(flex(length), q, k, v),
-            "dense": lambda: F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=True,
-                enable_gqa=True,
-            ),
+            "dense": partial(dense, q, k, v, is_causal=True, enable_gqa=True),
         }
         torch.testing.assert_close(calls["ours"](), calls["flex"](), rtol=0, atol=1e-4)
         timing = compare(calls, base="ours", most=most)
@@ -83,15 +78,10 @@ def op(lengths: tuple[int, ...], most: int) -> tuple[list[Row], list[Row]]:
         over = {name: timing.speedup("ours", name) for name in ("flex", "dense")}
         rows.append({"case": "op", "tokens": length, "ms": round(1e3 * ours[-1], 3)})
         rows[-1] |= {f"over {name}": as_row(x) for name, x in over.items()}
-        print(
-            f"op {length:6} {1e3 * ours[-1]:9.2f} ms   flex {over['flex']}   dense {over['dense']}"
-        )
-    points = [
-        _point(
-            f"{r['tokens']} tokens: at least {OF_FLEX} of flex_attention", r["over flex"], OF_FLEX
-        )
-        for r in rows
-    ]
+        shown = "   ".join(f"{name} {x}" for name, x in over.items())
+        print(f"op {length:6} {1e3 * ours[-1]:9.2f} ms   {shown}")
+    flexible = f"at least {OF_FLEX} of flex_attention"
+    points = [_point(f"{r['tokens']} tokens: {flexible}", r["over flex"], OF_FLEX) for r in rows]
     if len(ours) > 1:
         x, y = ([math.log(n) for n in values] for values in (lengths, ours))
         grows = _slope(x, y)
