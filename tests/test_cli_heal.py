@@ -67,12 +67,13 @@ def test_a_student_is_healed_and_saved_with_its_plan(folder: Path, tmp_path: Pat
 
 def test_a_gate_that_fails_keeps_the_candidate_aside(folder: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
-    assert main([*words(folder, out), "--max-drop", "0.0001%", "--json"]) == 4
-    document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == "attnopt.heal/1"
-    assert document["accepted"] is False
-    assert Path(document["out"]) == tmp_path / "out.rejected"
+    assert main([*words(folder, out), "--max-drop", "0.0001%"]) == 4
+    shown = capsys.readouterr().out
+    assert "> 0.00%: REJECTED" in shown
+    assert "more --steps" in shown
     assert not out.exists()
+    report = json.loads((tmp_path / "out.rejected/attnopt/report.json").read_text())
+    assert report["accepted"] is False
 
 
 def test_an_interrupted_run_is_resumed(folder: Path, tmp_path: Path, capsys, monkeypatch):
@@ -86,7 +87,11 @@ def test_an_interrupted_run_is_resumed(folder: Path, tmp_path: Path, capsys, mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.healing", "whole"]
     assert main(words(folder, out)) == 2
     assert "resume it" in capsys.readouterr().err
-    assert main([*words(folder, out), "--resume"]) == 0
+    capsys.readouterr()
+    assert main([*words(folder, out), "--resume", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "attnopt.heal/1"
+    assert Path(document["out"]) == out
     first, second = (load_file(p / "model.safetensors") for p in (whole, out))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
     assert not (tmp_path / "out.healing").exists()
