@@ -1,7 +1,6 @@
 """Planning: which pass to use at which site, for a goal that the user states."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ from attnopt import passes as registry
 from attnopt.budgets import cache_budget
 from attnopt.calibrating import Statistics, calibrate
 from attnopt.costs import parameters
-from attnopt.heads import per_row
+from attnopt.heads import removable
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.program import Program
 from attnopt.refusals import shared
-from attnopt.weights import described
 
 GOALS = ("kv_cache", "params", "max_drop")
 _LATER = ("flops", "latency")
@@ -205,22 +203,6 @@ def _fewer_parameters(program: Program, share: float, names: Sequence[str] | Non
         for t in things
         if (n := removed[t.name])
     ]
-
-
-def removable(thing: Site | Mlp, weights: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Return the parameters of one key head with its readers, or of a neuron, and how many."""
-    if isinstance(thing, Mlp):
-        units, projections = thing.neurons, (*thing.inputs, thing.down)
-    else:
-        units, projections = thing.kv_heads, tuple(thing.projections.values())
-    size = 0
-    for projection in projections:
-        shape = described(weights, projection.parameter).shape
-        rows = len(projection.rows) * len(projection.rows[0])
-        size += rows * math.prod(shape) // shape[projection.axis]
-        if per_row(weights, projection):
-            size += rows
-    return size // units, units
 
 
 def _explained(option: _Option, statistics: Statistics) -> Choice:

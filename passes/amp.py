@@ -112,17 +112,11 @@ def emit(edit: GraphEdit, site: Site | Mlp, config: Config) -> No | None:
 
 
 def cost(site: Site | Mlp, config: Config, workload: Any) -> dict[str, float]:
-    """Return the weights that go and what a token leaves in the cache, in elements."""
-    if isinstance(site, Mlp):
-        return {"parameters_removed": config.neurons * neuron_size(site)}
+    """Return the KV bytes per token, in units of one element; the parameters: heads.removable."""
+    if isinstance(site, Mlp) or not site.cached:
+        return {"kv_elements_per_token": 0}
     left = site.kv_heads - config.groups
-    elements = left * (site.head_dim + site.v_head_dim) if site.cached else 0
-    return {"kv_elements_per_token": elements}
-
-
-def neuron_size(mlp: Mlp) -> int:
-    """Return how many rows and columns of weights one neuron has."""
-    return sum(len(p.rows[0]) for p in mlp.inputs) + 1
+    return {"kv_elements_per_token": left * (site.head_dim + site.v_head_dim)}
 
 
 def _is_idle(config: Config) -> bool:

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import attnopt
 from attnopt.calibrating import Statistics
+from attnopt.heads import removable
 from attnopt.nouns import Choice, Mlp, No, Site
 from attnopt.passes import amp
 from attnopt.program import Program
@@ -29,7 +30,15 @@ def calibrated(model: torch.nn.Module) -> Pair:
 
 @cache
 def of(family: str) -> Pair:
-    return calibrated(decoder(family))
+    return calibrated(gpt2() if family == "gpt2" else decoder(family))
+
+
+def gpt2() -> torch.nn.Module:
+    """Return a model whose q, k and v are one parameter, with biases everywhere."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+                        bos_token_id=0, eos_token_id=1)  # fmt: skip
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
 def pruned(pair: Pair, **config: Any) -> Program:
@@ -148,13 +157,18 @@ def test_what_a_token_leaves_in_the_cache_is_what_was_said() -> None:
     assert sum(t.numel() for t in state.tensors.values()) == 2 * 9 * 2 * said
 
 
-def test_neurons_go_with_all_their_rows() -> None:
-    pair = of("llama")
-    result = pruned(pair, neurons=7)
-    for mlp in pair[0].mlps:
-        names = [p.parameter for p in (*mlp.inputs, mlp.down)]
-        gone = sum(pair[0].weights[n].numel() - result.weights[n].numel() for n in names)
-        assert gone == 7 * amp.neuron_size(mlp) * 32
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [(f, {"neurons": 7}) for f in ("llama", "glm", "gpt2")]
+    + [(f, {"groups": 1}) for f in ("llama_gqa", "qwen2", "gpt2")],
+)
+def test_as_many_parameters_go_as_were_counted(family: str, config: dict[str, int]) -> None:
+    pair = of(family)
+    things = pair[0].mlps if "neurons" in config else pair[0].sites
+    result = pruned(pair, **config)
+    gone = sum(w.numel() - result.weights[n].numel() for n, w in pair[0].weights.items())
+    (count,) = config.values()
+    assert gone == sum(count * removable(thing, pair[0].weights)[0] for thing in things) > 0
 
 
 @pytest.mark.parametrize("rows", [5, 40])
@@ -235,11 +249,7 @@ def test_a_saved_result_is_read_back_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_fewer_heads_than_the_stock_class_allows_are_kept_as_a_program(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4,
-                        bos_token_id=0, eos_token_id=1)  # fmt: skip
-    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
-    result = pruned(calibrated(model), groups=1)
+    result = pruned(of("gpt2"), groups=1)
     loaded = reloaded(result, tmp_path / "out")
     assert "attnopt" in (tmp_path / "out" / "config.json").read_text()
     tokens = loaded.generate(ids(2, 9), max_new_tokens=5, do_sample=False, eos_token_id=None)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from baselines import amp_published, flap_published, kv_merges
-from baselines.removing import HEADS, NEURONS, all_but, count, read_by, reader, size, without
+from baselines.removing import HEADS, NEURONS, all_but, count, read_by, reader, without
 from dha_models import decoder, ids, repeat_heads, turn_heads
 from structural import OURS, budget, points
 from torch import Tensor, nn
 
 import attnopt
 from attnopt.calibrating import Statistics
+from attnopt.heads import removable
 from attnopt.nouns import Choice
 from attnopt.program import Program
 
@@ -192,10 +193,11 @@ def test_flap_meets_its_budget_and_leaves_something_everywhere() -> None:
         model.model.layers[0].self_attn.o_proj.weight[:, :8] *= 5
     program, stats = captured(model)
     targets = {t.name: t for t in (*program.sites, *program.mlps)}
-    total = sum(count(t) * size(t) for t in targets.values())
+    size = {name: removable(t, program.weights)[0] for name, t in targets.items()}
+    total = sum(count(t) * size[n] for n, t in targets.items())
     stays = flap_published.chosen(program, stats, 0.4, BOTH)
-    kept = sum(int(stays[n].sum()) * size(t) for n, t in targets.items())
-    assert abs(kept / total - 0.6) <= max(map(size, targets.values())) / 2 / total
+    kept = sum(int(stays[n].sum()) * size[n] for n in targets)
+    assert abs(kept / total - 0.6) <= max(size.values()) / 2 / total
     assert len({int(stays[s.name].sum()) for s in program.sites}) > 1
     most = flap_published.chosen(program, stats, 0.99, BOTH)
     assert all(bool(m.any()) for m in most.values())
@@ -222,9 +224,10 @@ def test_our_budget_is_met_to_half_a_neuron(share: float) -> None:
     _, program, _ = plain("llama_gqa")
     choices = {c.site: c.config for c in budget(program, BOTH, share, "obs", True)}
     for site, mlp in zip(program.sites, program.mlps, strict=True):
-        gone = choices[site.name]["groups"] * size(site) + choices[mlp.name]["neurons"] * size(mlp)
-        whole = site.kv_heads * size(site) + mlp.neurons * size(mlp)
-        assert abs(gone - share * whole) <= size(mlp) / 2
+        (head, heads), (neuron, neurons) = (removable(t, program.weights) for t in (site, mlp))
+        gone = choices[site.name]["groups"] * head + choices[mlp.name]["neurons"] * neuron
+        whole = heads * head + neurons * neuron
+        assert abs(gone - share * whole) <= neuron / 2
 
 
 def test_a_point_fails_where_ours_is_above_its_share() -> None:

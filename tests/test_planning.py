@@ -7,8 +7,9 @@ import torch
 from dha_models import decoder, ids
 
 import attnopt
+from attnopt.heads import removable
 from attnopt.knapsack import Item, choose
-from attnopt.planning import NothingToDoError, removable
+from attnopt.planning import NothingToDoError
 from attnopt.program import Program
 
 

@@ -22,13 +22,14 @@ from typing import Any, Final
 import torch
 import transformers
 from baselines import amp_published, flap_published, kv_merges
-from baselines.removing import HEADS, NEURONS, size, targets
+from baselines.removing import HEADS, NEURONS, targets
 from harness import write
 from torch import Tensor
 
 import attnopt
 from attnopt.calibrating import Statistics
 from attnopt.data import Source, Split, split_of
+from attnopt.heads import removable
 from attnopt.nouns import Choice, Plan
 from attnopt.program import Program
 from attnopt.verifying import Paired, losses
@@ -181,14 +182,13 @@ def budget(
     if NEURONS not in units:
         return choices
     for i, mlp in enumerate(program.mlps):
-        rest = share * mlp.neurons * size(mlp)
+        size, _ = removable(mlp, program.weights)
+        rest = share * mlp.neurons * size
         if sites:
             site = sites[i]
             groups = choices[i].config["groups"]
-            rest += (share * site.kv_heads - groups) * size(site)
-        choices.append(
-            Choice(mlp.name, "amp", {"neurons": max(round(rest / size(mlp)), 0), **common})
-        )
+            rest += (share * site.kv_heads - groups) * removable(site, program.weights)[0]
+        choices.append(Choice(mlp.name, "amp", {"neurons": max(round(rest / size), 0), **common}))
     return choices
 
 

@@ -30,14 +30,6 @@ def reader(target: Site | Mlp) -> Projection:
     return target.down if isinstance(target, Mlp) else target.projections["o"]
 
 
-def size(target: Site | Mlp) -> int:
-    """Return the rows and columns of weights that a key head or neuron has."""
-    if isinstance(target, Mlp):
-        return sum(len(p.rows[0]) for p in target.inputs) + 1
-    readers = target.heads // target.kv_heads
-    return (readers + 1) * (target.head_dim + target.v_head_dim)
-
-
 def read_by(target: Site | Mlp, stays: Tensor) -> Tensor:
     """Widen a mask of key heads to their query heads; one of neurons is as it was."""
     if isinstance(target, Mlp):
