@@ -21,6 +21,12 @@ SIZES = {
 FAMILIES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "llama_gqa": ("LlamaConfig", "LlamaForCausalLM", {"num_attention_heads": 8}),
+    # Two key heads of 16 channels.
+    "llama_wide": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"hidden_size": 64, "num_key_value_heads": 2},
+    ),
     # Biases on q, k and v.
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
     # Neighbouring channels turn together, and half of them do not turn.
