@@ -86,7 +86,7 @@ def convert(site: Site | Mlp, stats: Statistics, config: Config) -> dict[str, Te
     """Return the parameters without what goes; none where nothing does."""
     if _is_idle(config):
         return {}
-    chosen = _choose(site, stats, config)
+    chosen = choose(site, stats, config)
     # The graph needs to know what stays; the columns of a large model are better solved again.
     stats.memo[_key(site, config)] = chosen.stays
     if isinstance(site, Mlp):
@@ -105,7 +105,7 @@ def emit(edit: GraphEdit, site: Site | Mlp, config: Config) -> No | None:
         return None
     stays = edit.statistics.memo.get(_key(site, config))
     if stays is None:
-        stays = _choose(site, edit.statistics, config).stays
+        stays = choose(site, edit.statistics, config).stays
     if isinstance(site, Mlp):
         return narrow_mlp(edit, site, stays)
     return narrow(edit, site, _kept(site, stays))
@@ -127,7 +127,7 @@ def _is_idle(config: Config) -> bool:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """Which query heads or neurons stay, and the new columns that read them, (outputs, columns)."""
 
     stays: Tensor
@@ -138,7 +138,7 @@ def _key(site: Site | Mlp, config: Config) -> str:
     return f"amp/{site.name}/{config}"
 
 
-def _choose(site: Site | Mlp, stats: Statistics, config: Config) -> _Chosen:
+def choose(site: Site | Mlp, stats: Statistics, config: Config) -> Chosen:
     """Choose what stays, and solve the columns that read it."""
     reader = _Reader.of(site, stats)
     removal = _Removal(reader, config)
@@ -151,7 +151,7 @@ def _choose(site: Site | Mlp, stats: Statistics, config: Config) -> _Chosen:
         left = [g for g in groups if removal.stays[list(g)].all()]
         removal.remove([[(h,) for h in g] for g in left], config.queries)
         assert per_group > config.queries
-    return _Chosen(removal.stays, removal.columns())
+    return Chosen(removal.stays, removal.columns())
 
 
 def _groups(site: Site) -> list[tuple[int, ...]]:

@@ -1,8 +1,15 @@
-"""Tiny decoders whose heads can be turned, repeated and fused."""
+"""Tiny decoders whose heads can be turned, repeated and fused, and what they compute."""
+
+from functools import cache
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+
+import attnopt
+from attnopt.calibrating import Statistics
+from attnopt.program import Program
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -32,6 +39,8 @@ FAMILIES = {
     # Neighbouring channels turn together, and half of them do not turn.
     "glm": ("GlmConfig", "GlmForCausalLM", {"partial_rotary_factor": 0.5}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {}),
+    # One parameter for q, k and v, with biases everywhere; nothing turns.
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"hidden_size": 64}),
 }
 
 
@@ -44,7 +53,7 @@ def decoder(family: str, seed: int = 0) -> torch.nn.Module:
     made = getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if "proj" in name:
+            if "proj" in name or "c_attn.weight" in name:
                 parameter.normal_(0, 0.3)
     return made.requires_grad_(False)
 
@@ -52,6 +61,34 @@ def decoder(family: str, seed: int = 0) -> torch.nn.Module:
 def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
     """Return random tokens."""
     return torch.randint(2, 61, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def exactly(model: torch.nn.Module) -> Program:
+    """Capture a decoder and bring it to its exact form."""
+    return attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
+
+
+def captured(model: torch.nn.Module, rows: int = 8) -> tuple[Program, Statistics]:
+    """Capture a decoder and calibrate it on some rows."""
+    program = exactly(model)
+    return program, attnopt.calibrate(program, ids(rows, 24, seed=3))
+
+
+@cache
+def known(family: str) -> tuple[Program, Statistics]:
+    """Capture and calibrate a decoder that no test changes, once."""
+    return captured(decoder(family))
+
+
+def logits(program: Any, rows: int = 3, tokens: int = 17) -> Tensor:
+    """Return what a model or program says of random tokens."""
+    found: Tensor = program(input_ids=ids(rows, tokens, seed=5)).logits.double()
+    return found
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return how far a is from b, relative to b."""
+    return float((a - b).norm() / b.norm())
 
 
 def turn_heads(model: torch.nn.Module, seed: int = 2, *, rigid: bool = False) -> None:

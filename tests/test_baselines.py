@@ -8,7 +8,16 @@ import pytest
 import torch
 from baselines import amp_published, flap_published, kv_merges
 from baselines.removing import HEADS, NEURONS, all_but, count, read_by, reader, without
-from dha_models import decoder, ids, repeat_heads, turn_heads
+from dha_models import (
+    captured,
+    decoder,
+    distance,
+    ids,
+    known,
+    logits,
+    repeat_heads,
+    turn_heads,
+)
 from structural import OURS, budget, points
 from torch import Tensor, nn
 
@@ -25,8 +34,7 @@ SEEN = ids(8, 24, seed=3)
 @cache
 def plain(family: str = "llama") -> tuple[nn.Module, Program, Statistics]:
     """Return a decoder that no test changes, captured and calibrated."""
-    model = decoder(family)
-    return model, *captured(model)
+    return decoder(family), *known(family)
 
 
 @cache
@@ -35,19 +43,6 @@ def with_equal_heads(family: str) -> tuple[nn.Module, Program, Statistics]:
     model = decoder(family)
     repeat_heads(model, 2)
     return model, *captured(model)
-
-
-def captured(model: nn.Module, data: Tensor = SEEN) -> tuple[Program, Statistics]:
-    program = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
-    return program, attnopt.calibrate(program, data)
-
-
-def logits(program: Any) -> Tensor:
-    return program(input_ids=ids(3, 17, seed=5)).logits.double()
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def inputs_of_layers(model: nn.Module, name: str) -> list[Tensor]:
@@ -99,7 +94,7 @@ def test_the_closed_form_beats_every_merge() -> None:
 
 def test_a_refit_brings_a_merge_closer() -> None:
     model = decoder("llama")
-    program, stats = captured(model, ids(128, 24, seed=3))
+    program, stats = captured(model, rows=128)
     without_refit, with_refit = (
         distance(logits(kv_merges.merged(program, stats, "procrustes", 2, refit=r)), logits(model))
         for r in (False, True)

@@ -15,7 +15,7 @@ import attnopt
 from attnopt import debug
 from attnopt.cli import main
 from attnopt.data import Source, split_of
-from attnopt.healing.rows import _HELD_OUT
+from attnopt.healing.rows import HELD_OUT
 from attnopt.verifying import losses
 
 STEPS = ["--steps", "16", "--every", "8", "--batch", "16", "--lr", "3e-3", "--site-lr", "3e-3"]
@@ -59,7 +59,7 @@ def test_a_student_is_healed_and_saved_with_its_plan(folder: Path, tmp_path: Pat
     assert "healed by distillation" in (out / "README.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     text = Source(str(folder / "text.safetensors"), 4096)
-    held = split_of(text, None, held_out=_HELD_OUT).held_out
+    held = split_of(text, None, held_out=HELD_OUT).held_out
     judged = held[: len(held) - len(held) // 2]
     measured = losses(attnopt.load(out), judged, "judged")
     assert float(measured.mean()) == pytest.approx(healing["after"]["nll"], abs=1e-5)

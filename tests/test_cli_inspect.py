@@ -14,8 +14,7 @@ from typing import Any
 import cli_models
 import pytest
 
-from attnopt.cli import main
-from attnopt.cli._errors import Exit
+from attnopt.cli import Exit, main
 from attnopt.nouns import Site
 
 ROOT = Path(__file__).parents[1]

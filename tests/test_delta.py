@@ -301,7 +301,7 @@ def test_a_failed_export_leaves_what_was_there(
     delta: Path, artifact: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ):
     before = files(delta)
-    monkeypatch.setattr("attnopt.artifacts.delta._card", lambda *_: 1 / 0)
+    monkeypatch.setattr("attnopt.artifacts.delta.write_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_delta(artifact, delta, base)
     assert files(delta) == before

@@ -13,6 +13,7 @@ from dha_models import decoder, ids
 
 import attnopt
 from attnopt.artifacts.saving import Result
+from attnopt.perlayer import stand_in
 
 
 @pytest.fixture(scope="module")
@@ -149,18 +150,16 @@ def test_a_load_that_fails_puts_the_classes_back() -> None:
 
 
 def test_classes_that_take_more_get_what_they_are_given() -> None:
-    from attnopt.perlayer import _stand_in
-
     class Three(torch.nn.Module):
         def __init__(self, config: object, layer_idx: int, more: str, *, last: int = 0) -> None:
             super().__init__()
             self.given = (layer_idx, more, last)
 
     config = transformers.LlamaConfig()
-    assert _stand_in(Three)(config, 3, "more", last=1).given == (3, "more", 1)
-    assert _stand_in(Three)(config, layer_idx=3, more="more").given == (3, "more", 0)
+    assert stand_in(Three)(config, 3, "more", last=1).given == (3, "more", 1)
+    assert stand_in(Three)(config, layer_idx=3, more="more").given == (3, "more", 0)
     with pytest.raises(TypeError, match="missing"):
-        _stand_in(Three)(config)
+        stand_in(Three)(config)
 
 
 def test_what_a_user_registers_goes_first() -> None:

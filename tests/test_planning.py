@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dha_models import decoder, ids, repeat_heads
+from dha_models import captured, decoder, exactly, ids, known, repeat_heads
 from torch import Tensor
 
 import attnopt
@@ -15,14 +15,6 @@ from attnopt.knapsack import Item, choose
 from attnopt.passes import dha, latent
 from attnopt.planning import NothingToDoError
 from attnopt.program import Program
-
-
-def captured(family: str = "llama") -> Program:
-    return exactly(decoder(family))
-
-
-def exactly(model: torch.nn.Module) -> Program:
-    return attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
 
 
 def size(program: Program) -> int:
@@ -54,8 +46,8 @@ def test_the_knapsack_is_solved_to_the_optimum() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama_gqa", "qwen2"])
 def test_a_budget_of_parameters_is_met_to_half_a_neuron_a_layer(family: str) -> None:
-    program = captured(family)
-    plan = attnopt.plan(program, {"params": 0.75}, ids(8, 24, seed=3))
+    program, stats = known(family)
+    plan = attnopt.plan(program, {"params": 0.75}, statistics=stats)
     result = attnopt.apply(program, plan)
     unit, _ = removable(program.mlps[0], program.weights)
     assert abs(size(result) - 0.75 * size(program)) <= len(program.mlps) * unit / 2 + 1
@@ -64,16 +56,16 @@ def test_a_budget_of_parameters_is_met_to_half_a_neuron_a_layer(family: str) -> 
 
 
 def test_what_cannot_be_removed_is_told() -> None:
+    program, _ = known("llama")
     with pytest.raises(NothingToDoError, match="the least is 0"):
-        attnopt.plan(captured(), {"params": 0.01}, ids(4, 24))
+        attnopt.plan(program, {"params": 0.01}, ids(4, 24))
     with pytest.raises(ValueError, match="one budget"):
-        attnopt.plan(captured(), {"params": 0.8, "kv_cache": 0.5}, ids(4, 24))
+        attnopt.plan(program, {"params": 0.8, "kv_cache": 0.5}, ids(4, 24))
 
 
 @pytest.mark.parametrize("tier", [1, 2])
 def test_layers_and_kinds_have_budgets_of_their_own(tier: int) -> None:
-    program = captured()
-    stats = attnopt.calibrate(program, ids(16, 24, seed=3))
+    program, stats = captured(decoder("llama"), rows=16)
     plan = attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=tier)
     result = attnopt.apply(program, plan)
     _, state = result.step({"input_ids": ids(1, 6)})
@@ -90,8 +82,7 @@ def test_layers_and_kinds_have_budgets_of_their_own(tier: int) -> None:
 
 
 def test_measured_damages_serve_another_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = captured()
-    stats = attnopt.calibrate(program, ids(8, 24, seed=3))
+    program, stats = captured(decoder("llama"))
     attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=1)
     measured: list[str] = []
     monkeypatch.setattr(budgets, "losses", lambda *given: measured.append(given[2]) or Tensor([1]))

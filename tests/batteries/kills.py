@@ -161,7 +161,7 @@ def die_before(
         if event in _OPERATIONS and str(arguments[0]).startswith(str(folder)):
             operation()
 
-    sync, own = os.fsync, staging._exchange
+    sync, own = os.fsync, staging.exchange
 
     def fsync(handle: int) -> None:
         operation()
@@ -172,7 +172,7 @@ def die_before(
         return exchange and own(a, b)
 
     os.fsync = fsync
-    staging._exchange = exchanged
+    staging.exchange = exchanged
     for home, name in ((safetensors.torch, "save_file"), (modeling_utils, "safe_save_file")):
         setattr(home, name, _preceded(operation, getattr(home, name)))
     sys.addaudithook(heard)
