@@ -196,7 +196,7 @@ def battery(subjects: Subjects, points: int, seed: int) -> dict[str, Any]:
     def judge(target: Target, what: str, kill: Callable[..., tuple[str, str]], **how: Any) -> None:
         try:
             which, phase = kill(target, **how)
-        except Exception as error:
+        except Exception as error:  # what a reader raises of what a kill left is a finding
             failures.append(f"{what}: {type(error).__name__}: {error}")
             shutil.rmtree(target.out.parent)
             target.out.parent.mkdir()
