@@ -1,6 +1,8 @@
 """Tiny decoders whose heads can be turned, repeated and fused, and what they compute."""
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import transformers
 from torch import Tensor
 
 import attnopt
+from attnopt.artifacts.saving import Result
 from attnopt.calibrating import Statistics
 from attnopt.program import Program
 
@@ -63,9 +66,26 @@ def ids(rows: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randint(2, 61, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+_EXACT: dict[str, Program] = {}
+
+
 def exactly(model: torch.nn.Module) -> Program:
-    """Capture a decoder and bring it to its exact form."""
-    return attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
+    """Bring a decoder to its exact form; it is captured once for all weights of its shapes."""
+    key = f"{type(model).__name__} {model.config.to_json_string()}"
+    if key not in _EXACT:
+        program = attnopt.capture(model, (), {"input_ids": ids(2, 11)})
+        _EXACT[key] = attnopt.apply(program, "exact")
+    found = _EXACT[key]
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in found.weights}
+    return found.with_weights(own)
+
+
+def uneven(source: Path) -> Result:
+    """Give the second layer of a checkpoint half the key and value heads of the first: tier 1."""
+    program = attnopt.apply(attnopt.capture(source), "exact")
+    plan = attnopt.plan(program, {"kv_cache": "50%"}, data=ids(16, 24))
+    plan = replace(plan, choices=plan.choices[1:], goal={})
+    return attnopt.optimize(program, plan=plan, data=ids(16, 24))
 
 
 def captured(model: torch.nn.Module, rows: int = 8) -> tuple[Program, Statistics]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from baselines import amp_published, flap_published, kv_merges
-from baselines.removing import HEADS, NEURONS, all_but, count, read_by, reader, without
+from baselines.removing import HEADS, NEURONS, all_but, count, pruned, read_by, reader, without
 from dha_models import (
     captured,
     decoder,
@@ -133,7 +133,7 @@ def blanking(gone: Tensor) -> Callable[..., Any]:
 def test_removing_nothing_changes_nothing() -> None:
     _, program, stats = plain()
     for method in (amp_published, flap_published):
-        assert torch.equal(logits(method.pruned(program, stats, 0.0)), logits(program))
+        assert torch.equal(logits(pruned(method.chosen, program, stats, 0.0)), logits(program))
 
 
 # --------------------------------------------------------------------------------------------- AMP

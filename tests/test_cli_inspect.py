@@ -191,6 +191,8 @@ def test_an_interrupt_ends_with_status_130_and_one_line(where: str, tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        # What runs in the background of a shell ignores interrupts, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert running.stdout is not None
     assert running.stdout.readline() == "ready\n"

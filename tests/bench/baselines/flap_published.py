@@ -17,14 +17,7 @@ from attnopt.calibrating import Statistics
 from attnopt.heads import removable
 from attnopt.nouns import Mlp, Site
 from attnopt.program import Program
-from baselines.removing import HEADS, NEURONS, read_by, reader, targets, without
-
-
-def pruned(
-    program: Program, stats: Statistics, share: float, units: Collection[str] = (HEADS, NEURONS)
-) -> Program:
-    """Return a program without what FLAP removes, and without its bias."""
-    return without(program, stats, chosen(program, stats, share, units))
+from baselines.removing import HEADS, NEURONS, read_by, reader, targets
 
 
 def chosen(

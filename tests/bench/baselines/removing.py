@@ -1,6 +1,6 @@
 """A program without some key heads and neurons that a published method has chosen."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -54,6 +54,23 @@ def without(program: Program, stats: Statistics, stays: Mapping[str, Tensor]) ->
         choices.append(Choice(name, "amp", config))
         weights |= write_heads(stats.weights, _written(target, kept))
     return reweighted(apply(program, Plan(tuple(choices), statistics=stats)), weights)
+
+
+Method = Callable[[Program, Statistics, float, Collection[str]], dict[str, Tensor]]
+
+
+def pruned(
+    method: Method,
+    program: Program,
+    stats: Statistics,
+    share: float,
+    units: Collection[str] = (HEADS, NEURONS),
+) -> Program:
+    """Return a program that has lost a share of its heads, of its neurons, or of both.
+
+    `method` chooses what stays; nothing makes up for what goes.
+    """
+    return without(program, stats, method(program, stats, share, units))
 
 
 def _written(target: Site | Mlp, kept: Tensor) -> list[Written]:
