@@ -18,6 +18,7 @@ from attnopt.data import Source, split_of
 from attnopt.healing.rows import HELD_OUT
 from attnopt.verifying import losses
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 STEPS = ["--steps", "16", "--every", "8", "--batch", "16", "--lr", "3e-3", "--site-lr", "3e-3"]
 
 
@@ -76,7 +77,9 @@ def test_a_gate_that_fails_keeps_the_candidate_aside(folder: Path, tmp_path: Pat
     assert report["accepted"] is False
 
 
-def test_an_interrupted_run_is_resumed(folder: Path, tmp_path: Path, capsys, monkeypatch):
+def test_an_interrupted_run_is_resumed(
+    folder: Path, tmp_path: Path, capsys, monkeypatch, captured_once
+):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main([*words(folder, whole), "--quiet"]) == 0
     with monkeypatch.context() as patched:
@@ -88,6 +91,7 @@ def test_an_interrupted_run_is_resumed(folder: Path, tmp_path: Path, capsys, mon
     assert main(words(folder, out)) == 2
     assert "resume it" in capsys.readouterr().err
     capsys.readouterr()
+    captured_once.clear()
     assert main([*words(folder, out), "--resume", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "attnopt.heal/1"

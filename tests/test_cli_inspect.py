@@ -17,6 +17,7 @@ import pytest
 from attnopt.cli import Exit, main
 from attnopt.nouns import Site
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 ROOT = Path(__file__).parents[1]
 BLOCKS = "cli_models:blocks"
 
