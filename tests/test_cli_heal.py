@@ -19,7 +19,7 @@ from attnopt.healing.rows import HELD_OUT
 from attnopt.verifying import losses
 
 pytestmark = pytest.mark.usefixtures("captured_once")
-STEPS = ["--steps", "16", "--every", "8", "--batch", "16", "--lr", "3e-3", "--site-lr", "3e-3"]
+STEPS = ["--steps", "8", "--every", "4", "--batch", "16", "--lr", "3e-3", "--site-lr", "3e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def test_a_student_is_healed_and_saved_with_its_plan(folder: Path, tmp_path: Pat
     capsys.readouterr()
     assert main(words(folder, out)) == 0
     shown = capsys.readouterr().out
-    for part in ("16 steps on 3,072 tokens", "above the teacher", "nothing was gated", "tier 0"):
+    for part in ("8 steps on 1,536 tokens", "above the teacher", "nothing was gated", "tier 0"):
         assert part in shown
     report = json.loads((out / "attnopt/report.json").read_text())
     healing = report["measured"]["healing"]
-    assert healing["stages"]["sites"]["steps"] == 4
+    assert healing["stages"]["sites"]["steps"] == 2
     assert healing["looks"][-1]["loss"] < healing["looks"][0]["loss"]
     assert [site["pass"] for site in report["changed"]] == ["dha", "dha"]
     plan = attnopt.Plan.load(out / "attnopt/plan.yaml")
@@ -86,7 +86,7 @@ def test_an_interrupted_run_is_resumed(
         patched.setattr(debug, "advance", press_at("distil", 3))
         assert main(words(folder, out)) == 130
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match("AO130 interrupted after step 7 of 16.*--resume", told)
+    assert re.match("AO130 interrupted after step 5 of 8.*--resume", told)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.healing", "whole"]
     assert main(words(folder, out)) == 2
     assert "resume it" in capsys.readouterr().err
