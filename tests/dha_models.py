@@ -71,7 +71,8 @@ _EXACT: dict[str, Program] = {}
 
 def exactly(model: torch.nn.Module) -> Program:
     """Bring a decoder to its exact form; it is captured once for all weights of its shapes."""
-    key = f"{type(model).__name__} {model.config.to_json_string()}"
+    dtype = next(model.parameters()).dtype
+    key = f"{type(model).__name__} {dtype} {model.config.to_json_string()}"
     if key not in _EXACT:
         program = attnopt.capture(model, (), {"input_ids": ids(2, 11)})
         _EXACT[key] = attnopt.apply(program, "exact")
