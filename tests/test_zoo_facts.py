@@ -136,7 +136,15 @@ def agrees(scores: torch.Tensor, facts: Expected) -> bool:
     return heads_agree and bool((seen == visible(facts.mask, queries, keys)).all())
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.ZOO if n not in OTHER_SOFTMAX])
+# The rows that only slow tests read are checked by slow tests.
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow)
+        for n in zoo.ZOO
+        if n not in OTHER_SOFTMAX
+    ],
+)
 def test_the_table_agrees_with_the_scores_of_the_stock_model(name: str) -> None:
     model, kwargs, count = zoo.build(name, pad="none")
     expected = zoo_facts.expected(name, model.config, kwargs)
