@@ -18,6 +18,10 @@ from attnopt.knapsack import Item, choose
 from attnopt.moments import Statistics
 from attnopt.nouns import Choice, No, Plan, Site
 from attnopt.program import Program
+from attnopt.refusals import NothingToDoError
+from attnopt.rewriting import apply
+from attnopt.verifying import losses
+from attnopt.weights import fingerprint
 
 _TOKENS = 4096
 
@@ -40,8 +44,6 @@ def cache_budget(
     full = sum(s.kv_heads * (s.head_dim + s.v_head_dim) for s in sites)
     chosen = choose(rows, share * full)
     if chosen is None:
-        from attnopt.planning import NothingToDoError
-
         least = sum(min(i.weight for i in row) for row in rows) / full
         raise NothingToDoError(
             f"no plan leaves {share:.4g} of the cache; the least is {least:.4g} "
@@ -75,18 +77,19 @@ def _damages(
     program: Program, statistics: Statistics, dha: Any, options: Mapping[str, list[Any]]
 ) -> dict[tuple[str, str, int], float]:
     """Measure what each number of key heads and of value heads costs at each site alone."""
-    from attnopt.verifying import losses
-
-    rows = _rows(statistics.batches)
-    before = float(losses(program, rows, "source").mean())
     sites = {s.name: s for s in program.sites}
     wanted = sorted(
         {(n, "k", c.keys) for n, cs in options.items() for c in cs}
         | {(n, "v", c.values) for n, cs in options.items() for c in cs}
     )
-    # Another budget asks for the same.
-    found: dict[tuple[str, str, int], float] = statistics.memo.setdefault("dha/damages", {})
+    # Another budget of the same program asks for the same.
+    key = f"dha/damages/{program.history}/{fingerprint(program.weights)}"
+    found: dict[tuple[str, str, int], float] = statistics.memo.setdefault(key, {})
     wanted = [w for w in wanted if w not in found]
+    if not wanted:
+        return found
+    rows = _rows(statistics.batches)
+    before = float(losses(program, rows, "source").mean())
     for number, (name, what, count) in enumerate(wanted, 1):
         whole = sites[name].kv_heads
         found[name, what, count] = 0.0
@@ -94,16 +97,10 @@ def _damages(
             heads = {"k_heads": whole, "v_heads": whole, f"{what}_heads": count}
             choice = Choice(name, "dha", asdict(dha.Config(whole, refit=False, **heads)))
             plan = Plan((choice,), statistics=replace(statistics, weights=program.weights))
-            after = losses(_applied(program, plan), rows, f"{name} {what} {count}")
+            after = losses(apply(program, plan), rows, f"{name} {what} {count}")
             found[name, what, count] = max(float(after.mean()) - before, 0.0)
         debug.advance("measure", number, len(wanted))
     return found
-
-
-def _applied(program: Program, plan: Plan) -> Program:
-    from attnopt.rewriting import apply
-
-    return apply(program, plan)
 
 
 def _rows(batches: Iterable[Mapping[str, Any]]) -> Tensor:

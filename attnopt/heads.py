@@ -1,12 +1,13 @@
 """Projections by head: parameters in whatever layout become one linear map a head, and back."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnopt.nouns import Projection
+from attnopt.nouns import Mlp, Projection, Site
 from attnopt.weights import described
 
 
@@ -123,3 +124,19 @@ def per_row(weights: Mapping[str, Tensor], projection: Projection) -> bool:
     return projection.axis == outputs and (
         described(weights, projection.bias).shape[0] == shape[outputs]
     )
+
+
+def removable(thing: Site | Mlp, weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the parameters of one key head with its readers, or of a neuron, and how many."""
+    if isinstance(thing, Mlp):
+        units, projections = thing.neurons, (*thing.inputs, thing.down)
+    else:
+        units, projections = thing.kv_heads, tuple(thing.projections.values())
+    size = 0
+    for projection in projections:
+        shape = described(weights, projection.parameter).shape
+        rows = len(projection.rows) * len(projection.rows[0])
+        size += rows * math.prod(shape) // shape[projection.axis]
+        if per_row(weights, projection):
+            size += rows
+    return size // units, units

@@ -52,7 +52,7 @@ def _with_stand_ins(apply_patches: Callable[[], Any]) -> Callable[[], Any]:
             places = list(_places())
             try:
                 for module, name, stock in places:
-                    setattr(module, name, _stand_in(stock))
+                    setattr(module, name, stand_in(stock))
                 yield
             finally:
                 for module, name, stock in places:
@@ -89,7 +89,9 @@ class _StandIn(type):
         return isinstance(instance, cls.stock)
 
 
-def _stand_in(stock: type[nn.Module]) -> type:
+def stand_in(stock: type[nn.Module]) -> type:
+    """Return a class that builds a stock class from the settings of its layer."""
+
     def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         layer = kwargs.get("layer_idx", args[0] if args else None)
         if layer is None or not is_marked(config):

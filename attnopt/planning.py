@@ -12,18 +12,14 @@ from attnopt import passes as registry
 from attnopt.budgets import cache_budget
 from attnopt.calibrating import Statistics, calibrate
 from attnopt.costs import default_workload, parameters
-from attnopt.heads import per_row
+from attnopt.heads import removable
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.program import Program
+from attnopt.refusals import NothingToDoError as NothingToDoError
 from attnopt.refusals import shared
-from attnopt.weights import described
 
 GOALS = ("kv_cache", "params", "max_drop")
 _LATER = ("flops", "latency")
-
-
-class NothingToDoError(ValueError):
-    """No rewrite serves the goal; the message says what stands in the way."""
 
 
 @torch.no_grad()
@@ -39,26 +35,27 @@ def plan(
 ) -> Plan:
     """Choose a rewrite for every site so that the goal is met with the least change.
 
-    In tier 0 all layers are treated alike, so that a stock class holds the result. In tier 1 every
-    layer has its own numbers of heads, in tier 2 keys and values have numbers of their own: then
-    the damage of each is measured on calibration rows.
+    In tier 0 all layers are treated alike, so that a stock class holds the result. Of the passes
+    that meet the goal, the one that is predicted to damage least is taken; one whose result needs a
+    higher tier only where no other meets it. In tier 1 every layer has its own numbers of heads, in
+    tier 2 keys and values have numbers of their own: then the damage of each is measured on
+    calibration rows.
     """
     wanted = checked_goal(goal or {})
     spread = _spreading(passes) if "kv_cache" in wanted else None
-    chosen = [] if spread is not None else search(program, wanted, passes)
+    found = [] if spread is not None else search(program, wanted, passes)
     if statistics is None:
         statistics = calibrate(program, data)
+    fusing = any(options[0].rewrite == "dha" for options in found)
     if spread is not None:
         tokens = default_workload(program).sequence
         choices = spread.allocate(program, statistics, wanted["kv_cache"], tokens=tokens)
         if not choices:
-            raise NothingToDoError(
-                f"pass {list(passes or ())} applies to no site that keeps a cache"
-            )
-    elif tier and "kv_cache" in wanted:
+            raise NothingToDoError(f"{list(passes or ())} applies to no site that keeps a cache")
+    elif tier and "kv_cache" in wanted and fusing:
         choices = cache_budget(program, statistics, wanted["kv_cache"], decoupled=tier > 1)
     else:
-        choices = tuple(_explained(option, statistics) for option in chosen)
+        choices = tuple(o.choice for o in _least_damage(found, statistics, tier))
     return Plan(choices, wanted, dict(provenance or {}), statistics=statistics)
 
 
@@ -70,8 +67,8 @@ def _spreading(passes: Sequence[str] | None) -> Any:
 
 def search(
     program: Program, goal: Mapping[str, float], passes: Sequence[str] | None = None
-) -> list["_Option"]:
-    """Choose a uniform setting for every site from what the sites are; no data is read."""
+) -> list[list["_Option"]]:
+    """List uniform settings that meet a goal, a pass each, from what the sites are without data."""
     budgets = [name for name in ("kv_cache", "params") if name in goal]
     if len(budgets) != 1:
         raise ValueError(
@@ -79,7 +76,7 @@ def search(
             "{'params': 0.8}; for several, optimize the result of the first for the second"
         )
     if "params" in goal:
-        return _fewer_parameters(program, goal["params"], passes)
+        return [_fewer_parameters(program, goal["params"], passes)]
     return _uniform(program.sites, _options(program, passes), goal["kv_cache"])
 
 
@@ -113,12 +110,32 @@ def fraction(value: Any, name: str) -> float:
 
 @dataclass(frozen=True)
 class _Option:
-    """One pass with one setting at one site, and the cache that it leaves."""
+    """One pass with one setting at one site: the elements that it leaves or removes.
+
+    `left` counts the cache of a token, `removed` weights; `damage` is what the pass predicts.
+    """
 
     site: Site | Mlp
     rewrite: str
     config: Any
-    cache: float
+    left: float = 0.0
+    removed: int = 0
+    damage: float | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """The option as a plan says it."""
+        why = f"leaves {self.left:g} elements of cache a token"
+        if self.removed:
+            why = f"removes {self.removed:,} parameters"
+        if self.damage is not None:
+            why += f"; predicted error {self.damage:.4f}"
+        return Choice(self.site.name, self.rewrite, dataclasses.asdict(self.config), why)
+
+    @property
+    def tier(self) -> int:
+        """The lowest tier that holds the result."""
+        return registry.tier_of(registry.load(self.rewrite), self.site, self.config)
 
 
 def _options(program: Program, names: Sequence[str] | None) -> dict[str, list[_Option]]:
@@ -153,16 +170,19 @@ def _options(program: Program, names: Sequence[str] | None) -> dict[str, list[_O
 
 def _uniform(
     sites: Sequence[Site], options: Mapping[str, list[_Option]], share: float
-) -> list[_Option]:
-    """Choose the same setting at every site: the weakest that meets the goal."""
+) -> list[list[_Option]]:
+    """List the same setting at every site: of each pass the weakest that meets the goal."""
     full = {s.name: s.kv_heads * (s.head_dim + s.v_head_dim) for s in sites}
     first = next(iter(options.values()))
-    for wanted in first:
+    found: dict[str, list[_Option]] = {}
+    for wanted in (o for o in first if o.rewrite not in found):
         chosen = [_same(wanted, held) for held in options.values()]
-        used = sum(o.cache for o in chosen if o is not None)
+        used = sum(o.left for o in chosen if o is not None)
         if all(chosen) and used <= share * sum(full[n] for n in options) * (1 + 1e-9):
-            return [o for o in chosen if o is not None]
-    least = min(o.cache for o in first) / full[first[0].site.name]
+            found[wanted.rewrite] = [o for o in chosen if o is not None]
+    if found:
+        return list(found.values())
+    least = min(o.left for o in first) / full[first[0].site.name]
     raise NothingToDoError(
         f"no uniform plan leaves {share:.4g} of the cache; the least is {least:.4g} (--kv-cache "
         f"{least:.4%})"
@@ -214,34 +234,30 @@ def _fewer_parameters(program: Program, share: float, names: Sequence[str] | Non
             t,
             "amp",
             config(refit=True, **{"neurons" if isinstance(t, Mlp) else "groups": n}),
-            held[t.name][0] * n,
+            removed=held[t.name][0] * n,
         )
         for t in things
         if (n := removed[t.name])
     ]
 
 
-def removable(thing: Site | Mlp, weights: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Return the parameters of one key head with its readers, or of a neuron, and how many."""
-    if isinstance(thing, Mlp):
-        units, projections = thing.neurons, (*thing.inputs, thing.down)
-    else:
-        units, projections = thing.kv_heads, tuple(thing.projections.values())
-    size = 0
-    for projection in projections:
-        shape = described(weights, projection.parameter).shape
-        rows = len(projection.rows) * len(projection.rows[0])
-        size += rows * math.prod(shape) // shape[projection.axis]
-        if per_row(weights, projection):
-            size += rows
-    return size // units, units
+def _least_damage(
+    found: Sequence[list[_Option]], statistics: Statistics, tier: int
+) -> list[_Option]:
+    """Choose the pass that is predicted to damage least; one that names no damage comes last."""
+    lowest = min(max(tier, *(o.tier for o in options)) for options in found)
+    allowed = [options for options in found if all(o.tier <= lowest for o in options)]
+    rated = [[_rated(option, statistics) for option in options] for options in allowed]
+    return min(rated, key=lambda options: (_sum(options), options[0].rewrite))
 
 
-def _explained(option: _Option, statistics: Statistics) -> Choice:
+def _rated(option: _Option, statistics: Statistics) -> _Option:
     module: Any = registry.load(option.rewrite)
-    why = f"leaves {option.cache:g} elements of cache a token"
-    if option.rewrite == "amp":
-        why = f"removes {option.cache:,.0f} parameters"
-    if hasattr(module, "damage"):
-        why += f"; predicted error {module.damage(option.site, statistics, option.config):.4f}"
-    return Choice(option.site.name, option.rewrite, dataclasses.asdict(option.config), why)
+    if not hasattr(module, "damage"):
+        return option
+    damage = float(module.damage(option.site, statistics, option.config))
+    return dataclasses.replace(option, damage=damage)
+
+
+def _sum(options: Sequence[_Option]) -> float:
+    return sum(math.inf if o.damage is None else o.damage for o in options)

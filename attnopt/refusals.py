@@ -1,9 +1,13 @@
-"""Refusals that all rewrites share which change the projections of a site."""
+"""Refusals that rewrites of projections share, and what a planner says that finds no rewrite."""
 
 from collections import Counter
 
 from attnopt.nouns import Mlp, No, Site
 from attnopt.program import Program
+
+
+class NothingToDoError(ValueError):
+    """No rewrite serves the goal; the message says what stands in the way."""
 
 
 def unreadable(site: Site) -> No | None:

@@ -118,8 +118,7 @@ def _joined(
 def _tier(choice: Choice, sites: Mapping[str, Site | Mlp]) -> int:
     """Return the lowest tier that can hold a choice."""
     site, module, config = _resolved(choice, sites)
-    found: int = module.tier_of(site, config) if hasattr(module, "tier_of") else module.tier
-    return found
+    return registry.tier_of(module, site, config)
 
 
 def statistics_of(plan: Plan, program: Program) -> Statistics:

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Exit.INTERNAL
     except MemoryError as error:
         return _failed(CommandError("AO601", f"out of memory: {error}", Exit.RESOURCES), output)
+    # A bug, of any class: it is told in one line and a status like all else, with its place.
     except Exception as error:
         internal = _internal(error)
         internal.__cause__ = error

@@ -247,18 +247,7 @@ def _summary(output: Output, result: "Result", healing: "Healing", place: Path) 
     output.line()
     for refusal in healing.skipped:
         output.line(f"not compared site by site: {refusal}")
-    output.line(_verdict(healing))
+    output.line(after.verdict)
+    if not after.accepted:
+        output.line("more --steps, or more --data, may come closer to the teacher")
     output.line(f"saved as {shown(place)} (tier {_tier(result)})")
-
-
-def _verdict(healing: "Healing") -> str:
-    report = healing.after
-    low, high = report.drop.ci95
-    told_ = (
-        f"loss {report.drop.mean:+.2%} of the teacher's, 95 % confidence {low:+.2%} to {high:+.2%} "
-        f"(paired, {report.tokens:,} tokens in {report.delta_nll.rows} rows)"
-    )
-    if report.max_drop is None:
-        return f"{told_}\nno --max-drop was given: nothing was gated"
-    sign, verdict = ("<=", "accepted") if report.accepted else (">", "REJECTED; take more --steps")
-    return f"{told_}\ngate: upper bound {high:+.2%} {sign} {report.max_drop:.2%}: {verdict}"

@@ -105,6 +105,11 @@ def answer(rewrite: Any, site: "Site") -> "Literal[True] | No":
     return rewrite.fits(site, configs[-1])  # type: ignore[no-any-return]
 
 
+def tier_of(rewrite: Any, site: Any, config: Any) -> int:
+    """Return the lowest tier that holds a result: the pass's own, or what it says of a setting."""
+    return int(rewrite.tier_of(site, config) if hasattr(rewrite, "tier_of") else rewrite.tier)
+
+
 def describe(name: str) -> Description:
     """Read a pass's one-line summary and its constants from its source."""
     spec = importlib.util.find_spec(_module_name(name))

@@ -86,7 +86,7 @@ def convert(site: Site | Mlp, stats: Statistics, config: Config) -> dict[str, Te
     """Return the parameters without what goes; none where nothing does."""
     if _is_idle(config):
         return {}
-    chosen = _choose(site, stats, config)
+    chosen = choose(site, stats, config)
     # The graph needs to know what stays; the columns of a large model are better solved again.
     stats.memo[_key(site, config)] = chosen.stays
     if isinstance(site, Mlp):
@@ -105,24 +105,18 @@ def emit(edit: GraphEdit, site: Site | Mlp, config: Config) -> No | None:
         return None
     stays = edit.statistics.memo.get(_key(site, config))
     if stays is None:
-        stays = _choose(site, edit.statistics, config).stays
+        stays = choose(site, edit.statistics, config).stays
     if isinstance(site, Mlp):
         return narrow_mlp(edit, site, stays)
     return narrow(edit, site, _kept(site, stays))
 
 
 def cost(site: Site | Mlp, config: Config, workload: Any) -> dict[str, float]:
-    """Return the weights that go and what a token leaves in the cache, in elements."""
-    if isinstance(site, Mlp):
-        return {"parameters_removed": config.neurons * neuron_size(site)}
+    """Return the KV bytes per token, in units of one element; the parameters: heads.removable."""
+    if isinstance(site, Mlp) or not site.cached:
+        return {"kv_elements_per_token": 0}
     left = site.kv_heads - config.groups
-    elements = left * (site.head_dim + site.v_head_dim) if site.cached else 0
-    return {"kv_elements_per_token": elements}
-
-
-def neuron_size(mlp: Mlp) -> int:
-    """Return how many rows and columns of weights one neuron has."""
-    return sum(len(p.rows[0]) for p in mlp.inputs) + 1
+    return {"kv_elements_per_token": left * (site.head_dim + site.v_head_dim)}
 
 
 def _is_idle(config: Config) -> bool:
@@ -133,7 +127,7 @@ def _is_idle(config: Config) -> bool:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class Chosen:
     """Which query heads or neurons stay, and the new columns that read them, (outputs, columns)."""
 
     stays: Tensor
@@ -144,7 +138,7 @@ def _key(site: Site | Mlp, config: Config) -> str:
     return f"amp/{site.name}/{config}"
 
 
-def _choose(site: Site | Mlp, stats: Statistics, config: Config) -> _Chosen:
+def choose(site: Site | Mlp, stats: Statistics, config: Config) -> Chosen:
     """Choose what stays, and solve the columns that read it."""
     reader = _Reader.of(site, stats)
     removal = _Removal(reader, config)
@@ -157,7 +151,7 @@ def _choose(site: Site | Mlp, stats: Statistics, config: Config) -> _Chosen:
         left = [g for g in groups if removal.stays[list(g)].all()]
         removal.remove([[(h,) for h in g] for g in left], config.queries)
         assert per_group > config.queries
-    return _Chosen(removal.stays, removal.columns())
+    return Chosen(removal.stays, removal.columns())
 
 
 def _groups(site: Site) -> list[tuple[int, ...]]:

@@ -144,7 +144,7 @@ def _check(case: Case, compiler: Compiler) -> Result:
     expected = case.expected
     try:
         compiled = compiler(case)
-    except Exception as error:
+    except Exception as error:  # a compiler that raises anything is a finding
         return Result(case, len(expected), 0, 0, (Problem("crash", shown(error)),))
     found = len(compiled.sites)
     problems = [*_counted(case, compiled)]
@@ -188,7 +188,7 @@ def _compared(case: Case, compiled: Compiled) -> tuple[list[Problem], int]:
         try:
             for number in range(DRAWS):
                 _measure(case, compiled, reference, case.inputs(size, number), (one, pooled))
-        except Exception as error:
+        except Exception as error:  # as above
             if 1 in (size.batch, size.length):
                 narrowed += 1
                 continue
@@ -238,7 +238,7 @@ def _named(stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def run(**inputs: Any) -> Any:
         try:
             return call(**inputs)
-        except Exception as error:
+        except Exception as error:  # raised again, with its stage
             error.args = (f"{stage}: {error}",)
             raise
 

@@ -73,7 +73,7 @@ def padded(case: Case, plan: attnopt.Plan, narrowed: Program) -> Program:
     weights: dict[str, Tensor] = {}
     for choice in plan.choices:
         thing = known[choice.site]
-        chosen = amp._choose(thing, stats, amp.Config(**choice.config))
+        chosen = amp.choose(thing, stats, amp.Config(**choice.config))
         reader = thing.down if isinstance(thing, Mlp) else thing.projections["o"]
         new = narrowed.main.weights[reader.parameter]
         weights[reader.parameter] = spread(stats.weights[reader.parameter], new, reader, chosen)

@@ -1,35 +1,22 @@
 """Removing heads and neurons: the least is lost, the rest makes up for it, in every basis."""
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dha_models import decoder, ids, turn_heads
-from narrowing import distance
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from dha_models import captured, decoder, distance, ids, known, logits, turn_heads
 
 import attnopt
 from attnopt.calibrating import Statistics
+from attnopt.heads import removable
 from attnopt.nouns import Choice, Mlp, No, Site
 from attnopt.passes import amp
 from attnopt.program import Program
 from attnopt.ridge import Dense, Few
 
 Pair = tuple[Program, Statistics]
-
-
-def calibrated(model: torch.nn.Module) -> Pair:
-    program = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
-    return program, attnopt.calibrate(program, ids(8, 24, seed=3))
-
-
-@cache
-def of(family: str) -> Pair:
-    return calibrated(decoder(family))
 
 
 def pruned(pair: Pair, **config: Any) -> Program:
@@ -39,14 +26,10 @@ def pruned(pair: Pair, **config: Any) -> Program:
     return attnopt.apply(program, attnopt.Plan(choices, statistics=stats))
 
 
-def logits(program: Any) -> Tensor:
-    return program(input_ids=ids(3, 17, seed=5)).logits.double()
-
-
 def loss(thing: Site | Mlp, stats: Statistics, config: amp.Config) -> float:
     """Return the squared error of what a thing gives, when units go and the others are solved."""
     reader = thing.down if isinstance(thing, Mlp) else thing.projections["o"]
-    chosen = amp._choose(thing, stats, config)
+    chosen = amp.choose(thing, stats, config)
     error = stats.weights[reader.parameter].double().clone()
     kept = torch.tensor(reader.rows)[chosen.stays].flatten()
     error[:, kept] -= chosen.columns
@@ -54,31 +37,48 @@ def loss(thing: Site | Mlp, stats: Statistics, config: amp.Config) -> float:
     return float(((error @ gram) * error).sum())
 
 
-def test_the_growth_is_the_loss_after_compensation() -> None:
-    program, stats = of("llama")
-    site = program.sites[0]
-    config = amp.Config(groups=1, ridge=1e-10)
-    removal = amp._Removal(amp._Reader.of(site, stats), config)
-    growth = removal._growth([(h,) for h in range(site.heads)])
-    measured = loss(site, stats, config)
-    assert float(growth.min()) == pytest.approx(measured, rel=1e-5)
-    for score in ("amp", "flap", "l2", "random"):
-        other = replace(config, score=score)
-        gone = int((~amp._choose(site, stats, other).stays).nonzero())
-        assert float(growth[gone]) == pytest.approx(loss(site, stats, other), rel=1e-5)
+def losses_of_one_more(thing: Site | Mlp, stats: Statistics, gone: list[int]) -> dict[int, float]:
+    """Return what is lost, with the others solved anew, when each unit goes beside some."""
+    reader = thing.down if isinstance(thing, Mlp) else thing.projections["o"]
+    weight, gram = stats.weights[reader.parameter].double(), stats.gram(reader.parameter)[:-1, :-1]
+    found: dict[int, float] = {}
+    for unit in set(range(len(reader.rows))) - set(gone):
+        out = torch.tensor([reader.rows[u] for u in (*gone, unit)]).flatten()
+        stay = torch.tensor([c for c in range(len(gram)) if c not in out])
+        told = gram[out][:, stay] @ torch.linalg.solve(gram[stay][:, stay], gram[stay][:, out])
+        error = weight[:, out] @ (gram[out][:, out] - told)
+        found[unit] = float((error * weight[:, out]).sum())
+    return found
 
 
-def test_the_growth_of_neurons_is_their_loss() -> None:
-    program, stats = of("llama")
-    mlp = program.mlps[0]
-    config = amp.Config(neurons=1, ridge=1e-8)
-    removal = amp._Removal(amp._Reader.of(mlp, stats), config)
-    growth = removal._growth([(n,) for n in range(mlp.neurons)])
-    assert float(growth.min()) == pytest.approx(loss(mlp, stats, config), rel=1e-4)
+@pytest.mark.parametrize(("kind", "count"), [("sites", 3), ("mlps", 4)])
+def test_what_goes_first_is_what_costs_least_once_the_others_are_solved(
+    kind: str, count: int
+) -> None:
+    program, stats = known("llama")
+    (thing, *_) = getattr(program, kind)
+    gone: list[int] = []
+    for number in range(1, count + 1):
+        found = losses_of_one_more(thing, stats, gone)
+        gone.append(min(found, key=lambda unit: found[unit]))
+        config = amp.Config(**{"groups" if kind == "sites" else "neurons": number}, ridge=1e-10)
+        chosen = amp.choose(thing, stats, config)
+        assert set((~chosen.stays).nonzero().flatten().tolist()) == set(gone)
+        assert loss(thing, stats, config) == pytest.approx(min(found.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("score", ["amp", "flap", "l2", "random"])
+def test_whatever_goes_the_others_make_up_for_it(score: str) -> None:
+    program, stats = known("llama")
+    (site, *_) = program.sites
+    config = amp.Config(groups=1, ridge=1e-10, score=score)
+    gone = int((~amp.choose(site, stats, config).stays).nonzero())
+    expected = losses_of_one_more(site, stats, [])[gone]
+    assert loss(site, stats, config) == pytest.approx(expected, rel=1e-5)
 
 
 def test_compensation_loses_less_than_none() -> None:
-    program, stats = of("llama")
+    program, stats = known("llama")
     for thing, unit in ((program.sites[0], {"groups": 2}), (program.mlps[0], {"neurons": 10})):
         with_it, without = (loss(thing, stats, amp.Config(**unit, compensate=c)) for c in (1, 0))
         assert with_it < 0.95 * without
@@ -90,10 +90,10 @@ def test_a_twin_head_goes_without_loss() -> None:
         attention = layer.self_attn
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             projection.weight[16:24] = projection.weight[:8]
-    result = pruned(calibrated(model), groups=1, ridge=1e-10)
+    result = pruned(captured(model), groups=1, ridge=1e-10)
     assert [s.kv_heads for s in result.sites] == [3, 3]
     assert distance(logits(result), logits(model)) < 1e-4
-    assert distance(logits(pruned(of("llama"), groups=1)), logits(decoder("llama"))) > 1e-2
+    assert distance(logits(pruned(known("llama"), groups=1)), logits(decoder("llama"))) > 1e-2
 
 
 def test_twin_neurons_go_without_loss() -> None:
@@ -101,7 +101,7 @@ def test_twin_neurons_go_without_loss() -> None:
     for layer in model.model.layers:
         for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
             projection.weight[30:] = projection.weight[:10]
-    result = pruned(calibrated(model), neurons=10, ridge=1e-10)
+    result = pruned(captured(model), neurons=10, ridge=1e-10)
     assert [m.neurons for m in result.mlps] == [30, 30]
     assert distance(logits(result), logits(model)) < 1e-4
 
@@ -110,9 +110,9 @@ def test_twin_neurons_go_without_loss() -> None:
 def test_the_basis_of_the_heads_does_not_matter(score: str) -> None:
     turned = decoder("llama")
     turn_heads(turned)
-    results = [logits(pruned(p, groups=2, score=score)) for p in (of("llama"), calibrated(turned))]
+    results = [logits(pruned(p, groups=2, score=score)) for p in (known("llama"), captured(turned))]
     assert distance(results[1], results[0]) < 1e-4
-    assert distance(results[0], logits(of("llama")[0])) > 1e-2
+    assert distance(results[0], logits(known("llama")[0])) > 1e-2
 
 
 def test_the_order_of_the_heads_does_not_matter() -> None:
@@ -124,14 +124,14 @@ def test_the_order_of_the_heads_does_not_matter() -> None:
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             projection.weight.copy_(projection.weight[rows].clone())
         attention.o_proj.weight.copy_(attention.o_proj.weight[:, rows].clone())
-    results = [logits(pruned(p, groups=2)) for p in (of("llama"), calibrated(model))]
+    results = [logits(pruned(p, groups=2)) for p in (known("llama"), captured(model))]
     assert distance(results[1], results[0]) < 1e-5
 
 
 def test_as_many_query_heads_go_from_every_group() -> None:
-    pair = of("llama_gqa")
+    pair = known("llama_gqa")
     for thing in pair[0].sites:
-        stays = amp._choose(thing, pair[1], amp.Config(queries=1)).stays
+        stays = amp.choose(thing, pair[1], amp.Config(queries=1)).stays
         assert stays.view(thing.kv_heads, -1).sum(1).tolist() == [1] * thing.kv_heads
     result = pruned(pair, queries=1)
     assert [(s.heads, s.kv_heads) for s in result.sites] == [(4, 4), (4, 4)]
@@ -141,20 +141,25 @@ def test_as_many_query_heads_go_from_every_group() -> None:
 
 
 def test_what_a_token_leaves_in_the_cache_is_what_was_said() -> None:
-    pair = of("llama_gqa")
+    pair = known("llama_gqa")
     result = pruned(pair, groups=3)
     said = amp.cost(pair[0].sites[0], amp.Config(groups=3), None)["kv_elements_per_token"]
     _, state = result.step({"input_ids": ids(2, 9)})
     assert sum(t.numel() for t in state.tensors.values()) == 2 * 9 * 2 * said
 
 
-def test_neurons_go_with_all_their_rows() -> None:
-    pair = of("llama")
-    result = pruned(pair, neurons=7)
-    for mlp in pair[0].mlps:
-        names = [p.parameter for p in (*mlp.inputs, mlp.down)]
-        gone = sum(pair[0].weights[n].numel() - result.weights[n].numel() for n in names)
-        assert gone == 7 * amp.neuron_size(mlp) * 32
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [(f, {"neurons": 7}) for f in ("llama", "glm", "gpt2")]
+    + [(f, {"groups": 1}) for f in ("llama_gqa", "qwen2", "gpt2")],
+)
+def test_as_many_parameters_go_as_were_counted(family: str, config: dict[str, int]) -> None:
+    pair = known(family)
+    things = pair[0].mlps if "neurons" in config else pair[0].sites
+    result = pruned(pair, **config)
+    gone = sum(w.numel() - result.weights[n].numel() for n, w in pair[0].weights.items())
+    (count,) = config.values()
+    assert gone == sum(count * removable(thing, pair[0].weights)[0] for thing in things) > 0
 
 
 @pytest.mark.parametrize("rows", [5, 40])
@@ -198,7 +203,7 @@ def test_eliminating_one_by_one_ends_where_the_solve_does() -> None:
     ],
 )
 def test_what_cannot_go_is_refused(change: dict, config: dict, words: str) -> None:
-    site = of("llama_gqa")[0].sites[0]
+    site = known("llama_gqa")[0].sites[0]
     answer = amp.fits(replace(site, **change), amp.Config(**config))
     assert isinstance(answer, No)
     assert words in str(answer)
@@ -208,13 +213,13 @@ def test_what_cannot_go_is_refused(change: dict, config: dict, words: str) -> No
     ("config", "words"), [({"groups": 1}, "no heads"), ({"neurons": 40}, "0 to 39 can go")]
 )
 def test_what_an_mlp_has_not_is_refused(config: dict, words: str) -> None:
-    answer = amp.fits(of("llama")[0].mlps[0], amp.Config(**config))
+    answer = amp.fits(known("llama")[0].mlps[0], amp.Config(**config))
     assert isinstance(answer, No)
     assert words in str(answer)
 
 
 def test_weights_with_axes_for_heads_are_refused() -> None:
-    site = of("llama")[0].sites[0]
+    site = known("llama")[0].sites[0]
     einsum = {n: replace(p, layout="einsum") for n, p in site.projections.items()}
     assert not amp.fits(replace(site, projections=einsum), amp.Config(groups=1))
 
@@ -230,16 +235,12 @@ def reloaded(result: Program, folder: Path) -> Any:
 
 
 def test_a_saved_result_is_read_back_bit_by_bit(tmp_path: Path) -> None:
-    result = pruned(of("llama_gqa"), groups=2)
+    result = pruned(known("llama_gqa"), groups=2)
     assert sum(p.numel() for p in reloaded(result, tmp_path / "out").parameters()) > 0
 
 
 def test_fewer_heads_than_the_stock_class_allows_are_kept_as_a_program(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4,
-                        bos_token_id=0, eos_token_id=1)  # fmt: skip
-    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
-    result = pruned(calibrated(model), groups=1)
+    result = pruned(known("gpt2"), groups=1)
     loaded = reloaded(result, tmp_path / "out")
     assert "attnopt" in (tmp_path / "out" / "config.json").read_text()
     tokens = loaded.generate(ids(2, 9), max_new_tokens=5, do_sample=False, eos_token_id=None)

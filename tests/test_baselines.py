@@ -7,13 +7,23 @@ from typing import Any
 import pytest
 import torch
 from baselines import amp_published, flap_published, kv_merges
-from baselines.removing import HEADS, NEURONS, all_but, count, read_by, reader, size, without
-from dha_models import decoder, ids, repeat_heads, turn_heads
+from baselines.removing import HEADS, NEURONS, all_but, count, pruned, read_by, reader, without
+from dha_models import (
+    captured,
+    decoder,
+    distance,
+    ids,
+    known,
+    logits,
+    repeat_heads,
+    turn_heads,
+)
 from structural import OURS, budget, points
 from torch import Tensor, nn
 
 import attnopt
 from attnopt.calibrating import Statistics
+from attnopt.heads import removable
 from attnopt.nouns import Choice
 from attnopt.program import Program
 
@@ -24,8 +34,7 @@ SEEN = ids(8, 24, seed=3)
 @cache
 def plain(family: str = "llama") -> tuple[nn.Module, Program, Statistics]:
     """Return a decoder that no test changes, captured and calibrated."""
-    model = decoder(family)
-    return model, *captured(model)
+    return decoder(family), *known(family)
 
 
 @cache
@@ -34,19 +43,6 @@ def with_equal_heads(family: str) -> tuple[nn.Module, Program, Statistics]:
     model = decoder(family)
     repeat_heads(model, 2)
     return model, *captured(model)
-
-
-def captured(model: nn.Module, data: Tensor = SEEN) -> tuple[Program, Statistics]:
-    program = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
-    return program, attnopt.calibrate(program, data)
-
-
-def logits(program: Any) -> Tensor:
-    return program(input_ids=ids(3, 17, seed=5)).logits.double()
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def inputs_of_layers(model: nn.Module, name: str) -> list[Tensor]:
@@ -98,7 +94,7 @@ def test_the_closed_form_beats_every_merge() -> None:
 
 def test_a_refit_brings_a_merge_closer() -> None:
     model = decoder("llama")
-    program, stats = captured(model, ids(128, 24, seed=3))
+    program, stats = captured(model, rows=128)
     without_refit, with_refit = (
         distance(logits(kv_merges.merged(program, stats, "procrustes", 2, refit=r)), logits(model))
         for r in (False, True)
@@ -137,7 +133,7 @@ def blanking(gone: Tensor) -> Callable[..., Any]:
 def test_removing_nothing_changes_nothing() -> None:
     _, program, stats = plain()
     for method in (amp_published, flap_published):
-        assert torch.equal(logits(method.pruned(program, stats, 0.0)), logits(program))
+        assert torch.equal(logits(pruned(method.chosen, program, stats, 0.0)), logits(program))
 
 
 # --------------------------------------------------------------------------------------------- AMP
@@ -192,10 +188,11 @@ def test_flap_meets_its_budget_and_leaves_something_everywhere() -> None:
         model.model.layers[0].self_attn.o_proj.weight[:, :8] *= 5
     program, stats = captured(model)
     targets = {t.name: t for t in (*program.sites, *program.mlps)}
-    total = sum(count(t) * size(t) for t in targets.values())
+    size = {name: removable(t, program.weights)[0] for name, t in targets.items()}
+    total = sum(count(t) * size[n] for n, t in targets.items())
     stays = flap_published.chosen(program, stats, 0.4, BOTH)
-    kept = sum(int(stays[n].sum()) * size(t) for n, t in targets.items())
-    assert abs(kept / total - 0.6) <= max(map(size, targets.values())) / 2 / total
+    kept = sum(int(stays[n].sum()) * size[n] for n in targets)
+    assert abs(kept / total - 0.6) <= max(size.values()) / 2 / total
     assert len({int(stays[s.name].sum()) for s in program.sites}) > 1
     most = flap_published.chosen(program, stats, 0.99, BOTH)
     assert all(bool(m.any()) for m in most.values())
@@ -222,9 +219,10 @@ def test_our_budget_is_met_to_half_a_neuron(share: float) -> None:
     _, program, _ = plain("llama_gqa")
     choices = {c.site: c.config for c in budget(program, BOTH, share, "obs", True)}
     for site, mlp in zip(program.sites, program.mlps, strict=True):
-        gone = choices[site.name]["groups"] * size(site) + choices[mlp.name]["neurons"] * size(mlp)
-        whole = site.kv_heads * size(site) + mlp.neurons * size(mlp)
-        assert abs(gone - share * whole) <= size(mlp) / 2
+        (head, heads), (neuron, neurons) = (removable(t, program.weights) for t in (site, mlp))
+        gone = choices[site.name]["groups"] * head + choices[mlp.name]["neurons"] * neuron
+        whole = heads * head + neurons * neuron
+        assert abs(gone - share * whole) <= neuron / 2
 
 
 def test_a_point_fails_where_ours_is_above_its_share() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from dha_models import decoder, ids
+from dha_models import decoder, exactly, ids
 
 import attnopt
 from attnopt.calibrating import Statistics
@@ -25,7 +25,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def program(model: Any) -> Program:
-    return attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
+    return exactly(model)
 
 
 def batches() -> list[dict[str, torch.Tensor]]:

@@ -125,7 +125,9 @@ def test_what_a_source_remembers_of_a_dry_run_is_forgotten() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "whisper"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "whisper")]
+)
 def test_an_encoder_decoder_is_two_programs(name: str) -> None:
     model, kwargs = build(name, "eager", task="lm")
     program = attnopt.capture(model, kwargs=kwargs)

@@ -11,6 +11,7 @@ import attnopt
 from attnopt.cli import main
 from attnopt.timing import Timing, compare, ratio
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 SMALL = ["--tokens", "16", "--new", "4", "--rounds", "7"]
 
 

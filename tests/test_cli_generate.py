@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnopt.cli import main
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 ROOT = Path(__file__).parents[1]
 LLAMA = str(ROOT / "examples/models/code-llama")
 PROMPTS = ["import ", "def main(argv):"]

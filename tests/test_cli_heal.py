@@ -15,10 +15,11 @@ import attnopt
 from attnopt import debug
 from attnopt.cli import main
 from attnopt.data import Source, split_of
-from attnopt.healing.rows import _HELD_OUT
+from attnopt.healing.rows import HELD_OUT
 from attnopt.verifying import losses
 
-STEPS = ["--steps", "16", "--every", "8", "--batch", "16", "--lr", "3e-3", "--site-lr", "3e-3"]
+pytestmark = pytest.mark.usefixtures("captured_once")
+STEPS = ["--steps", "8", "--every", "4", "--batch", "16", "--lr", "3e-3", "--site-lr", "3e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def test_a_student_is_healed_and_saved_with_its_plan(folder: Path, tmp_path: Pat
     capsys.readouterr()
     assert main(words(folder, out)) == 0
     shown = capsys.readouterr().out
-    for part in ("16 steps on 3,072 tokens", "above the teacher", "nothing was gated", "tier 0"):
+    for part in ("8 steps on 1,536 tokens", "above the teacher", "nothing was gated", "tier 0"):
         assert part in shown
     report = json.loads((out / "attnopt/report.json").read_text())
     healing = report["measured"]["healing"]
-    assert healing["stages"]["sites"]["steps"] == 4
+    assert healing["stages"]["sites"]["steps"] == 2
     assert healing["looks"][-1]["loss"] < healing["looks"][0]["loss"]
     assert [site["pass"] for site in report["changed"]] == ["dha", "dha"]
     plan = attnopt.Plan.load(out / "attnopt/plan.yaml")
@@ -59,7 +60,7 @@ def test_a_student_is_healed_and_saved_with_its_plan(folder: Path, tmp_path: Pat
     assert "healed by distillation" in (out / "README.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     text = Source(str(folder / "text.safetensors"), 4096)
-    held = split_of(text, None, held_out=_HELD_OUT).held_out
+    held = split_of(text, None, held_out=HELD_OUT).held_out
     judged = held[: len(held) - len(held) // 2]
     measured = losses(attnopt.load(out), judged, "judged")
     assert float(measured.mean()) == pytest.approx(healing["after"]["nll"], abs=1e-5)
@@ -67,26 +68,34 @@ def test_a_student_is_healed_and_saved_with_its_plan(folder: Path, tmp_path: Pat
 
 def test_a_gate_that_fails_keeps_the_candidate_aside(folder: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
-    assert main([*words(folder, out), "--max-drop", "0.0001%", "--json"]) == 4
-    document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == "attnopt.heal/1"
-    assert document["accepted"] is False
-    assert Path(document["out"]) == tmp_path / "out.rejected"
+    assert main([*words(folder, out), "--max-drop", "0.0001%"]) == 4
+    shown = capsys.readouterr().out
+    assert "> 0.00%: REJECTED" in shown
+    assert "more --steps" in shown
     assert not out.exists()
+    report = json.loads((tmp_path / "out.rejected/attnopt/report.json").read_text())
+    assert report["accepted"] is False
 
 
-def test_an_interrupted_run_is_resumed(folder: Path, tmp_path: Path, capsys, monkeypatch):
+def test_an_interrupted_run_is_resumed(
+    folder: Path, tmp_path: Path, capsys, monkeypatch, captured_once
+):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main([*words(folder, whole), "--quiet"]) == 0
     with monkeypatch.context() as patched:
         patched.setattr(debug, "advance", press_at("distil", 3))
         assert main(words(folder, out)) == 130
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.match("AO130 interrupted after step 7 of 16.*--resume", told)
+    assert re.match("AO130 interrupted after step 5 of 8.*--resume", told)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.healing", "whole"]
     assert main(words(folder, out)) == 2
     assert "resume it" in capsys.readouterr().err
-    assert main([*words(folder, out), "--resume"]) == 0
+    capsys.readouterr()
+    captured_once.clear()
+    assert main([*words(folder, out), "--resume", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "attnopt.heal/1"
+    assert Path(document["out"]) == out
     first, second = (load_file(p / "model.safetensors") for p in (whole, out))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
     assert not (tmp_path / "out.healing").exists()

@@ -14,10 +14,10 @@ from typing import Any
 import cli_models
 import pytest
 
-from attnopt.cli import main
-from attnopt.cli._errors import Exit
+from attnopt.cli import Exit, main
 from attnopt.nouns import Site
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 ROOT = Path(__file__).parents[1]
 BLOCKS = "cli_models:blocks"
 
@@ -192,6 +192,8 @@ def test_an_interrupt_ends_with_status_130_and_one_line(where: str, tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        # What runs in the background of a shell ignores interrupts, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert running.stdout is not None
     assert running.stdout.readline() == "ready\n"

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 import attnopt
 from attnopt.cli import main
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

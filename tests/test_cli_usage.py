@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attnopt.cli import main
-from attnopt.cli._errors import Exit
+from attnopt.cli import Exit, main
 
 CONFIG = '{"model_type": "llama"}'
 COMMANDS = "bench, diff, doctor, explain, export, generate, heal, inspect, optimize, passes, verify"

@@ -15,6 +15,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from attnopt.cli import main
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from dha_models import decoder, ids, repeat_heads, turn_heads
+from dha_models import captured, decoder, distance, ids, known, logits, repeat_heads, turn_heads
 
 import attnopt
 from attnopt.calibrating import Statistics
@@ -18,23 +18,10 @@ from attnopt.program import Program
 from attnopt.verifying import losses
 
 
-def captured(model: torch.nn.Module, rows: int = 8) -> tuple[Program, Statistics]:
-    program = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
-    return program, attnopt.calibrate(program, ids(rows, 24, seed=3))
-
-
 def fused(program: Program, stats: Statistics, kv_heads: int, **settings: object) -> Program:
     config = {"kv_heads": kv_heads, **settings}
     choices = tuple(Choice(s.name, "dha", config) for s in program.sites)
     return attnopt.apply(program, attnopt.Plan(choices, statistics=stats))
-
-
-def logits(program: object, rows: int = 3, tokens: int = 17) -> torch.Tensor:
-    return program(input_ids=ids(rows, tokens, seed=5)).logits.double()
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_gqa", "qwen2", "glm", "cohere"])
@@ -66,7 +53,7 @@ def test_the_basis_of_the_heads_does_not_matter(refit: bool) -> None:
 
 
 def test_as_many_heads_as_before_change_nothing() -> None:
-    program, stats = captured(decoder("llama"))
+    program, stats = known("llama")
     result = fused(program, stats, 4)
     for binding in program.bindings.values():
         if binding.kind == "parameter":
@@ -87,7 +74,7 @@ def test_a_refit_brings_the_result_closer() -> None:
 
 
 def test_the_cache_shrinks_and_decoding_goes_on() -> None:
-    program, stats = captured(decoder("llama_gqa"))
+    program, stats = known("llama_gqa")
     result = fused(program, stats, 1)
     whole = logits(result, 2, 9)
     tokens = ids(2, 9, seed=5)
@@ -100,7 +87,7 @@ def test_the_cache_shrinks_and_decoding_goes_on() -> None:
 
 
 def test_a_plan_is_replayed_bit_by_bit_without_data(tmp_path) -> None:
-    program, stats = captured(decoder("llama"))
+    program, stats = known("llama")
     plan = attnopt.plan(program, {"kv_cache": "50%"}, ids(8, 24, seed=3), statistics=stats)
     first = attnopt.apply(program, plan)
     plan.save(tmp_path / "plan.yaml")
@@ -111,7 +98,7 @@ def test_a_plan_is_replayed_bit_by_bit_without_data(tmp_path) -> None:
 
 
 def test_an_edited_plan_asks_for_new_statistics(tmp_path) -> None:
-    program, stats = captured(decoder("llama"))
+    program, stats = known("llama")
     plan = attnopt.plan(program, {"kv_cache": 0.5}, None, statistics=stats)
     attnopt.apply(program, plan)
     plan.save(tmp_path / "plan.yaml")
@@ -130,14 +117,14 @@ def test_an_edited_plan_asks_for_new_statistics(tmp_path) -> None:
     ],
 )
 def test_what_cannot_be_fused_is_refused(change: dict, words: str) -> None:
-    program, _ = captured(decoder("llama"))
+    program, _ = known("llama")
     answer = dha.fits(replace(program.sites[0], **change), dha.Config(1))
     assert isinstance(answer, No)
     assert words in str(answer)
 
 
 def test_a_number_that_does_not_divide_is_refused_with_those_that_do() -> None:
-    program, _ = captured(decoder("llama"))
+    program, _ = known("llama")
     answer = dha.fits(program.sites[0], dha.Config(3))
     assert "choose 4, 2, 1" in str(answer)
 
@@ -225,7 +212,7 @@ def test_heads_that_are_alike_become_neighbours() -> None:
 
 
 def test_only_values_fuse_where_keys_pass_a_norm() -> None:
-    program, _ = captured(decoder("llama"))
+    program, _ = known("llama")
     normed = replace(program.sites[0], qk_norm="head")
     assert dha.fits(normed, dha.Config(4, v_heads=1)) is True
     assert "only values" in str(dha.fits(normed, dha.Config(2)))

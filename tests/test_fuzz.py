@@ -18,10 +18,12 @@ from attnopt.nouns import Mask, Site
 
 CASES = int(os.environ.get("ATTNOPT_FUZZ_CASES", "24"))
 SEED = int(os.environ.get("ATTNOPT_FUZZ_SEED", "0"))
-SHARDS = 6
+SHARDS, FAST = 6, 3
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize(
+    "shard", [*range(FAST), *(pytest.param(n, marks=pytest.mark.slow) for n in range(FAST, SHARDS))]
+)
 def test_random_spellings_are_found_and_rewritten_right(shard):
     summary = fuzz.run(SEED, range(shard, CASES, SHARDS))
     problems = [line for r in summary.results if r.problems for line in fuzz.report(r)]

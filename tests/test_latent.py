@@ -1,11 +1,11 @@
 """Narrower heads: nothing lost at full width, the tail of the spectrum below, in any basis."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from dha_models import decoder, ids, turn_heads
+from dha_models import captured, decoder, distance, ids, known, logits, turn_heads
 
 import attnopt
 from attnopt.layers import Layer
@@ -14,63 +14,20 @@ from attnopt.nouns import Choice, No
 from attnopt.passes import latent
 from attnopt.program import Program
 
-WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-
-
-def wide_decoder(seed: int = 0) -> torch.nn.Module:
-    """Return a tiny decoder with heads of 16 channels and large weights."""
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        **WIDE, num_hidden_layers=2, intermediate_size=40, vocab_size=61,
-        max_position_embeddings=127, bos_token_id=0, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "proj" in name:
-            parameter.normal_(0, 0.3)
-    return model
-
-
-def gpt2() -> torch.nn.Module:
-    """Return a tiny GPT-2, whose keys do not turn."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=32, n_head=2, n_layer=2, vocab_size=61, n_positions=127, bos_token_id=0,
-        eos_token_id=1,
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "c_attn.weight" in name or "c_proj.weight" in name:
-            parameter.normal_(0, 0.3)
-    return model
-
-
-def captured(model: torch.nn.Module) -> tuple[Program, Statistics]:
-    program = attnopt.apply(attnopt.capture(model, (), {"input_ids": ids(2, 11)}), "exact")
-    return program, attnopt.calibrate(program, ids(16, 24, seed=3))
-
 
 def narrowed(program: Program, stats: Statistics, **config: object) -> Program:
     choices = tuple(Choice(s.name, "latent", {"refit": False, **config}) for s in program.sites)
     return attnopt.apply(program, attnopt.Plan(choices, statistics=stats))
 
 
-def logits(program: object) -> torch.Tensor:
-    return program(input_ids=ids(3, 17, seed=5)).logits.double()
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
 def test_full_width_changes_nothing() -> None:
-    program, stats = captured(wide_decoder())
+    program, stats = known("llama_wide")
     result = narrowed(program, stats, v_width=16, qk_width=16)
     assert torch.equal(logits(result), logits(program))
 
 
 def test_values_of_low_rank_lose_nothing() -> None:
-    model = wide_decoder()
+    model = decoder("llama_wide")
     for layer in model.model.layers:
         weight = layer.self_attn.v_proj.weight.view(2, 16, 64)
         weight[:, 8:] = torch.randn(2, 8, 8) @ weight[:, :8]
@@ -82,12 +39,12 @@ def test_values_of_low_rank_lose_nothing() -> None:
 
 
 def test_keys_that_do_not_turn_become_narrower() -> None:
-    model = gpt2()
+    model = decoder("gpt2")
     for block in model.transformer.h:
-        keys = block.attn.c_attn.weight[:, 32:64].view(32, 2, 16)
+        keys = block.attn.c_attn.weight[:, 64:128].view(64, 4, 16)
         mixing = torch.randn(8, 8)
         keys[..., 8:] = keys[..., :8] @ mixing
-        bias = block.attn.c_attn.bias[32:64].view(2, 16)
+        bias = block.attn.c_attn.bias[64:128].view(4, 16)
         bias[:, 8:] = bias[:, :8] @ mixing
     program, stats = captured(model)
     result = narrowed(program, stats, qk_width=8, v_width=8)
@@ -97,10 +54,11 @@ def test_keys_that_do_not_turn_become_narrower() -> None:
 
 
 def test_the_damage_predicted_is_the_error_of_the_values() -> None:
-    program, stats = captured(wide_decoder())
+    program, stats = known("llama_wide")
+    result = narrowed(program, stats, v_width=8)
     site = program.sites[0]
     before = Layer.read(site, stats)
-    after = latent._narrow_values(before, 8)
+    after = Layer.read(result.sites[0], replace(stats, weights=result.weights))
     lost = total = 0.0
     for head in range(4):
         whole = before.o.maps[head].T @ before.v.maps[head // 2]
@@ -111,19 +69,16 @@ def test_the_damage_predicted_is_the_error_of_the_values() -> None:
 
 
 def test_the_basis_of_the_heads_does_not_matter() -> None:
-    plain, turned = decoder("llama"), decoder("llama")
+    turned = decoder("llama_wide")
     turn_heads(turned)
-    results = []
-    for model in (plain, turned):
-        program, stats = captured(model)
-        layers = [latent._narrow_values(Layer.read(s, stats), 4) for s in program.sites]
-        results.append([layer.o.maps[h].T @ layer.v.maps[h] for layer in layers for h in range(4)])
-    for a, b in zip(*results, strict=True):
-        assert distance(a[:, :-1], b[:, :-1]) < 1e-3
+    pairs = (known("llama_wide"), captured(turned))
+    results = [logits(narrowed(*pair, v_width=8)) for pair in pairs]
+    assert distance(results[1], results[0]) < 1e-3
+    assert distance(results[0], logits(pairs[0][0])) > 1e-2
 
 
 def test_a_cache_of_narrow_values_decodes_like_the_whole(tmp_path: Path) -> None:
-    program, stats = captured(wide_decoder())
+    program, stats = known("llama_wide")
     result = narrowed(program, stats, v_width=8, refit=True)
     whole, tokens = logits(result), ids(3, 17, seed=5)
     state, steps = None, []
@@ -146,7 +101,7 @@ def test_a_cache_of_narrow_values_decodes_like_the_whole(tmp_path: Path) -> None
     ],
 )
 def test_what_does_not_fit_is_refused(config: dict, words: str) -> None:
-    program, _ = captured(wide_decoder())
+    program, _ = known("llama_wide")
     answer = latent.fits(program.sites[0], latent.Config(**config))
     assert isinstance(answer, No)
     assert words in str(answer)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from dha_models import decoder, ids
+from dha_models import decoder, exactly, ids
 
 import attnopt
 from attnopt import optimizing
@@ -14,9 +14,7 @@ from attnopt.nouns import Choice
 def test_a_large_model_is_measured_without_its_stock_class(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = attnopt.apply(
-        attnopt.capture(decoder(family), (), {"input_ids": ids(2, 11)}), "exact"
-    )
+    program = exactly(decoder(family))
     stats = attnopt.calibrate(program, ids(4, 20))
     told = {"kv_heads": 2, "refit": False}
     choices = tuple(Choice(s.name, "dha", told) for s in program.sites)

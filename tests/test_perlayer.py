@@ -3,32 +3,29 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from dha_models import decoder, ids
+from dha_models import decoder, ids, uneven
 
 import attnopt
 from attnopt.artifacts.saving import Result
+from attnopt.perlayer import stand_in
 
 
 @pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def unlike(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A model of which the second layer has half the keys and values of the first."""
     folder = tmp_path_factory.mktemp("source") / "tiny"
     decoder("llama").save_pretrained(folder)
-    program = attnopt.apply(attnopt.capture(folder), "exact")
-    plan = attnopt.plan(program, {"kv_cache": "50%"}, data=ids(16, 24))
-    plan = replace(plan, choices=plan.choices[1:], goal={})
-    return attnopt.optimize(program, plan=plan, data=ids(16, 24))
+    return uneven(folder)
 
 
 @pytest.fixture(scope="module")
-def saved(uneven: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return attnopt.save(uneven, tmp_path_factory.mktemp("tier1") / "out")
+def saved(unlike: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return attnopt.save(unlike, tmp_path_factory.mktemp("tier1") / "out")
 
 
 def in_a_fresh_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -36,19 +33,19 @@ def in_a_fresh_process(code: str, folder: Path) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
-def test_the_config_says_how_layers_differ(uneven: Result, saved: Path) -> None:
+def test_the_config_says_how_layers_differ(unlike: Result, saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["per_layer_config"] == {"1": {"num_key_value_heads": 2}}
     assert config["num_key_value_heads"] == 4
     assert config["attnopt"]["tier"] == 1
     assert config["attnopt"]["must_understand"] == ["per_layer_heads"]
-    assert uneven.measured is not None
-    assert uneven.measured["tier"] == 1
-    assert uneven.measured["kv_bytes_per_token"] == [512, 384]
+    assert unlike.measured is not None
+    assert unlike.measured["tier"] == 1
+    assert unlike.measured["kv_bytes_per_token"] == [512, 384]
     assert "import attnopt" in (saved / "README.md").read_text()
 
 
-def test_importing_attnopt_lets_transformers_load_it(uneven: Result, saved: Path) -> None:
+def test_importing_attnopt_lets_transformers_load_it(unlike: Result, saved: Path) -> None:
     tokens = ids(2, 13)
     torch.save(tokens, saved.parent / "tokens.pt")
     code = f"""
@@ -83,7 +80,7 @@ torch.save(result.logits, "logits.pt")
     done = in_a_fresh_process(code, saved.parent)
     assert done.returncode == 0, done.stderr
     logits = torch.load(saved.parent / "logits.pt")
-    torch.testing.assert_close(logits, uneven.program(input_ids=tokens).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, unlike.program(input_ids=tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_without_attnopt_loading_fails_loudly(saved: Path) -> None:
@@ -97,14 +94,14 @@ transformers.AutoModelForCausalLM.from_pretrained({str(saved)!r})
 
 
 def test_export_to_stock_is_loaded_without_attnopt(
-    uneven: Result, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unlike: Result, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from attnopt.cli import main
 
     assert main(["export", str(saved), "--to", "stock", "-o", str(tmp_path / "plain")]) == 0
     assert "4 key and value heads in every layer" in capsys.readouterr().out
     tokens = ids(2, 13)
-    torch.save((tokens, uneven.program(input_ids=tokens).logits), tmp_path / "wanted.pt")
+    torch.save((tokens, unlike.program(input_ids=tokens).logits), tmp_path / "wanted.pt")
     ran = in_a_fresh_process(
         """
 import sys, torch, transformers
@@ -120,12 +117,12 @@ assert {p.shape[0] for n, p in model.named_parameters() if "k_proj" in n} == {32
     assert ran.returncode == 0, ran.stderr
 
 
-def test_load_checks_it_as_it_checks_every_artifact(uneven: Result, saved: Path) -> None:
+def test_load_checks_it_as_it_checks_every_artifact(unlike: Result, saved: Path) -> None:
     model = attnopt.load(saved)
     tokens = ids(2, 9)
     with torch.no_grad():
         got = model(input_ids=tokens).logits
-    torch.testing.assert_close(got, uneven.program(input_ids=tokens).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, unlike.program(input_ids=tokens).logits, rtol=0, atol=1e-5)
     assert [s.kv_heads for s in attnopt.capture(saved).sites] == [4, 2]
 
 
@@ -149,18 +146,16 @@ def test_a_load_that_fails_puts_the_classes_back() -> None:
 
 
 def test_classes_that_take_more_get_what_they_are_given() -> None:
-    from attnopt.perlayer import _stand_in
-
     class Three(torch.nn.Module):
         def __init__(self, config: object, layer_idx: int, more: str, *, last: int = 0) -> None:
             super().__init__()
             self.given = (layer_idx, more, last)
 
     config = transformers.LlamaConfig()
-    assert _stand_in(Three)(config, 3, "more", last=1).given == (3, "more", 1)
-    assert _stand_in(Three)(config, layer_idx=3, more="more").given == (3, "more", 0)
+    assert stand_in(Three)(config, 3, "more", last=1).given == (3, "more", 1)
+    assert stand_in(Three)(config, layer_idx=3, more="more").given == (3, "more", 0)
     with pytest.raises(TypeError, match="missing"):
-        _stand_in(Three)(config)
+        stand_in(Three)(config)
 
 
 def test_what_a_user_registers_goes_first() -> None:

@@ -1,19 +1,20 @@
 """Budgets: met exactly, the same in every layer or by measured damage; the solver is right."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
-from dha_models import decoder, ids
+from dha_models import captured, decoder, exactly, ids, known, repeat_heads
+from torch import Tensor
 
 import attnopt
+from attnopt import budgets
+from attnopt.heads import removable
 from attnopt.knapsack import Item, choose
-from attnopt.planning import NothingToDoError, removable
+from attnopt.passes import dha, latent
+from attnopt.planning import NothingToDoError
 from attnopt.program import Program
-
-
-def captured(family: str = "llama") -> Program:
-    return attnopt.apply(attnopt.capture(decoder(family), (), {"input_ids": ids(2, 11)}), "exact")
 
 
 def size(program: Program) -> int:
@@ -45,8 +46,8 @@ def test_the_knapsack_is_solved_to_the_optimum() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama_gqa", "qwen2"])
 def test_a_budget_of_parameters_is_met_to_half_a_neuron_a_layer(family: str) -> None:
-    program = captured(family)
-    plan = attnopt.plan(program, {"params": 0.75}, ids(8, 24, seed=3))
+    program, stats = known(family)
+    plan = attnopt.plan(program, {"params": 0.75}, statistics=stats)
     result = attnopt.apply(program, plan)
     unit, _ = removable(program.mlps[0], program.weights)
     assert abs(size(result) - 0.75 * size(program)) <= len(program.mlps) * unit / 2 + 1
@@ -55,16 +56,16 @@ def test_a_budget_of_parameters_is_met_to_half_a_neuron_a_layer(family: str) -> 
 
 
 def test_what_cannot_be_removed_is_told() -> None:
+    program, _ = known("llama")
     with pytest.raises(NothingToDoError, match="the least is 0"):
-        attnopt.plan(captured(), {"params": 0.01}, ids(4, 24))
+        attnopt.plan(program, {"params": 0.01}, ids(4, 24))
     with pytest.raises(ValueError, match="one budget"):
-        attnopt.plan(captured(), {"params": 0.8, "kv_cache": 0.5}, ids(4, 24))
+        attnopt.plan(program, {"params": 0.8, "kv_cache": 0.5}, ids(4, 24))
 
 
 @pytest.mark.parametrize("tier", [1, 2])
 def test_layers_and_kinds_have_budgets_of_their_own(tier: int) -> None:
-    program = captured()
-    stats = attnopt.calibrate(program, ids(16, 24, seed=3))
+    program, stats = captured(decoder("llama"), rows=16)
     plan = attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=tier)
     result = attnopt.apply(program, plan)
     _, state = result.step({"input_ids": ids(1, 6)})
@@ -81,10 +82,52 @@ def test_layers_and_kinds_have_budgets_of_their_own(tier: int) -> None:
 
 
 def test_measured_damages_serve_another_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnopt import budgets
-
-    program = captured()
-    stats = attnopt.calibrate(program, ids(8, 24, seed=3))
+    program, stats = captured(decoder("llama"))
     attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=1)
-    monkeypatch.setattr(budgets, "_applied", lambda *_: pytest.fail("measured again"))
+    measured: list[str] = []
+    monkeypatch.setattr(budgets, "losses", lambda *given: measured.append(given[2]) or Tensor([1]))
     attnopt.plan(program, {"kv_cache": 0.25}, statistics=stats, tier=1)
+    assert not measured
+    other = program.with_weights({n: 2 * w for n, w in program.weights.items() if "v_proj" in n})
+    attnopt.plan(other, {"kv_cache": 0.25}, statistics=stats, tier=1)
+    assert measured[0] == "source"
+    assert len(measured) == 1 + 2 * 2 * len(program.sites)
+
+
+def of_low_rank(model: torch.nn.Module) -> torch.nn.Module:
+    """Leave half of the channels of every value head without what the others do not say."""
+    for layer in model.model.layers:
+        weight = layer.self_attn.v_proj.weight.view(2, 2, 8, -1)
+        weight[:, 1] = weight[:, 0] * 0.5
+    return model
+
+
+def with_equal_heads(model: torch.nn.Module) -> torch.nn.Module:
+    repeat_heads(model, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), [(of_low_rank, {"latent"}), (with_equal_heads, {"dha"})]
+)
+def test_of_two_passes_the_one_that_damages_less_is_chosen(
+    change: Callable[[torch.nn.Module], torch.nn.Module],
+    expected: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = exactly(change(decoder("llama_wide")))
+    stats = attnopt.calibrate(program, ids(8, 24, seed=3))
+    goal = {"kv_cache": 0.75}
+    # What needs no higher tier comes first, and what was asked for alone.
+    assert rewrites(attnopt.plan(program, goal, statistics=stats)) == {"dha"}
+    only = attnopt.plan(program, goal, passes=["latent"], statistics=stats, tier=2)
+    assert rewrites(only) == {"latent"}
+    monkeypatch.setattr(latent, "tier", 0)
+    assert rewrites(attnopt.plan(program, goal, statistics=stats)) == expected
+    for module in (dha, latent):
+        monkeypatch.setattr(module, "damage", lambda *_: 0.25)
+    assert rewrites(attnopt.plan(program, goal, statistics=stats)) == {"dha"}
+
+
+def rewrites(plan: attnopt.Plan) -> set[str]:
+    return {choice.rewrite for choice in plan.choices}

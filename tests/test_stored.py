@@ -78,7 +78,7 @@ for folder, then in (({str(saved)!r}, "again"), ({str(saved.parent / "again")!r}
 def test_without_attnopt_every_loader_fails_loudly(saved: Path) -> None:
     ran = fresh(f"""
 import sys
-from transformers import *
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, pipeline
 place = {str(saved)!r}
 for load in (
     lambda: AutoModelForCausalLM.from_pretrained(place),

@@ -435,7 +435,7 @@ def settled(work: Callable[[], Facts]) -> Facts:
         return {"status": "n/a", "reason": str(error)}
     except NotImplementedError as error:
         return {"status": "refused", "reason": _first_line(error)}
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is the row
         return {"status": "failed", "reason": _told(error)}
 
 

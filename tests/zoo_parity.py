@@ -7,6 +7,7 @@ Language models run a prefill and decode steps with their cache. Only valid posi
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, MoeModelOutputWithPas
 from zoo_table import V
 
 import attnopt
+from attnopt.program import Program
 
 DRAWS: Final = 8
 MUTANT_DRAWS: Final = 2
@@ -60,6 +62,15 @@ def subject(name: str, attention: str = "eager", task: str = "base", **options: 
     pad = "left" if task == "lm" else "right"
     model, kwargs, _ = zoo.build(name, attention, task=task, pad=pad, **options)
     return Subject(name, task, model, kwargs)
+
+
+@lru_cache(maxsize=16)
+def captured(
+    name: str, attention: str = "eager", task: str = "base", **options: Any
+) -> tuple[Subject, Program]:
+    """Build an entry and capture it, once for tests that follow each other; nobody changes it."""
+    made = subject(name, attention, task, **options)
+    return made, attnopt.capture(made.model, (), made.kwargs)
 
 
 def drawn(subject: Subject, draw: int) -> Call:

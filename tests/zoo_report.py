@@ -82,7 +82,7 @@ def measure(entry: str, attention: str, task: str, *, mutants: bool = True) -> R
     try:
         for reached in _stages(row, mutants):
             row = reached
-    except Exception as error:
+    except Exception as error:  # whatever it is, it ends the row and not the report
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}"
         first = (str(error).strip().splitlines() or ["no message"])[0]

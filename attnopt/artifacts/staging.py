@@ -146,7 +146,7 @@ def _sync(place: Path) -> None:
 def _commit(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
-    elif not _exchange(staging, target):
+    elif not exchange(staging, target):
         aside = _beside(target, "old")
         target.rename(aside)
         staging.rename(target)
@@ -154,7 +154,7 @@ def _commit(staging: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def exchange(a: Path, b: Path) -> bool:
     """Swap two directories in one step; False where the system cannot."""
     names = (os.fsencode(a), os.fsencode(b))
     with contextlib.suppress(OSError, AttributeError):

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -29,6 +29,7 @@ from attnopt.program import Binding
 SOURCE = "source"
 
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def _try(
     skeletons: list[Any] = []
     flat = Flat(source, call, tuple(tensors), skeletons)
     shapes = {n: dict.fromkeys(axes.get(n, ()), Dim.AUTO) for n in tensors}
-    # The boundary to arbitrary model code: whatever it raises is the reason of the refusal.
-    try:
+
+    def export() -> tuple[ExportedProgram, tuple[Any, ...], dict[str, tuple[int, int | None]]]:
         with _tracing(source, patches=attempt.patches):
             exported = torch.export.export(
                 flat,
@@ -127,11 +128,13 @@ def _try(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=attempt.deferred,
             )
-            conditions = _conditions(exported)
-            bounds = _bounds(exported)
-            exported = cleanup.functional(exported)
-    except Exception as error:
-        return No(first_line(error), user_line(error))
+            conditions, bounds = _conditions(exported), _bounds(exported)
+            return cleanup.functional(exported), conditions, bounds
+
+    found = attempted(export)
+    if isinstance(found, No):
+        return found
+    exported, conditions, bounds = found
     made = _finish(exported, skeletons[0], axes, bounds=bounds, conditions=conditions)
     return replace(made, attempt=attempt)
 
@@ -338,17 +341,10 @@ def dry_run(
 ) -> Any | No:
     """Call a source on shapes only; where it asks for values, call it for real if it has them."""
     with quiet(), _evaluating(source), torch.no_grad():
-        # The boundary to arbitrary model code, as in `trace`.
-        try:
-            return _called_on_shapes(source, call, tensors)
-        except Exception as error:
-            reason = No(first_line(error), user_line(error))
-        if not with_values:
-            return reason
-        try:
-            return call(source, tensors)
-        except Exception as error:
-            return No(first_line(error), user_line(error))
+        found = attempted(lambda: _called_on_shapes(source, call, tensors))
+        if with_values and isinstance(found, No):
+            return attempted(lambda: call(source, tensors))
+        return found
 
 
 def _called_on_shapes(source: nn.Module, call: Call, tensors: Mapping[str, Tensor]) -> Any:
@@ -415,6 +411,15 @@ def _patched(wanted: bool) -> Generator[None]:
     assert exporter_dynamo.__name__
     with apply_patches("dynamo"):
         yield
+
+
+def attempted(work: Callable[[], Found]) -> Found | No:
+    """Run what runs a model's own code; whatever it raises is the reason of a refusal."""
+    try:
+        return work()
+    # No class is known beforehand: foreign code raises what it likes, and so does torch.export.
+    except Exception as error:
+        return No(first_line(error), user_line(error))
 
 
 def first_line(error: BaseException) -> str:

@@ -16,11 +16,10 @@ from attnopt.frontend.calls import Example, take_call_apart
 from attnopt.frontend.exporting import (
     FIRST,
     Trace,
+    attempted,
     branches_on_values,
-    first_line,
     quiet,
     trace,
-    user_line,
 )
 from attnopt.nouns import No
 from attnopt.program import Program, Uncaptured
@@ -127,19 +126,16 @@ def _record(source: nn.Module, example: Example) -> dict[str, _Recorded] | No:
         if path
     ]
     flags = [(m, m.training) for m in source.modules()]
-    # The boundary to arbitrary model code, as in `trace`.
     try:
         source.eval()
         with quiet(), torch.no_grad():
-            example.call(source, example.tensors)
-    except Exception as error:
-        return No(first_line(error), user_line(error))
+            ended = attempted(lambda: example.call(source, example.tensors))
     finally:
         for handle in handles:
             handle.remove()
         for module, flag in flags:
             module.training = flag
-    return calls
+    return ended if isinstance(ended, No) else calls
 
 
 def _varying(examples: list[Example]) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,8 @@ from attnopt.rings import with_rings
 from attnopt.verifying import Report
 from attnopt.verifying.language import LanguageScores
 
+Teacher = Program | nn.Module | str | os.PathLike[str]
+
 
 @dataclass(frozen=True)
 class Healing:
@@ -72,7 +74,7 @@ class Healing:
 
 def heal(
     program: Program,
-    teacher: Program | nn.Module | str | os.PathLike[str],
+    teacher: Teacher,
     data: Any,
     *,
     steps: int,
@@ -91,7 +93,7 @@ def heal(
 
 def healed(
     program: Program,
-    teacher: Program | nn.Module | str | os.PathLike[str],
+    teacher: Teacher,
     data: Any,
     recipe: Recipe,
     *,
@@ -177,7 +179,7 @@ def _scored(rows: Mapping[str, Tensor]) -> Tensor:
     return torch.full((len(ids),), ids.shape[1] - 1)
 
 
-def _teacher(teacher: Program | nn.Module | str | os.PathLike[str]) -> Program:
+def _teacher(teacher: Teacher) -> Program:
     return teacher if isinstance(teacher, Program) else capture(teacher)
 
 

@@ -16,7 +16,7 @@ from attnopt.data import Source, Split, split_of
 
 Batch = dict[str, Tensor]
 # Of text that is named and not given: half to watch, half to judge by.
-_HELD_OUT = 192
+HELD_OUT = 192
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def rows_of(data: Any, tokenizer: Any) -> Rows:
     if isinstance(data, str | os.PathLike):
         data = Source.parse(os.fspath(data))
     if isinstance(data, Source):
-        data = split_of(data, tokenizer() if data.is_text else None, held_out=_HELD_OUT)
+        data = split_of(data, tokenizer() if data.is_text else None, held_out=HELD_OUT)
     if isinstance(data, Split):
         return _of(_named(data.calibration), _named(data.held_out))
     if isinstance(data, Tensor):

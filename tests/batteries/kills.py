@@ -161,7 +161,7 @@ def die_before(
         if event in _OPERATIONS and str(arguments[0]).startswith(str(folder)):
             operation()
 
-    sync, own = os.fsync, staging._exchange
+    sync, own = os.fsync, staging.exchange
 
     def fsync(handle: int) -> None:
         operation()
@@ -172,7 +172,7 @@ def die_before(
         return exchange and own(a, b)
 
     os.fsync = fsync
-    staging._exchange = exchanged
+    staging.exchange = exchanged
     for home, name in ((safetensors.torch, "save_file"), (modeling_utils, "safe_save_file")):
         setattr(home, name, _preceded(operation, getattr(home, name)))
     sys.addaudithook(heard)
@@ -196,7 +196,7 @@ def battery(subjects: Subjects, points: int, seed: int) -> dict[str, Any]:
     def judge(target: Target, what: str, kill: Callable[..., tuple[str, str]], **how: Any) -> None:
         try:
             which, phase = kill(target, **how)
-        except Exception as error:
+        except Exception as error:  # what a reader raises of what a kill left is a finding
             failures.append(f"{what}: {type(error).__name__}: {error}")
             shutil.rmtree(target.out.parent)
             target.out.parent.mkdir()

@@ -22,13 +22,14 @@ from typing import Any, Final
 import torch
 import transformers
 from baselines import amp_published, flap_published, kv_merges
-from baselines.removing import HEADS, NEURONS, size, targets
+from baselines.removing import HEADS, NEURONS, Method, pruned, targets
 from harness import write
 from torch import Tensor
 
 import attnopt
 from attnopt.calibrating import Statistics
 from attnopt.data import Source, Split, split_of
+from attnopt.heads import removable
 from attnopt.nouns import Choice, Plan
 from attnopt.program import Program
 from attnopt.verifying import Paired, losses
@@ -142,11 +143,8 @@ def _removing(strength: str, units: tuple[str, ...], share: float) -> Iterator[S
     def scored(draw: Draw, score: str, refit: bool = True) -> Tensor:
         return measured(draw, applied(draw, budget(draw.program, units, share, score, refit)))
 
-    def amp(draw: Draw) -> Tensor:
-        return measured(draw, amp_published.pruned(draw.program, draw.stats, share, units))
-
-    def flap(draw: Draw) -> Tensor:
-        return measured(draw, flap_published.pruned(draw.program, draw.stats, share, units))
+    def published(draw: Draw, method: Method) -> Tensor:
+        return measured(draw, pruned(method, draw.program, draw.stats, share, units))
 
     def flap_with_bias(draw: Draw) -> Tensor:
         stays = flap_published.chosen(draw.program, draw.stats, share, units)
@@ -156,9 +154,9 @@ def _removing(strength: str, units: tuple[str, ...], share: float) -> Iterator[S
 
     yield Setting(strength, OURS, lambda d: scored(d, "obs"))
     yield Setting(strength, "ours, no refit", lambda d: scored(d, "obs", refit=False))
-    yield Setting(strength, "AMP as published", amp)
+    yield Setting(strength, "AMP as published", lambda d: published(d, amp_published.chosen))
     yield Setting(strength, "FLAP as published", flap_with_bias)
-    yield Setting(strength, "FLAP without its bias", flap)
+    yield Setting(strength, "FLAP without its bias", lambda d: published(d, flap_published.chosen))
     for score in others(units):
         yield Setting(strength, f"{score} + compensation", lambda d, s=score: scored(d, s))
 
@@ -181,14 +179,13 @@ def budget(
     if NEURONS not in units:
         return choices
     for i, mlp in enumerate(program.mlps):
-        rest = share * mlp.neurons * size(mlp)
+        size, _ = removable(mlp, program.weights)
+        rest = share * mlp.neurons * size
         if sites:
             site = sites[i]
             groups = choices[i].config["groups"]
-            rest += (share * site.kv_heads - groups) * size(site)
-        choices.append(
-            Choice(mlp.name, "amp", {"neurons": max(round(rest / size(mlp)), 0), **common})
-        )
+            rest += (share * site.kv_heads - groups) * removable(site, program.weights)[0]
+        choices.append(Choice(mlp.name, "amp", {"neurons": max(round(rest / size), 0), **common}))
     return choices
 
 

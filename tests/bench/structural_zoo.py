@@ -44,7 +44,7 @@ def lines(name: str) -> list[tuple[str, bool]]:
     """Return what became of each unit of a model, and whether that is right."""
     try:
         case = Case.of_zoo(name)
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is the model's line
         return [(f"not captured: {type(error).__name__}: {str(error)[:200]}", False)]
     main = case.program.main
     found = [(f"{len(main.sites)} sites, {len(main.mlps)} MLPs", True)]
@@ -60,7 +60,7 @@ def of(case: Case, unit: str) -> tuple[str, bool]:
     try:
         done = [c for c in choices if _carried_out(case, c, reasons)]
         error = error_of(case, tuple(done)) if done else 0.0
-    except Exception as problem:
+    except Exception as problem:  # as above
         return f"FAILED: {type(problem).__name__}: {str(problem)[:200]}", False
     left = "".join(f"; {reasons.count(no)} refused: {no}" for no in dict.fromkeys(reasons))
     if not done:

@@ -13,14 +13,7 @@ from torch import Tensor
 from attnopt.calibrating import Statistics
 from attnopt.nouns import Mlp, Site
 from attnopt.program import Program
-from baselines.removing import HEADS, NEURONS, all_but, count, reader, targets, without
-
-
-def pruned(
-    program: Program, stats: Statistics, share: float, units: Collection[str] = (HEADS, NEURONS)
-) -> Program:
-    """Return a program that has lost a share of its heads, of its neurons, or of both."""
-    return without(program, stats, chosen(program, stats, share, units))
+from baselines.removing import HEADS, all_but, count, reader, targets
 
 
 def chosen(

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.calibrating import Statistics
+from attnopt.heads import removable
 from attnopt.nouns import Mlp, Site
 from attnopt.program import Program
-from baselines.removing import HEADS, NEURONS, read_by, reader, size, targets, without
-
-
-def pruned(
-    program: Program, stats: Statistics, share: float, units: Collection[str] = (HEADS, NEURONS)
-) -> Program:
-    """Return a program without what FLAP removes, and without its bias."""
-    return without(program, stats, chosen(program, stats, share, units))
+from baselines.removing import HEADS, NEURONS, read_by, reader, targets
 
 
 def chosen(
@@ -35,7 +29,8 @@ def chosen(
     """
     found = targets(program, units)
     worth = [scores(t, stats) for t in found]
-    price = [torch.full_like(w, size(t)) for t, w in zip(found, worth, strict=True)]
+    sizes = [removable(t, stats.weights)[0] for t in found]
+    price = [torch.full_like(w, size) for w, size in zip(worth, sizes, strict=True)]
     order = torch.cat(worth).argsort(descending=True, stable=True)
     kept_price = torch.cat(price)[order].cumsum(0)
     left = int((kept_price - (1 - share) * kept_price[-1]).abs().argmin()) + 1

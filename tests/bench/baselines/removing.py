@@ -1,6 +1,6 @@
 """A program without some key heads and neurons that a published method has chosen."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -30,14 +30,6 @@ def reader(target: Site | Mlp) -> Projection:
     return target.down if isinstance(target, Mlp) else target.projections["o"]
 
 
-def size(target: Site | Mlp) -> int:
-    """Return the rows and columns of weights that a key head or neuron has."""
-    if isinstance(target, Mlp):
-        return sum(len(p.rows[0]) for p in target.inputs) + 1
-    readers = target.heads // target.kv_heads
-    return (readers + 1) * (target.head_dim + target.v_head_dim)
-
-
 def read_by(target: Site | Mlp, stays: Tensor) -> Tensor:
     """Widen a mask of key heads to their query heads; one of neurons is as it was."""
     if isinstance(target, Mlp):
@@ -62,6 +54,23 @@ def without(program: Program, stats: Statistics, stays: Mapping[str, Tensor]) ->
         choices.append(Choice(name, "amp", config))
         weights |= write_heads(stats.weights, _written(target, kept))
     return reweighted(apply(program, Plan(tuple(choices), statistics=stats)), weights)
+
+
+Method = Callable[[Program, Statistics, float, Collection[str]], dict[str, Tensor]]
+
+
+def pruned(
+    method: Method,
+    program: Program,
+    stats: Statistics,
+    share: float,
+    units: Collection[str] = (HEADS, NEURONS),
+) -> Program:
+    """Return a program that has lost a share of its heads, of its neurons, or of both.
+
+    `method` chooses what stays; nothing makes up for what goes.
+    """
+    return without(program, stats, method(program, stats, share, units))
 
 
 def _written(target: Site | Mlp, kept: Tensor) -> list[Written]:
