@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.blocks import TILE
+from attnopt.ops.blocks import TILE, listed_tiles
 from attnopt.ops.structure import chunk_of
 
 
@@ -102,15 +102,6 @@ def transposed(plan: BlockPlan, keys: int) -> BlockPlan:
     grid = listed_tiles(plan.full_count, plan.full_index, tiles).transpose(-1, -2)
     full = _listed(grid, grid.shape[-1])
     return BlockPlan(count, index, *full, plan.k_tile, plan.q_tile)
-
-
-def listed_tiles(count: Tensor, index: Tensor, tiles: int) -> Tensor:
-    """Return which of so many tiles are listed, as booleans (B or 1, P, I, J)."""
-    listed = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
-    # One tile more takes what is listed beyond the count.
-    places = torch.where(listed, index.long(), tiles)
-    grid = torch.zeros(*index.shape[:-1], tiles + 1, dtype=torch.bool, device=index.device)
-    return grid.scatter(-1, places, value=True)[..., :tiles]
 
 
 @dataclass(frozen=True)

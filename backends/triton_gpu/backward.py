@@ -274,8 +274,8 @@ def query_shape(width: int, dtype: torch.dtype) -> Shape:
     if dtype == torch.float32:
         return Shape(32, 32, 4, 1) if width <= 128 else Shape(16, 16, 4, 1)
     if width <= 64:
-        return Shape(128, 64, 8, 2)
-    return Shape(64, 64, 8, 2) if width <= 128 else Shape(32, 32, 8, 1)
+        return Shape(128, 32, 8, 2)
+    return Shape(64, 64, 8, 2) if width <= 128 else Shape(32, 32, 4, 1)
 
 
 def key_shape(width: int, dtype: torch.dtype) -> Shape:
@@ -283,5 +283,5 @@ def key_shape(width: int, dtype: torch.dtype) -> Shape:
     if dtype == torch.float32:
         return Shape(32, 32, 4, 1) if width <= 128 else Shape(16, 16, 4, 1)
     if width <= 64:
-        return Shape(64, 128, 8, 2)
-    return Shape(64, 64, 8, 2) if width <= 128 else Shape(32, 32, 8, 1)
+        return Shape(32, 128, 8, 2)
+    return Shape(32, 64, 8, 2) if width <= 128 else Shape(32, 32, 8, 1)
