@@ -78,12 +78,15 @@ def windows(lengths, size, seed=0):
     return tuple(x.int() for x in found)
 
 
+@pytest.mark.parametrize("structure", [{}, {"causal": True}, {"window": 20, "first": 1}], ids=str)
 @pytest.mark.parametrize("lengths", [(63,), (9, 11), (3, 5, 7)])
-def test_a_plan_of_windows_visits_what_lies_in_them(lengths):
+def test_a_plan_of_windows_visits_what_lies_in_them(lengths, structure):
     start, stop, place = windows(lengths, 3)
     near = (start[:, None] <= place) & (place < stop[:, None])
     mask = near.all(-1) | (place < 0).any(-1)
-    check(plan_of_windows(start, stop, place, 8, 16), mask)
+    if structure:
+        mask &= visible_keys(len(start), len(place), **structure)
+    check(plan_of_windows(start, stop, place, 8, 16, **structure), mask)
 
 
 def test_a_plan_of_windows_over_ordered_tokens_leaves_tiles_out():

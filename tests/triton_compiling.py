@@ -6,6 +6,7 @@ prints a line of JSON for every kernel. It needs no GPU: Triton brings the assem
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -29,9 +30,6 @@ from attnopt.backends.triton_gpu.launching import Launch
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
 from attnopt.ops.options import Options
 from attnopt.ops.plans import plan_of_structure
-
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""What a block may have, in bytes, by compute capability."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def call_of(case: str, batch: int, heads: int, queries: int, keys: int) -> tuple
             return Rules(), seen, {}
 
 
-def launches(width: int, case: str, tokens: int = 1024) -> Iterator[Launch]:
+def launches(width: int, case: str, chip: int, tokens: int = 1024) -> Iterator[Launch]:
     """Yield all kernels of a call in bfloat16."""
     q = torch.empty(1, 8, tokens, width, dtype=torch.bfloat16)
     k = torch.empty(1, 2, tokens, width, dtype=torch.bfloat16)
@@ -120,11 +118,11 @@ def launches(width: int, case: str, tokens: int = 1024) -> Iterator[Launch]:
     plan = plan_of_structure(tokens, tokens, causal=True)
     scale = width**-0.5
     options = {"sinks": None, "softcap": None, "scale": scale, **more}
-    launch, out, lse = forward_launch(q, k, k, plan, hidden, rules, **options)
+    launch, out, lse = forward_launch(q, k, k, plan, hidden, rules, chip=chip, **options)
     yield launch
     yield delta_launch(out, q)[0]
     options.pop("sinks")
-    yield from backward_launches(q, k, k, q, lse, lse, plan, hidden, rules, **options)[0]
+    yield from backward_launches(q, k, k, q, lse, lse, plan, hidden, rules, chip=chip, **options)[0]
     if case != "grid":
         rules, hidden, more = call_of(case, 1, 8, 1, tokens)
         options = {"sinks": None, "softcap": None, "scale": scale, **more}
@@ -134,16 +132,14 @@ def launches(width: int, case: str, tokens: int = 1024) -> Iterator[Launch]:
 def main() -> None:
     """Print what each kernel takes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--capability", type=int, nargs="+", default=list(SHARED_MEMORY))
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
     given = parser.parse_args()
-    for case in given.case:
-        for width in given.width:
-            for launch in launches(width, case):
-                for capability in given.capability:
-                    found = asdict(compiled(launch, capability))
-                    print(json.dumps({"case": case, "width": width, **found}), flush=True)
+    for case, width, chip in itertools.product(given.case, given.width, given.capability):
+        for launch in launches(width, case, chip):
+            found = asdict(compiled(launch, chip))
+            print(json.dumps({"case": case, "width": width, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -61,13 +61,20 @@ def plan_of_structure(
 
 
 def plan_of_windows(
-    start: Tensor, stop: Tensor, place: Tensor, q_tile: int = TILE, k_tile: int = TILE
+    start: Tensor,
+    stop: Tensor,
+    place: Tensor,
+    q_tile: int = TILE,
+    k_tile: int = TILE,
+    **structure: Any,
 ) -> BlockPlan:
-    """Return the plan (1, 1, I, J) of windows over coordinates.
+    """Return the plan (1, 1, I, J) of windows over coordinates, within a structure.
 
     A query sees a key whose `place` (S, axes) lies from `start` up to `stop` (T, axes) on every
-    axis; a key of negative place is seen by every query.
+    axis; a key of negative place is in every window.
     """
+    bounds = _Bounds.of(len(start), len(place), q_tile, k_tile, start.device)
+    allowed, free = bounds.meet(**structure)
     lowest, highest = _by_tile(start, q_tile)
     first, last = _by_tile(stop, q_tile)
     extra = (place < 0).any(-1)
@@ -77,8 +84,8 @@ def plan_of_windows(
     has_extra = _by_tile(extra.int().unsqueeze(-1), k_tile)[1].squeeze(-1).bool()
     meets = (lowest.unsqueeze(1) <= last_place) & (least_place < last.unsqueeze(1))
     holds = (highest.unsqueeze(1) <= least_place) & (last_place < first.unsqueeze(1))
-    some, every = meets.all(-1) | has_extra, holds.all(-1)
-    return _plan(some, every & some, q_tile, k_tile, some.shape[-1])
+    some = (meets.all(-1) | has_extra) & allowed
+    return _plan(some, holds.all(-1) & some & free, q_tile, k_tile, some.shape[-1])
 
 
 def plan_of_mask(mask: Tensor, q_tile: int = TILE, k_tile: int = TILE) -> BlockPlan:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnopt.backends.triton_gpu.forward import Lists, Shape, sizes_of, widths
+from attnopt.backends.triton_gpu.forward import Lists, sizes_of, widths
 from attnopt.backends.triton_gpu.launching import (
     LOG2_E,
     Launch,
@@ -21,6 +21,7 @@ from attnopt.backends.triton_gpu.launching import (
     scales,
 )
 from attnopt.backends.triton_gpu.masking import Hidden, Rules, hide
+from attnopt.backends.triton_gpu.shapes import chip_of, key_shape, query_shape
 from attnopt.backends.triton_gpu.tiles import load_rows, product, scores, store_rows
 from attnopt.ops.plans import BlockPlan, transposed
 
@@ -221,6 +222,7 @@ def backward_launches(
     *,
     scale: float,
     softcap: float | None,
+    chip: int | None = None,
 ) -> tuple[tuple[Launch, Launch], tuple[Tensor, Tensor, Tensor]]:
     """Return what to run, and the gradients of q, k and v that it fills.
 
@@ -240,7 +242,10 @@ def backward_launches(
         "CUT": k.shape[2] % plan.k_tile != 0,
     }  # fmt: skip
     width = max(q.shape[-1], v.shape[-1])
-    by_query, by_key = query_shape(width, q.dtype), key_shape(width, q.dtype)
+    chip = chip or chip_of(q)
+    tensors = hidden.mask is not None or hidden.bias is not None
+    by_query = query_shape(width, q.dtype, chip)
+    by_key = key_shape(width, q.dtype, chip, tensors=tensors)
     rows = rows_within(plan.q_tile, rows_for(queries, by_query.queries))
     of_queries = Launch(
         queries_kernel,
@@ -267,21 +272,3 @@ def backward_launches(
         by_key.stages,
     )  # fmt: skip
     return (of_queries, of_keys), grads
-
-
-def query_shape(width: int, dtype: torch.dtype) -> Shape:
-    """Return the shape of the kernel for gradients of queries."""
-    if dtype == torch.float32:
-        return Shape(32, 32, 4, 1) if width <= 128 else Shape(16, 16, 4, 1)
-    if width <= 64:
-        return Shape(128, 32, 8, 2)
-    return Shape(64, 64, 8, 2) if width <= 128 else Shape(32, 32, 4, 1)
-
-
-def key_shape(width: int, dtype: torch.dtype) -> Shape:
-    """Return the shape of the kernel for gradients of keys and values."""
-    if dtype == torch.float32:
-        return Shape(32, 32, 4, 1) if width <= 128 else Shape(16, 16, 4, 1)
-    if width <= 64:
-        return Shape(32, 128, 8, 2)
-    return Shape(32, 64, 8, 2) if width <= 128 else Shape(32, 32, 8, 1)

@@ -22,6 +22,7 @@ from attnopt.backends.triton_gpu.launching import (
     scales,
 )
 from attnopt.backends.triton_gpu.masking import Hidden, Rules, hide
+from attnopt.backends.triton_gpu.shapes import chip_of, forward_shape
 from attnopt.backends.triton_gpu.tiles import (
     LN_2,
     LOG2_E,
@@ -144,22 +145,6 @@ def _visit(
     return found, total, top
 
 
-class Shape(NamedTuple):
-    """How a kernel is cut: queries and keys at a time, warps, stages of loads ahead."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def shape_of(width: int, dtype: torch.dtype) -> Shape:
-    """Return the shape for a width of heads; it fits in the shared memory of an A100."""
-    if dtype == torch.float32:
-        return Shape(64, 32, 4, 2) if width <= 128 else Shape(32, 16, 4, 2)
-    return Shape(128, 64, 8, 3) if width <= 128 else Shape(64, 32, 8, 2)
-
-
 def forward_launch(
     q: Tensor,
     k: Tensor,
@@ -171,13 +156,14 @@ def forward_launch(
     sinks: Tensor | None,
     scale: float,
     softcap: float | None,
+    chip: int | None = None,
 ) -> tuple[Launch, Tensor, Tensor]:
     """Return what to run, and the output and the log-sum-exp that it fills."""
     batch, heads, queries, width = q.shape
     out = torch.empty(batch, queries, heads, v.shape[-1], dtype=v.dtype, device=q.device)
     out = out.transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    shape = shape_of(max(width, v.shape[-1]), q.dtype)
+    shape = forward_shape(max(width, v.shape[-1]), q.dtype, chip or chip_of(q))
     rows = rows_within(plan.q_tile, rows_for(queries, shape.queries))
     factor, cap = scales(scale, softcap)
     launch = Launch(
