@@ -51,7 +51,7 @@ def test_a_lowered_program_runs_the_kernels(monkeypatch):
 
 def test_a_machine_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(routing.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(routing, "interprets", lambda: False)
     assert "set TRITON_INTERPRET=1" in available().why
     program = attnopt.apply(attnopt.capture(Windowed(), (torch.randn(1, 8, 32),)), "exact")
     with pytest.raises(ValueError, match="lower to 'inductor' or 'eager'"):

@@ -1,9 +1,9 @@
 """Which calls the kernels take, and which others do better: True, or No with the reason."""
 
 import torch
-import triton
 from torch import Tensor
 
+from attnopt.backends.triton_gpu.tiles import interprets
 from attnopt.nouns import No
 from attnopt.ops.options import Options
 from attnopt.ops.plans import BlockPlan
@@ -18,7 +18,7 @@ MOST_ROWS = 64
 
 def available() -> bool | No:
     """Tell whether kernels can run here: on a GPU, or in Triton's interpreter."""
-    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
+    if torch.cuda.is_available() or interprets():
         return True
     return No(
         "Triton's kernels need a CUDA device, and this machine shows none; lower to 'inductor' or "
@@ -29,7 +29,7 @@ def available() -> bool | No:
 
 def fits(q: Tensor, k: Tensor, v: Tensor, given: Options) -> bool | No:
     """Tell whether the kernels can run a call."""
-    if not (q.is_cuda or (triton.knobs.runtime.interpret and q.device.type == "cpu")):
+    if not (q.is_cuda or (interprets() and q.device.type == "cpu")):
         return No(f"the tensors are on {q.device}, and the kernels run on CUDA devices")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         kinds = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in (q, k, v)}))

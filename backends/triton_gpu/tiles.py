@@ -11,6 +11,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+def interprets() -> bool:
+    """Tell whether kernels run in Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 @triton.jit
 def product(a, b, total):
     """Return total + a b, accumulated in float32."""
