@@ -200,7 +200,8 @@ def _by_tile(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """Return the least and the largest number of each axis in every tile of tokens."""
     rest = -len(x) % tile
     padded = torch.cat([x, x[-1:].expand(rest, -1)]) if rest else x
-    return padded.unflatten(0, (-1, tile)).aminmax(dim=1)
+    tiles = padded.unflatten(0, (-1, tile))
+    return tiles.amin(dim=1), tiles.amax(dim=1)
 
 
 def _plan(some: Tensor, every: Tensor, q_tile: int, k_tile: int, width: int) -> BlockPlan:

@@ -199,14 +199,15 @@ def delta_kernel(
 def delta_launch(out: Tensor, grad: Tensor, rows: int = 64) -> tuple[Launch, Tensor]:
     """Return what to run, and the (B, H, T) that it fills."""
     batch, heads, queries, _ = out.shape
+    rows = rows_for(queries, rows)
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     cuts = {name: n for name, n in widths(out, out).items() if name.startswith("V")}
     arguments = {
         "out": out, "grad": grad, "delta": delta, "out_strides": out.stride(),
         "grad_strides": grad.stride(), "sizes": sizes_of(out, out, out),
-        "M": rows_for(queries, rows), **cuts,
+        "M": rows, **cuts,
     }  # fmt: skip
-    return Launch(delta_kernel, cut(queries, arguments["M"]) * batch * heads, arguments), delta
+    return Launch(delta_kernel, cut(queries, rows) * batch * heads, arguments), delta
 
 
 def backward_launches(

@@ -134,12 +134,12 @@ def join_kernel(
 class Stretch(NamedTuple):
     """The blocks of keys that are read: so many from the first key on, the rest from a later one.
 
-    `count` is how many there are in all.
+    `blocks` is how many there are in all.
     """
 
     head_blocks: int
     tail: int
-    count: int
+    blocks: int
 
     @classmethod
     def of(cls, rules: Rules, place: int, queries: int, keys: int, block: int) -> "Stretch":
@@ -181,9 +181,9 @@ def decode_launches(
     block = 32 if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
     reads = Rules() if positions is not None else rules
     stretch = Stretch.of(reads, place, queries, sizes.keys, block)
-    wanted = splits or _splits(q, stretch.count, batch * heads // members)
-    per = max(1, cut(stretch.count, wanted))
-    splits = max(1, cut(stretch.count, per))
+    wanted = splits or _splits(q, stretch.blocks, batch * heads // members)
+    per = max(1, cut(stretch.blocks, wanted))
+    splits = max(1, cut(stretch.blocks, per))
     width = v.shape[-1]
     part = q.new_empty(splits, batch, heads, queries, width, dtype=torch.float32)
     part_lse = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
@@ -199,7 +199,7 @@ def decode_launches(
             "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
             "hidden": hidden, "rules": rules, "sizes": sizes, "scale": factor, "cap": cap,
             "place": place, "members": members, "head_blocks": stretch.head_blocks,
-            "tail": stretch.tail, "count": stretch.count, "per": per, "splits": splits,
+            "tail": stretch.tail, "count": stretch.blocks, "per": per, "splits": splits,
             "M": rows_for(members * queries, 1 << 30), "N": block, **spaces,
         },
         4,
