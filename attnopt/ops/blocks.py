@@ -55,15 +55,19 @@ def visited(
     count: Tensor, index: Tensor, queries: int, keys: int, q_tile: int, k_tile: int, heads: int
 ) -> Tensor:
     """Return which keys the tiles of a plan hold, as booleans (B or 1, H, T, S)."""
-    tiles = -(-keys // k_tile)
+    grid = listed_tiles(count, index, -(-keys // k_tile))
+    grid = grid.repeat_interleave(heads // grid.shape[1], dim=1)
+    by_query = grid.repeat_interleave(q_tile, dim=2)[:, :, :queries]
+    return by_query.repeat_interleave(k_tile, dim=3)[..., :keys]
+
+
+def listed_tiles(count: Tensor, index: Tensor, tiles: int) -> Tensor:
+    """Return which of so many tiles of keys are listed, as booleans (B or 1, P, I, J)."""
     listed = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
     # One tile more takes what is listed beyond the count.
     places = torch.where(listed, index.long(), tiles)
     grid = torch.zeros(*index.shape[:-1], tiles + 1, dtype=torch.bool, device=index.device)
-    grid = grid.scatter(-1, places, value=True)[..., :tiles]
-    grid = grid.repeat_interleave(heads // grid.shape[1], dim=1)
-    by_query = grid.repeat_interleave(q_tile, dim=2)[:, :, :queries]
-    return by_query.repeat_interleave(k_tile, dim=3)[..., :keys]
+    return grid.scatter(-1, places, value=True)[..., :tiles]
 
 
 def attend_blocks(*args: Any, memo: Memo | None = None, **options: Any) -> Tensor:
