@@ -1,0 +1,203 @@
+"""Neighbourhood attention tile by tile, each over its box of keys: the fast copy of the reference.
+
+Axis letters as in `attnopt.ops.attention`; n tiles of Tq queries attend to Tk keys each.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.neighborhoods import Neighborhood, Piece
+from attnopt.ops.neighborhood import check, visible_tokens
+from attnopt.ops.options import Options
+from attnopt.ops.sdpa import Memo, attend
+from attnopt.ops.tiles import tile_order
+from attnopt.tilings import Batch, Tiling, tiling
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Tiles that one call attends to: the places of their queries (n, Tq) and keys (n, Tk).
+
+    `seen` says which keys a query sees (Tq, Tk); None where it is all of them.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """All tiles of a grid, and where each token's result is among theirs, one after the other."""
+
+    batches: tuple[_Batch, ...]
+    results: Tensor
+
+
+def attend_neighborhood(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int],
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    causal: Sequence[bool],
+    border: str = "shift",
+    leading: int = 0,
+    tile: Sequence[int] = (),
+    memo: Memo | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return what the reference returns first: tile by tile where `tiling` says that it pays.
+
+    A tile of queries attends to the box of keys that any of them sees.
+    """
+    rows = (tuple(grid), tuple(window), tuple(stride), tuple(dilation), tuple(causal))
+    hood = Neighborhood.of(*rows, border, leading)
+    check(q, k, hood)
+    given = Options.read(options)
+    hides = given.mask is not None or given.padding is not None
+    chosen = _tiling(hood)
+    if not chosen.batches or (given.mean_if_blind and hides):
+        return _at_once(q, k, v, hood, tuple(tile), memo, options)
+    key = ("tiles", hood, tuple(tile), q.device, q.dtype)
+    made = _remembered(memo, key, lambda: _tiles(chosen, hood, tuple(tile), q))
+    k, v = given.heads_of(k, v)
+    plain = {"sinks": given.sinks, "scale": given.scale, "softcap": given.softcap}
+    parts = [_attend_batch(q, k, v, batch, given, plain) for batch in made.batches]
+    if leading:
+        first = _rows_of(given, slice(leading))
+        parts.insert(0, attend(q[:, :, :leading], k, v, None, **first, **plain).transpose(1, 2))
+    return torch.cat(parts, dim=1).index_select(1, made.results).transpose(1, 2)
+
+
+def _tiling(hood: Neighborhood) -> Tiling:
+    """Return what was chosen before; a compiler traces the choice itself."""
+    return tiling(hood) if torch.compiler.is_compiling() else _known_tiling(hood)
+
+
+_known_tiling = lru_cache(maxsize=64)(tiling)
+
+
+def _remembered(memo: Memo | None, key: Hashable, make: Callable[[], Any]) -> Any:
+    """Return what an earlier layer made, or make it."""
+    if memo is None or torch.compiler.is_compiling():
+        return make()
+    if key not in memo:
+        memo[key] = (make(), ())
+    return memo[key][0]
+
+
+def _at_once(
+    q: Tensor, k: Tensor, v: Tensor, hood: Neighborhood, tile: tuple[int, ...], memo: Memo | None,
+    options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Attend to all keys under a mask."""
+    if hood.is_dense:
+        return attend(q, k, v, memo, **options)
+    key = ("neighborhood", hood, tile, q.device)
+    seen = _remembered(memo, key, lambda: visible_tokens(hood, tile, q.device))
+    given = options.get("mask")
+    return attend(q, k, v, memo, **{**options, "mask": seen if given is None else seen & given})
+
+
+def _tiles(chosen: Tiling, hood: Neighborhood, tile: tuple[int, ...], like: Tensor) -> _Tiles:
+    """Say in tensors which tokens the tiles hold, by their places."""
+    device = like.device
+    places = torch.arange(hood.tokens - hood.leading, device=device)
+    if tile:
+        places = torch.argsort(tile_order(hood.grid, tile, device))
+    places = places + hood.leading
+    before = torch.arange(hood.leading, device=device)
+    batches = tuple(_batch(b, hood, places, before, like.dtype) for b in chosen.batches)
+    listed = torch.cat([before, *(b.queries.flatten() for b in batches)])
+    return _Tiles(batches, torch.argsort(listed))
+
+
+def _batch(
+    batch: Batch, hood: Neighborhood, places: Tensor, before: Tensor, dtype: torch.dtype
+) -> _Batch:
+    queries = places[_numbers([[p.queries for p in ps] for ps in batch.pieces], hood, places)]
+    keys = places[_numbers([[p.keys for p in ps] for ps in batch.pieces], hood, places)]
+    keys = torch.cat([before.expand(len(keys), -1), keys], dim=1)
+    if all(pieces[0].is_dense for pieces in batch.pieces):
+        return _Batch(queries, keys, None)
+    seen = torch.ones(1, 1, dtype=torch.bool, device=places.device)
+    for pieces in batch.pieces:
+        along = _inside(pieces[0], places.device)
+        both = seen[:, None, :, None] & along[None, :, None, :]
+        seen = both.reshape(seen.shape[0] * along.shape[0], seen.shape[1] * along.shape[1])
+    seen = torch.nn.functional.pad(seen, (len(before), 0), value=True)
+    return _Batch(queries, keys, seen)
+
+
+def _inside(piece: Piece, device: torch.device) -> Tensor:
+    """Return which keys of its box each query of a piece sees."""
+    key = torch.arange(len(piece.keys), device=device)
+    start, stop = torch.tensor(piece.spans, device=device).T.unsqueeze(-1)
+    return (key >= start) & (key < stop)
+
+
+def _numbers(boxes: list[list[range]], hood: Neighborhood, like: Tensor) -> Tensor:
+    """Return the tokens of boxes by their numbers row by row, (boxes, tokens of each)."""
+    found = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+    for axis, ranges in zip(hood.axes, boxes, strict=True):
+        along = torch.tensor([list(r) for r in ranges], device=like.device)
+        both = found[:, None, :, None] * axis.length + along[None, :, None, :]
+        found = both.reshape(found.shape[0] * along.shape[0], found.shape[1] * along.shape[1])
+    return found
+
+
+def _attend_batch(
+    q: Tensor, k: Tensor, v: Tensor, batch: _Batch, given: Options, plain: dict[str, Any]
+) -> Tensor:
+    """Attend with the queries of some tiles; the result is (B, tokens, H, E), tile after tile."""
+    tiles = [_moved(x, batch.queries if x is q else batch.keys) for x in (q, k, v)]
+    bias = _added(q, batch, given)
+    found = attend(*tiles, None, bias=bias, **plain).transpose(1, 2)
+    return found.reshape(q.shape[0], batch.queries.numel(), *found.shape[2:])
+
+
+def _moved(x: Tensor, places: Tensor) -> Tensor:
+    """Return the tokens at some places (n, N) of (B, H, T, D) as (B n, H, N, D)."""
+    rows = x.transpose(1, 2).index_select(1, places.flatten())
+    return rows.reshape(x.shape[0] * len(places), places.shape[1], *rows.shape[2:]).transpose(1, 2)
+
+
+def _added(q: Tensor, batch: _Batch, given: Options) -> Tensor | None:
+    """Return all that is added to the scores of some tiles, (B n, H, Tq, Tk) or what spreads."""
+    found: Tensor | None = None
+    if given.bias is not None:
+        found = _of_tiles(given.bias.to(q.dtype), q, batch)
+    hidden = [_of_tiles(x, q, batch) for x in (given.mask, given.padding) if x is not None]
+    for seen in (*hidden, *(() if batch.seen is None else (batch.seen,))):
+        if found is None:
+            found = torch.zeros((), dtype=q.dtype, device=q.device)
+        found = torch.where(seen, found, -torch.inf)
+    return found
+
+
+def _of_tiles(x: Tensor, q: Tensor, batch: _Batch) -> Tensor:
+    """Cut a tensor that broadcasts to (B, H, T, S) for some tiles, (B n, H, Tq, Tk)."""
+    tokens = q.shape[2]
+    whole = x.expand(*([1] * (4 - x.dim())), *x.shape[:-2], tokens, tokens)
+    cut = whole[:, :, batch.queries[:, :, None], batch.keys[:, None, :]].transpose(1, 2)
+    cut = cut.expand(q.shape[0], *cut.shape[1:])
+    return cut.reshape(q.shape[0] * cut.shape[1], *cut.shape[2:])
+
+
+def _rows_of(given: Options, queries: slice) -> dict[str, Tensor]:
+    """Return bias, mask and padding of some queries."""
+    found = {"bias": given.bias, "mask": given.mask, "padding": given.padding}
+    return {
+        name: x if x.dim() < 2 or x.shape[-2] == 1 else x[..., queries, :]
+        for name, x in found.items()
+        if x is not None
+    }
