@@ -47,7 +47,8 @@ class Config:
 
 def fits(site: Site, config: Config) -> Literal[True] | No:
     """Say whether the tokens of a site can be made to see less."""
-    for refusal in (_unplaced(site), _hiding(site), _impossible(site, config)):
+    for refuse in (_unplaced, _hiding, _impossible):
+        refusal = refuse(site, config)
         if refusal is not None:
             return refusal
     return True
@@ -141,7 +142,7 @@ def _area(grid: Sequence[int]) -> int:
     return max(1, min(_TILE, 1 << max(cells.bit_length() - 1, 0)))
 
 
-def _unplaced(site: Site) -> No | None:
+def _unplaced(site: Site, config: Config) -> No | None:
     if site.grid is None:
         why = (
             "its tokens are not those of an image, row by row, as far as the graph says; windows "
@@ -155,7 +156,7 @@ def _unplaced(site: Site) -> No | None:
     return None
 
 
-def _hiding(site: Site) -> No | None:
+def _hiding(site: Site, config: Config) -> No | None:
     if site.mask.kind != "none":
         return No(
             f"its mask is {site.mask}; a neighbourhood replaces none but an open one", site.name
