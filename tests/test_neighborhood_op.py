@@ -103,7 +103,7 @@ def by_tiles(monkeypatch):
     """Let small tiles be used at any size."""
     for name, x in {"_WORTH": 1e9, "_MOVED": 2, "_PER_TILE": 0, "_PER_BATCH": 0}.items():
         monkeypatch.setattr(f"attnopt.tilings.{name}", x)
-    monkeypatch.setattr("attnopt.ops.boxes._known_tiling", tiling)
+    monkeypatch.setattr("attnopt.ops.boxes._tiling", tiling)
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
@@ -247,7 +247,7 @@ def test_the_ops_pass_the_checks_of_torch(tile, checks):
         ({"stride": [0, 1]}, "must be positive"),
         ({"border": "wrap"}, "shift or clamp"),
         ({"leading": 1}, "no grid"),
-        ({"leading": -1}, "negative"),
+        ({"leading": -1, "grid": [4, 4]}, "negative"),
         ({"grid": [5, 2]}, "no grid"),
     ],
 )

@@ -3,10 +3,9 @@
 Axis letters as in `attnopt.ops.attention`; n tiles of Tq queries attend to Tk keys each.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,27 +15,30 @@ from attnopt.ops.neighborhood import check, visible_tokens
 from attnopt.ops.options import Options
 from attnopt.ops.sdpa import Memo, attend
 from attnopt.ops.tiles import tile_order
-from attnopt.tilings import Batch, Tiling, tiling
+from attnopt.tilings import Batch, tiling
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     """Tiles that one call attends to: the places of their queries (n, Tq) and keys (n, Tk).
 
-    `seen` says which keys a query sees (Tq, Tk); None where it is all of them.
+    `seen` says which keys a query sees (Tq, Tk); None where it is all of them. `count` is n.
     """
 
+    count: int
     queries: Tensor
     keys: Tensor
     seen: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """All tiles of a grid, and where each token's result is among theirs, one after the other."""
+class _Made(NamedTuple):
+    """What the layers of a forward share: all tiles, and each token's place among their results.
+
+    Without tiles, `seen` says which tokens see which (T, T); None where all see all.
+    """
 
     batches: tuple[_Batch, ...]
-    results: Tensor
+    results: Tensor | None
+    seen: Tensor | None
 
 
 def attend_neighborhood(
@@ -59,16 +61,19 @@ def attend_neighborhood(
 
     A tile of queries attends to the box of keys that any of them sees.
     """
-    rows = (tuple(grid), tuple(window), tuple(stride), tuple(dilation), tuple(causal))
-    hood = Neighborhood.of(*rows, border, leading)
-    check(q, k, hood)
+    check(q, k, grid, leading)
     given = Options.read(options)
     hides = given.mask is not None or given.padding is not None
-    chosen = _tiling(hood)
-    if not chosen.batches or (given.mean_if_blind and hides):
-        return _at_once(q, k, v, hood, tuple(tile), memo, options)
-    key = ("tiles", hood, tuple(tile), q.device, q.dtype)
-    made = _remembered(memo, key, lambda: _tiles(chosen, hood, tuple(tile), q))
+    axes = (tuple(grid), tuple(window), tuple(stride), tuple(dilation), tuple(causal))
+    # Compiled graphs would hold every batch of tiles of every layer: they take a mask.
+    whole = torch.compiler.is_compiling() or (given.mean_if_blind and hides)
+    settings = (*axes, border, leading, tuple(tile), whole, q.device)
+    made = _remembered(memo, ("neighborhood", *settings), settings)
+    if not made.batches:
+        mask = given.mask if made.seen is None else made.seen
+        if made.seen is not None and given.mask is not None:
+            mask = made.seen & given.mask
+        return attend(q, k, v, memo, **{**options, "mask": mask})
     k, v = given.heads_of(k, v)
     plain = {"sinks": given.sinks, "scale": given.scale, "softcap": given.softcap}
     parts = [_attend_batch(q, k, v, batch, given, plain) for batch in made.batches]
@@ -78,64 +83,61 @@ def attend_neighborhood(
     return torch.cat(parts, dim=1).index_select(1, made.results).transpose(1, 2)
 
 
-def _tiling(hood: Neighborhood) -> Tiling:
-    """Return what was chosen before; a compiler traces the choice itself."""
-    return tiling(hood) if torch.compiler.is_compiling() else _known_tiling(hood)
-
-
-_known_tiling = lru_cache(maxsize=64)(tiling)
-
-
-def _remembered(memo: Memo | None, key: Hashable, make: Callable[[], Any]) -> Any:
+def _remembered(memo: Memo | None, key: tuple[Any, ...], settings: tuple[Any, ...]) -> _Made:
     """Return what an earlier layer made, or make it."""
     if memo is None or torch.compiler.is_compiling():
-        return make()
+        return _made(*settings)
     if key not in memo:
-        memo[key] = (make(), ())
-    return memo[key][0]
+        memo[key] = (_made(*settings), ())
+    made: _Made = memo[key][0]
+    return made
 
 
-def _at_once(
-    q: Tensor, k: Tensor, v: Tensor, hood: Neighborhood, tile: tuple[int, ...], memo: Memo | None,
-    options: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    """Attend to all keys under a mask."""
-    if hood.is_dense:
-        return attend(q, k, v, memo, **options)
-    key = ("neighborhood", hood, tile, q.device)
-    seen = _remembered(memo, key, lambda: visible_tokens(hood, tile, q.device))
-    given = options.get("mask")
-    return attend(q, k, v, memo, **{**options, "mask": seen if given is None else seen & given})
-
-
-def _tiles(chosen: Tiling, hood: Neighborhood, tile: tuple[int, ...], like: Tensor) -> _Tiles:
-    """Say in tensors which tokens the tiles hold, by their places."""
-    device = like.device
-    places = torch.arange(hood.tokens - hood.leading, device=device)
+# A compiler takes the tensors as they are; it does not trace how they are made.
+@torch.compiler.assume_constant_result
+def _made(
+    grid: tuple[int, ...],
+    window: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+    border: str,
+    leading: int,
+    tile: tuple[int, ...],
+    whole: bool,
+    device: torch.device,
+) -> _Made:
+    """Choose the tiles, and say in tensors which tokens they hold, by their places."""
+    hood = Neighborhood.of(grid, window, stride, dilation, causal, border, leading)
+    batches = () if whole else _tiling(hood).batches
+    if not batches:
+        seen = None if hood.is_dense else visible_tokens(hood, tile, device)
+        return _Made((), None, seen)
+    places = torch.arange(hood.tokens - leading, device=device)
     if tile:
-        places = torch.argsort(tile_order(hood.grid, tile, device))
-    places = places + hood.leading
-    before = torch.arange(hood.leading, device=device)
-    batches = tuple(_batch(b, hood, places, before, like.dtype) for b in chosen.batches)
-    listed = torch.cat([before, *(b.queries.flatten() for b in batches)])
-    return _Tiles(batches, torch.argsort(listed))
+        places = torch.argsort(tile_order(grid, tile, device))
+    before = torch.arange(leading, device=device)
+    made = tuple(_batch(b, hood, places + leading, before) for b in batches)
+    listed = torch.cat([before, *(b.queries.flatten() for b in made)])
+    return _Made(made, torch.argsort(listed), None)
 
 
-def _batch(
-    batch: Batch, hood: Neighborhood, places: Tensor, before: Tensor, dtype: torch.dtype
-) -> _Batch:
+_tiling = lru_cache(maxsize=64)(tiling)
+
+
+def _batch(batch: Batch, hood: Neighborhood, places: Tensor, before: Tensor) -> _Batch:
     queries = places[_numbers([[p.queries for p in ps] for ps in batch.pieces], hood, places)]
     keys = places[_numbers([[p.keys for p in ps] for ps in batch.pieces], hood, places)]
     keys = torch.cat([before.expand(len(keys), -1), keys], dim=1)
     if all(pieces[0].is_dense for pieces in batch.pieces):
-        return _Batch(queries, keys, None)
+        return _Batch(batch.count, queries, keys, None)
     seen = torch.ones(1, 1, dtype=torch.bool, device=places.device)
     for pieces in batch.pieces:
         along = _inside(pieces[0], places.device)
         both = seen[:, None, :, None] & along[None, :, None, :]
         seen = both.reshape(seen.shape[0] * along.shape[0], seen.shape[1] * along.shape[1])
     seen = torch.nn.functional.pad(seen, (len(before), 0), value=True)
-    return _Batch(queries, keys, seen)
+    return _Batch(batch.count, queries, keys, seen)
 
 
 def _inside(piece: Piece, device: torch.device) -> Tensor:
@@ -159,16 +161,20 @@ def _attend_batch(
     q: Tensor, k: Tensor, v: Tensor, batch: _Batch, given: Options, plain: dict[str, Any]
 ) -> Tensor:
     """Attend with the queries of some tiles; the result is (B, tokens, H, E), tile after tile."""
-    tiles = [_moved(x, batch.queries if x is q else batch.keys) for x in (q, k, v)]
+    tiles = [
+        _moved(q, batch.queries, batch.count),
+        _moved(k, batch.keys, batch.count),
+        _moved(v, batch.keys, batch.count),
+    ]
     bias = _added(q, batch, given)
     found = attend(*tiles, None, bias=bias, **plain).transpose(1, 2)
-    return found.reshape(q.shape[0], batch.queries.numel(), *found.shape[2:])
+    return found.reshape(q.shape[0], -1, *found.shape[2:])
 
 
-def _moved(x: Tensor, places: Tensor) -> Tensor:
+def _moved(x: Tensor, places: Tensor, count: int) -> Tensor:
     """Return the tokens at some places (n, N) of (B, H, T, D) as (B n, H, N, D)."""
     rows = x.transpose(1, 2).index_select(1, places.flatten())
-    return rows.reshape(x.shape[0] * len(places), places.shape[1], *rows.shape[2:]).transpose(1, 2)
+    return rows.reshape(x.shape[0] * count, -1, *rows.shape[2:]).transpose(1, 2)
 
 
 def _added(q: Tensor, batch: _Batch, given: Options) -> Tensor | None:

@@ -7,6 +7,7 @@ options are those of `attnopt.ops.attention`; `bias`, `mask` and `padding` are i
 tokens are in.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,19 +36,20 @@ def neighborhood_attention_reference(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, T, E) and the log-sum-exp (B, H, T) of attention on a grid."""
+    check(q, k, grid, leading)
     hood = Neighborhood.of(grid, window, stride, dilation, causal, border, leading)
-    check(q, k, hood)
     seen = visible_tokens(hood, tile, q.device)
     seen = seen if mask is None else seen & mask
     return attention_reference(q, k, v, mask=seen, **options)
 
 
-def check(q: Tensor, k: Tensor, hood: Neighborhood) -> None:
+def check(q: Tensor, k: Tensor, grid: Sequence[int], leading: int) -> None:
     """Raise a ValueError where queries and keys are not those of the grid."""
-    if (q.shape[2], k.shape[2]) != (hood.tokens, hood.tokens):
+    count = leading + math.prod(grid)
+    if (q.shape[2], k.shape[2]) != (count, count):
         raise ValueError(
-            f"{q.shape[2]} queries and {k.shape[2]} keys are no grid {list(hood.grid)} after "
-            f"{hood.leading} tokens, which has {hood.tokens} of both"
+            f"{q.shape[2]} queries and {k.shape[2]} keys are no grid {list(grid)} after "
+            f"{leading} tokens, which has {count} of both"
         )
 
 
