@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from attnopt.finder.evaluate import is_size
 from attnopt.finder.ops import JOINING, TRANSPARENT, args, argument, kind, rank, value
 from attnopt.finder.provenance import CONSTANT, ELEMENTWISE
 from attnopt.ops import attention, neighborhood_attention
@@ -90,8 +91,10 @@ def _alike(node: fx.Node, axis: int) -> Inputs | None:
     """Read an op that works element by element, its inputs broadcast from the right."""
     found: Inputs = {}
     for x in node.all_input_nodes:
-        if not isinstance(value(x), Tensor):
+        if is_size(x):
             continue
+        if not isinstance(value(x), Tensor):
+            return None
         own = axis - (_rank(node) - rank(x))
         if own < 0 or _is(_shape(x)[own], 1):
             continue

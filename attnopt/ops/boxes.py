@@ -3,7 +3,7 @@
 Axis letters as in `attnopt.ops.attention`; n tiles of Tq queries attend to Tk keys each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from attnopt.tilings import Batch, tiling
 class _Batch(NamedTuple):
     """Tiles that one call attends to: the places of their queries (n, Tq) and keys (n, Tk).
 
-    `seen` says which keys a query sees (Tq, Tk); None where it is all of them. `count` is n.
+    `seen` says which keys a query sees (Tq, Tk); None where it is all of them. there are n `tiles`.
     """
 
-    count: int
+    tiles: int
     queries: Tensor
     keys: Tensor
     seen: Tensor | None
@@ -80,21 +80,20 @@ def attend_neighborhood(
     if leading:
         first = _rows_of(given, slice(leading))
         parts.insert(0, attend(q[:, :, :leading], k, v, None, **first, **plain).transpose(1, 2))
+    assert made.results is not None
     return torch.cat(parts, dim=1).index_select(1, made.results).transpose(1, 2)
 
 
 def _remembered(memo: Memo | None, key: tuple[Any, ...], settings: tuple[Any, ...]) -> _Made:
     """Return what an earlier layer made, or make it."""
     if memo is None or torch.compiler.is_compiling():
-        return _made(*settings)
+        return _constant(*settings)
     if key not in memo:
         memo[key] = (_made(*settings), ())
     made: _Made = memo[key][0]
     return made
 
 
-# A compiler takes the tensors as they are; it does not trace how they are made.
-@torch.compiler.assume_constant_result
 def _made(
     grid: tuple[int, ...],
     window: tuple[int, ...],
@@ -123,6 +122,8 @@ def _made(
 
 
 _tiling = lru_cache(maxsize=64)(tiling)
+# A compiler takes the tensors as they are; it does not trace how they are made.
+_constant: Callable[..., _Made] = torch.compiler.assume_constant_result(_made)
 
 
 def _batch(batch: Batch, hood: Neighborhood, places: Tensor, before: Tensor) -> _Batch:
@@ -161,13 +162,10 @@ def _attend_batch(
     q: Tensor, k: Tensor, v: Tensor, batch: _Batch, given: Options, plain: dict[str, Any]
 ) -> Tensor:
     """Attend with the queries of some tiles; the result is (B, tokens, H, E), tile after tile."""
-    tiles = [
-        _moved(q, batch.queries, batch.count),
-        _moved(k, batch.keys, batch.count),
-        _moved(v, batch.keys, batch.count),
-    ]
+    of_queries = _moved(q, batch.queries, batch.tiles)
+    of_keys, of_values = (_moved(x, batch.keys, batch.tiles) for x in (k, v))
     bias = _added(q, batch, given)
-    found = attend(*tiles, None, bias=bias, **plain).transpose(1, 2)
+    found = attend(of_queries, of_keys, of_values, None, bias=bias, **plain).transpose(1, 2)
     return found.reshape(q.shape[0], -1, *found.shape[2:])
 
 

@@ -58,7 +58,8 @@ def _by_axes(
     split = x.unflatten(axis, sizes)
     inner = [axis + i for i in order]
     after = range(axis + 2 * rank, split.dim())
-    return split.permute(*range(axis), *inner, *after).flatten(axis, axis + 2 * rank - 1)
+    moved: Tensor = split.permute(*range(axis), *inner, *after)
+    return moved.flatten(axis, axis + 2 * rank - 1)
 
 
 def _check(x: Tensor, axis: int, grid: Sequence[int], tile: Sequence[int], leading: int) -> None:
