@@ -25,7 +25,7 @@ _ALIKE = (ELEMENTWISE | TRANSPARENT | frozenset(_MORE)) - {
     *("prelu", "native_dropout", "type_as", "wrap_with_autocast", "normalize"),
 }
 _RESHAPING = frozenset("view reshape _unsafe_view flatten unflatten squeeze unsqueeze".split())
-_SWAPPING = frozenset("transpose swapaxes swapdims".split())
+_SWAPPING = frozenset("transpose swapaxes swapdims mT adjoint".split())
 _REDUCING = frozenset("mean sum amax amin var linalg_vector_norm".split())
 _SPLITTING = frozenset("split split_with_sizes chunk unsafe_split unsafe_chunk".split())
 _LAYER_NORMS = frozenset("layer_norm rms_norm".split())
@@ -126,7 +126,7 @@ def _normed_by_group(node: fx.Node, axis: int) -> Inputs | None:
 
 
 def _transposed(node: fx.Node, axis: int) -> Inputs | None:
-    x, a, b = args(node)[:3]
+    x, a, b = (*args(node), -1, -2)[:3]
     first, second = a % rank(x), b % rank(x)
     return {x: {first: second, second: first}.get(axis, axis)}
 

@@ -145,7 +145,8 @@ def _inside(piece: Piece, device: torch.device) -> Tensor:
     """Return which keys of its box each query of a piece sees."""
     key = torch.arange(len(piece.keys), device=device)
     start, stop = torch.tensor(piece.spans, device=device).T.unsqueeze(-1)
-    return (key >= start) & (key < stop)
+    seen: Tensor = (key >= start) & (key < stop)
+    return seen
 
 
 def _numbers(boxes: list[list[range]], hood: Neighborhood, like: Tensor) -> Tensor:
