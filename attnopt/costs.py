@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.neighborhoods import Neighborhood
 from attnopt.nouns import Site
 from attnopt.program import Program
 
@@ -256,6 +257,13 @@ def _attention(node: fx.Node, sizes: _Sizes) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _neighborhood(node: fx.Node, sizes: _Sizes) -> int:
+    """Count the pairs of tokens that see each other."""
+    names = ("grid", "window", "stride", "dilation", "causal", "border", "leading")
+    given: dict[str, Any] = {n: node.kwargs[n] for n in names if n in node.kwargs}
+    return round(_attention(node, sizes) * Neighborhood.of(**given).share)
+
+
 _COUNTS: Mapping[str, Count] = {
     "mm": _product(0),
     "bmm": _product(0),
@@ -274,4 +282,5 @@ _COUNTS: Mapping[str, Count] = {
     "scaled_dot_product_attention": _attention,
     "flex_attention": _attention,
     "attention": _attention,
+    "neighborhood_attention": _neighborhood,
 }

@@ -63,7 +63,8 @@ def _exact(program: Program) -> Program:
 def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
     """Convert the weights and edit the graphs, choice by choice, then refit what asks for it."""
     main = program.main
-    stats = statistics_of(plan, main)
+    asks = any(getattr(registry.load(c.rewrite), "statistics", True) for c in choices)
+    stats: Any = statistics_of(plan, main) if asks else None
     known: dict[str, Site | Mlp] = {m.name: m for m in main.mlps}
     known |= {s.name: s for s in main.sites}
     _must_be_single(choices)

@@ -48,6 +48,10 @@ def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
 
 def refuse(match: Match) -> No | None:
     """Say why a match cannot become the canonical op; None where it can."""
+    if match.structure.kind == "dense":
+        return No(
+            "it was rewritten to a variant already, which has a mask of its own", match.anchor.name
+        )
     if match.reused:
         why = "the attention weights are read elsewhere, and the canonical op never forms them"
         return No(f"{why} ({', '.join(n.name for n in match.reused[:3])})", match.anchor.name)

@@ -337,6 +337,9 @@ class MaskReader:
     def _structure(self, notes: list[str]) -> Mask:
         if not self.hard and self.match.structure.kind == "none":
             return Mask("none")
+        if self.match.structure.kind == "dense":
+            notes.append("each token sees its neighbourhood on a grid")
+            return self.match.structure
         shown: list[tuple[Tensor, int]] = []
         for sizes in self._trials():
             try:

@@ -3,7 +3,13 @@
 from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
+from attnopt.ops.neighborhood import (
+    neighborhood_attention,
+    neighborhood_attention_lse,
+    neighborhood_attention_reference,
+)
 from attnopt.ops.recurrence import linear_recurrence, linear_recurrence_reference
+from attnopt.ops.tiles import tile_tokens
 from attnopt.ops.window import window_attention, window_attention_reference
 
 __all__ = [
@@ -17,6 +23,10 @@ __all__ = [
     "cached_attention_reference",
     "linear_recurrence",
     "linear_recurrence_reference",
+    "neighborhood_attention",
+    "neighborhood_attention_lse",
+    "neighborhood_attention_reference",
+    "tile_tokens",
     "window_attention",
     "window_attention_reference",
 ]

@@ -182,7 +182,9 @@ def kernel(
     elif out > width:
         scale = width**-0.5 if scale is None else scale
         q, k = F.pad(q, (0, out - width)), F.pad(k, (0, out - width))
+    # A compiler may not know the numbers of heads as numbers; the kernel wants to be told.
+    groups = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
     found = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, **groups
     )
     return found[..., :out] if out < width else found

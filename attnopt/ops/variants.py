@@ -24,10 +24,13 @@ def fast_copy(node: Any) -> Fast | None:
 def fast_copies() -> dict[Any, Fast]:
     """Return every variant with its fast copy."""
     from attnopt.ops.blocks import attend_blocks, block_attention
+    from attnopt.ops.boxes import attend_neighborhood
+    from attnopt.ops.neighborhood import neighborhood_attention
     from attnopt.ops.window import attend_window, window_attention
 
     return {
         attention: attend,
         block_attention: attend_blocks,
         window_attention: attend_window,
+        neighborhood_attention: attend_neighborhood,
     }

@@ -15,6 +15,7 @@ from attnopt.finder.ops import shape, value
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import is_canonical
 from attnopt.graphs import copied, drop_unused
+from attnopt.hoisting import hoist
 from attnopt.nouns import No, Site
 from attnopt.program import Program, State
 from attnopt.weights import described
@@ -84,6 +85,7 @@ class GraphEdit:
 
     def finish(self, changed: Mapping[str, Tensor], *, note: str) -> Program:
         """Return the program with the edited graph, new weights and new states."""
+        hoist(self.graph)
         drop_unused(self.graph)
         self.graph.lint()
         module = fx.GraphModule(self.program.graph_module, self.graph)

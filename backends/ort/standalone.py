@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from attnopt.backends.ort.folding import fold_caches
+from attnopt.backends.ort.neighborhoods import neighbors_as_masks
 from attnopt.backends.ort.operators import Choice, Target, choose
 from attnopt.backends.ort.pairs import split_complex
 from attnopt.backends.ort.signature import Signature
@@ -31,6 +32,7 @@ def standalone(
     graph = graph_module.graph
     _promote_integers(graph)
     _keep_outputs(graph, signature.kept)
+    neighbors_as_masks(graph)
     fold_caches(graph_module, signature.states)
     choices = _inline(graph_module, target)
     _read_past_length(graph, signature)
