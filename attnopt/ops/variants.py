@@ -23,7 +23,8 @@ def fast_copy(node: Any) -> Fast | None:
 @cache
 def fast_copies() -> dict[Any, Fast]:
     """Return every variant with its fast copy."""
-    from attnopt.ops.blocks import attend_blocks, block_attention
+    from attnopt.ops.blocks import block_attention
+    from attnopt.ops.blockwise import attend_blocks
 
     return {
         attention: attend,
