@@ -62,7 +62,7 @@ def _exact(program: Program) -> Program:
 def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
     """Convert the weights and edit the graphs, choice by choice, then refit what asks for it."""
     main = program.main
-    stats = statistics_of(plan, main)
+    stats = statistics_of(plan, main) if _reads_statistics(choices) else None
     known: dict[str, Site | Mlp] = {m.name: m for m in main.mlps}
     known |= {s.name: s for s in main.sites}
     _must_be_single(choices)
@@ -132,6 +132,11 @@ def statistics_of(plan: Plan, program: Program) -> Statistics:
             "them with dataclasses.replace(plan, statistics=attnopt.calibrate(program, data))"
         )
     return Statistics.load(plan.source, program.weights)
+
+
+def _reads_statistics(choices: Sequence[Choice]) -> bool:
+    """Tell whether a pass chooses by what calibration saw; those that change no weight do not."""
+    return any(not hasattr(registry.load(c.rewrite), "weightless") for c in choices)
 
 
 def _reader(site: Site | Mlp) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
+from attnopt.ops.opaque import block_attention_fast
+from attnopt.ops.plan_blocks import plan_blocks
 from attnopt.ops.recurrence import linear_recurrence, linear_recurrence_reference
 
 __all__ = [
@@ -10,10 +12,12 @@ __all__ = [
     "attention_lse",
     "attention_reference",
     "block_attention",
+    "block_attention_fast",
     "block_attention_lse",
     "block_attention_reference",
     "cached_attention",
     "cached_attention_reference",
     "linear_recurrence",
     "linear_recurrence_reference",
+    "plan_blocks",
 ]

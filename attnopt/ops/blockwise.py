@@ -21,7 +21,7 @@ from attnopt.ops.structure import visible_keys
 from attnopt.ops.tilewise import Tilewise
 
 # Below so many pairs of a query and a key, one masked call is faster than several narrow ones.
-_SMALL = 2**17
+_SMALL = 2**16
 
 
 @dataclass(frozen=True)

@@ -30,3 +30,11 @@ def fast_copies() -> dict[Any, Fast]:
         attention: attend,
         block_attention: attend_blocks,
     }
+
+
+@cache
+def direct_calls() -> dict[Any, Callable[..., Any]]:
+    """Return what to call in place of other ops where a graph runs op by op or is traced."""
+    from attnopt.ops.plan_blocks import plan_blocks, plan_tiles
+
+    return {plan_blocks: plan_tiles}
