@@ -76,7 +76,7 @@ def grid_of(count: Tensor, index: Tensor, tiles: int) -> Tensor:
 
 def listed(grid: Tensor) -> tuple[Tensor, Tensor]:
     """Return the count and the index of a grid of visited tiles."""
-    index = torch.argsort((~grid).to(torch.uint8), dim=-1, stable=True)
+    index = torch.argsort((~grid).to(torch.int32), dim=-1, stable=True)
     return grid.sum(-1, dtype=torch.int32), index.to(torch.int32)
 
 

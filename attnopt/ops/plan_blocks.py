@@ -64,7 +64,7 @@ def plan_tiles(
         grid = select(scores, allowed, forced, rule, amount, multiple)
     if dense_above < 1:
         share = grid.sum() / allowed.sum().clamp(min=1)
-        grid = torch.where(share > dense_above, allowed, grid)
+        grid = grid | (allowed & (share > dense_above))
     if least_tokens and not known:
         grid = grid | (allowed & ~plan_is_read(queries, keys, q_tile, least_tokens, q.device))
     return _lists(grid, tiling)
