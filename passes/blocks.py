@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from torch import fx
 
+from attnopt.diagnosing import estimator_flops
 from attnopt.finder.emit import Writer
 from attnopt.nouns import No, Site
 from attnopt.ops.blocks import TILE, block_attention
@@ -31,6 +32,7 @@ weightless = True
 _KERNEL: Final = 0.75
 _ALONG_KEYS: Final = ("pooled", "sub_block", "antidiagonal")
 _MODES: Final = ("planned", "routed")
+_COUNTED: Final = ("topk", "count")
 _RATIOS: Final = (0.5, 0.3, 0.2, 0.1)
 
 
@@ -108,7 +110,7 @@ def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
         pairs -= queries * (queries - 1) / 2
     dense = 2.0 * workload.batch * site.heads * pairs * (site.head_dim + site.v_head_dim)
     density = _density(config, queries, keys)
-    estimated = estimator_flops(site, config, queries, keys) * workload.batch if density < 1 else 0
+    estimated = 0.0 if density == 1 else workload.batch * _estimate(site, config, queries, keys)
     return found | {
         "density": density,
         "break_even": break_even(config, estimated / dense),
@@ -124,24 +126,13 @@ def break_even(config: Config, estimator_share: float = 0.0) -> float:
     return _KERNEL * (1 - estimator_share)
 
 
-def estimator_flops(site: Site, config: Config, queries: int, keys: int) -> float:
+def _estimate(site: Site, config: Config, queries: int, keys: int) -> float:
     """Return the operations that estimating takes for one row of a batch."""
-    tile = config.tile
-    rows = queries if config.mode == "routed" else queries / tile
-    pooled = 2 * site.heads * site.head_dim * rows * keys / tile
+    tiles = {"tile": config.tile, "stride": config.stride}
+    sizes = (site.heads, site.head_dim, queries, keys)
     if config.mode == "routed":
-        return pooled
-    match config.estimator:
-        case "sub_block":
-            return pooled * (tile / config.stride) ** 2
-        case "antidiagonal":
-            return pooled * tile * tile / config.stride
-        case "flex":
-            return pooled + 2 * site.heads * site.head_dim * tile * keys
-        case "vertical_slash":
-            return 2 * site.heads * site.head_dim * 64 * keys
-        case _:
-            return pooled
+        return estimator_flops("pooled", *sizes, **tiles, q_tile=1)
+    return estimator_flops(config.estimator, *sizes, **tiles)
 
 
 def _density(config: Config, queries: int, keys: int) -> float:
@@ -205,6 +196,12 @@ def _settings(site: Site, config: Config) -> Iterable[No | None]:
     for name, number in whole.items():
         if not isinstance(number, int) or number < 1:
             yield No(f"{name} {number}: a whole number from 1", site.name)
+    if config.mode == "routed" and config.rule not in _COUNTED:
+        yield No(
+            f"rule {config.rule!r} weighs a query's own tile, which holds keys to come; routed "
+            f"queries choose by {' or '.join(_COUNTED)}",
+            site.name,
+        )
     if config.least_tokens < 1:
         yield No(f"least_tokens {config.least_tokens}: from 1", site.name)
     if config.mode == "planned" and config.estimator in STRIDED and config.tile % config.stride:

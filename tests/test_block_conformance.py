@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from block_conformance import CAUSAL, IMPLEMENTATIONS, NEAR, NONE, TOLERANCE, Problem, error, problems
+from block_conformance import (
+    CAUSAL,
+    IMPLEMENTATIONS,
+    NEAR,
+    NONE,
+    TOLERANCE,
+    Problem,
+    error,
+    problems,
+)
 from conformance import draw, padding
 
-from attnopt.ops import attention, attention_reference, block_attention
-from attnopt.ops import blockwise, gathering
+from attnopt.ops import attention, attention_reference, block_attention, blockwise, gathering
 from attnopt.ops.blocks import grid_of, listed
 from attnopt.ops.options import Options
 from attnopt.ops.sdpa import attend
@@ -78,9 +86,7 @@ def test_what_visits_everything_is_dense_bit_for_bit(memo):
     whole = attend(q, k, v, memo={}, causal=True)
     for density, least in ((1.0, 0), (0.0, 4096)):
         lists, options = Problem(density=density).call()
-        made = blockwise.attend_blocks(
-            q, k, v, *lists, **options, least_tokens=least, memo=memo
-        )
+        made = blockwise.attend_blocks(q, k, v, *lists, **options, least_tokens=least, memo=memo)
         assert torch.equal(made, whole)
 
 
@@ -155,4 +161,6 @@ def test_a_list_is_read_back():
 def test_the_op_of_a_whole_plan_is_the_canonical_op():
     q, k, v = Problem().tensors()
     lists, options = Problem(density=1.0).call()
-    torch.testing.assert_close(block_attention(q, k, v, *lists, **options), attention(q, k, v, causal=True))
+    torch.testing.assert_close(
+        block_attention(q, k, v, *lists, **options), attention(q, k, v, causal=True)
+    )

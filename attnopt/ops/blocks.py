@@ -59,10 +59,15 @@ def visited(
     count: Tensor, index: Tensor, queries: int, keys: int, q_tile: int, k_tile: int, heads: int
 ) -> Tensor:
     """Return which keys the tiles of a plan hold, as booleans (B or 1, H, T, S)."""
-    grid = grid_of(count, index, -(-keys // k_tile))
+    grid = grid_of(count, index, tiles_in(keys, k_tile))
     grid = grid.repeat_interleave(heads // grid.shape[1], dim=1)
     by_query = grid.repeat_interleave(q_tile, dim=2)[:, :, :queries]
     return by_query.repeat_interleave(k_tile, dim=3)[..., :keys]
+
+
+def tiles_in(length: int, tile: int) -> int:
+    """Return how many tiles a length has; no number is negative, which ONNX rounds another way."""
+    return (length + tile - 1) // tile
 
 
 def grid_of(count: Tensor, index: Tensor, tiles: int) -> Tensor:

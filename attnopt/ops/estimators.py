@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.ops.blocks import tiles_in
 from attnopt.ops.tiling import Tiling, tiles_of
 
 # Scores that are held at once.
@@ -169,7 +170,7 @@ def _summed(call: Call, q: Tensor, k: Tensor, *, by_row: bool) -> Tensor:
         mass = _by_tile(torch.exp(scores - top), down)
         whole = mass.sum(-1, keepdim=True).log() if by_row else -top
         logs = mass.log() - whole + queries[:, :, :, part]
-        logs = F.pad(logs, (0, 0, 0, -logs.shape[-2] % across), value=-torch.inf)
+        logs = F.pad(logs, (0, 0, 0, _missing(logs.shape[-2], across)), value=-torch.inf)
         tiles = torch.logsumexp(logs.unflatten(-2, (-1, across)), dim=-2).nan_to_num(
             nan=-torch.inf, neginf=-torch.inf
         )
@@ -185,7 +186,12 @@ def _parts(tiles: slice, count: int) -> slice:
 
 def _by_tile(x: Tensor, length: int) -> Tensor:
     """Sum so many neighbours of the last axis."""
-    return F.pad(x, (0, -x.shape[-1] % length)).unflatten(-1, (-1, length)).sum(-1)
+    return F.pad(x, (0, _missing(x.shape[-1], length))).unflatten(-1, (-1, length)).sum(-1)
+
+
+def _missing(size: int, length: int) -> int:
+    """Return how much the last of such lengths lacks."""
+    return tiles_in(size, length) * length - size
 
 
 def _last_map(call: Call, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.ops.blocks import TILE, listed, plan_is_read, reads_plan
+from attnopt.ops.blocks import TILE, listed, plan_is_read, reads_plan, tiles_in
 from attnopt.ops.estimators import ESTIMATORS, Call, group_scores
 from attnopt.ops.selecting import select
 from attnopt.ops.tiling import Tiling
@@ -58,9 +58,11 @@ def plan_tiles(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
         scores, wanted = ESTIMATORS[estimator](Call(q, k, scale, tiling, min(stride, tile)))
-        forced = _forced(tiling, routed=q_tile != tile)
+        routed = q_tile != tile
+        forced = _forced(tiling, routed=routed)
         forced = forced if wanted is None else forced | wanted
-        scores = group_scores(scores, allowed)
+        # What heads of a group like in their own tile depends on keys that are still to come.
+        scores = group_scores(scores, allowed & ~forced if routed else allowed)
         grid = select(scores, allowed, forced, rule, amount, multiple)
     if dense_above < 1:
         share = grid.sum() / allowed.sum().clamp(min=1)
@@ -102,9 +104,9 @@ def _shaped(q: Tensor, k: Tensor, **options: Any) -> Plan:
     tile = options.get("tile") or TILE
     q_tile = options.get("q_tile") or tile
     heads = k.shape[1] if options.get("k_map") is None else len(options["k_map"])
-    sizes = (q.shape[0], heads, -(-q.shape[2] // q_tile))
+    sizes = (q.shape[0], heads, tiles_in(q.shape[2], q_tile))
     count = q.new_empty(sizes, dtype=torch.int32)
-    index = q.new_empty((*sizes, -(-k.shape[2] // tile)), dtype=torch.int32)
+    index = q.new_empty((*sizes, tiles_in(k.shape[2], tile)), dtype=torch.int32)
     return count, index, torch.empty_like(count), torch.empty_like(index)
 
 

@@ -30,16 +30,12 @@ def select(
     return (chosen | forced) & allowed
 
 
-def _topk(
-    scores: Tensor, allowed: Tensor, forced: Tensor, amount: float, multiple: int
-) -> Tensor:
+def _topk(scores: Tensor, allowed: Tensor, forced: Tensor, amount: float, multiple: int) -> Tensor:
     count = torch.ceil(allowed.sum(-1, keepdim=True) * amount - _ROUNDING)
     return _first(scores, forced, count, multiple)
 
 
-def _count(
-    scores: Tensor, allowed: Tensor, forced: Tensor, amount: float, multiple: int
-) -> Tensor:
+def _count(scores: Tensor, allowed: Tensor, forced: Tensor, amount: float, multiple: int) -> Tensor:
     return _first(scores, forced, torch.full_like(scores[..., :1], amount), multiple)
 
 
@@ -50,9 +46,7 @@ def _first(scores: Tensor, forced: Tensor, count: Tensor, multiple: int) -> Tens
     return _unsorted(_order(scores, forced), place < count)
 
 
-def _mass(
-    scores: Tensor, allowed: Tensor, forced: Tensor, amount: float, multiple: int
-) -> Tensor:
+def _mass(scores: Tensor, allowed: Tensor, forced: Tensor, amount: float, multiple: int) -> Tensor:
     """Keep the fewest that hold the mass; all of them where it is the whole mass."""
     if amount >= 1:
         return allowed

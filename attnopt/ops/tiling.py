@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.ops.blocks import tiles_in
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -35,12 +37,12 @@ class Tiling:
     @property
     def rows(self) -> int:
         """How many tiles of queries there are."""
-        return -(-self.queries // self.q_tile)
+        return tiles_in(self.queries, self.q_tile)
 
     @property
     def columns(self) -> int:
         """How many tiles of keys there are."""
-        return -(-self.keys // self.k_tile)
+        return tiles_in(self.keys, self.k_tile)
 
     def first_positions(self) -> Tensor:
         """Return where the queries of each tile begin, (I, 1)."""
@@ -108,7 +110,7 @@ def tiles_of(x: Tensor, tile: int, padding: Tensor | None = None) -> Tensor:
     """Cut (B, H, L, D) into (B, H, tiles, tile, D) in float32, with zeros where nothing is."""
     if padding is not None:
         x = x.masked_fill(~padding.transpose(-1, -2), 0.0)
-    more = -x.shape[2] % tile
+    more = tiles_in(x.shape[2], tile) * tile - x.shape[2]
     if not isinstance(more, int) or more:
         x = F.pad(x, (0, 0, 0, more))
     return x.float().unflatten(2, (-1, tile))
@@ -121,7 +123,7 @@ def _means(x: Tensor, tile: int, padding: Tensor | None, counts: Tensor) -> Tens
 
 
 def _counts(length: int, tile: int, padding: Tensor | None, device: torch.device) -> Tensor:
-    count = -(-length // tile)
+    count = tiles_in(length, tile)
     there = (torch.arange(count * tile, device=device) < length)[None, None]
     if padding is not None:
         there = there & F.pad(padding[:, :, 0], (0, count * tile - length), value=False)
