@@ -92,6 +92,7 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     debug.dump(40, "plan", result.graph_module)
     if not refitted:
         return result
+    assert stats is not None
     solved = refit(main, result.main, refitted, stats, _digest(choices))
     return reweighted(result, solved)
 

@@ -20,7 +20,7 @@ from attnopt.finder.emit import Writer
 from attnopt.nouns import No, Site
 from attnopt.ops.blocks import TILE, block_attention
 from attnopt.ops.estimators import CAUSAL_ONLY, ESTIMATORS, STRIDED
-from attnopt.ops.plan_blocks import STRIDE, plan_blocks
+from attnopt.ops.plan_blocks import ALIKE, STRIDE, plan_blocks
 from attnopt.ops.selecting import RULES
 from attnopt.surgery import GraphEdit
 
@@ -42,7 +42,8 @@ class Config:
 
     `amount` is a share of a row's tiles for `topk`, of its mass for `mass`, the least share of a
     tile for `threshold`, a number of tiles for `count`. `stride` are the tokens of a part of a tile
-    that are scored together. Calls of fewer keys than `least_tokens` stay dense, and so do those
+    that are scored together; `sparge` visits tiles whose tokens' mean cosine is at most `alike`
+    whatever the rule, and the scores of the others decide. Calls of fewer keys than `least_tokens` stay dense, and so do those
     that would visit more than `dense_above` of all tiles, the break-even density unless given.
     """
 
@@ -53,6 +54,7 @@ class Config:
     mode: Literal["planned", "routed"] = "planned"
     stride: int = STRIDE
     multiple: int = 1
+    alike: float = ALIKE
     least_tokens: int = 4096
     dense_above: float | None = None
 
@@ -169,6 +171,8 @@ def _plan(site: Site, config: Config, options: dict[str, Any]) -> dict[str, Any]
         found["aligned"] = False
     if config.estimator in STRIDED and config.stride != STRIDE:
         found["stride"] = config.stride
+    if config.alike != ALIKE:
+        found["alike"] = float(config.alike)
     if config.multiple != 1:
         found["multiple"] = config.multiple
     return found

@@ -9,7 +9,7 @@ from conformance import draw
 from attnopt.ops import attention_reference, block_attention, plan_blocks
 from attnopt.ops.blocks import grid_of
 from attnopt.ops.estimators import CAUSAL_ONLY, ESTIMATORS, Call, group_scores
-from attnopt.ops.plan_blocks import plan_tiles
+from attnopt.ops.plan_blocks import ALIKE, plan_tiles
 from attnopt.ops.selecting import RULES, select
 from attnopt.ops.tiling import Tiling
 
@@ -29,7 +29,7 @@ def drawn(queries=61, keys=61, heads=4, key_heads=2, seed=0):
 
 def call_of(q, k, *, causal=True, stride=4, padding=None, tile=TILE):
     tiling = Tiling(q.shape[2], k.shape[2], tile, tile, causal, True, CPU, padding)
-    return Call(q, k, q.shape[-1] ** -0.5, tiling, stride)
+    return Call(q, k, q.shape[-1] ** -0.5, tiling, stride, ALIKE)
 
 
 def scores_of(estimator, call):
@@ -135,14 +135,15 @@ def test_flex_follows_the_last_queries_where_pooling_misleads():
 
 
 def test_tiles_of_unlike_tokens_are_always_visited():
-    q, k = draw(1, 1, 64, 16, seed=0).float().abs(), draw(1, 1, 64, 16, seed=1).float().abs()
-    signs = torch.tensor([1.0, -1.0]).repeat(4).unsqueeze(1)
-    k[0, 0, 24:32] = signs
-    k[0, 0, 24] = -1.0
-    call = call_of(q, k)
-    alike = ESTIMATORS["sparge"](call)[1]
-    assert alike is not None
-    assert not alike.any(), "the mean cosine is at least minus one over the number of tokens"
+    q, k = (draw(1, 1, 64, 16, seed=n).float().abs() for n in (0, 1))
+    k[0, 0, 24:32] *= torch.tensor([1.0, -1.0]).repeat(4).unsqueeze(1)
+    q[0, 0, 40:48] *= torch.tensor([1.0, -1.0]).repeat(4).unsqueeze(1)
+    grid = planned(q, k, estimator="sparge", amount=0.1, alike=0.3)[0, 0]
+    assert grid[3:, 3].all()
+    assert grid[5, :6].all()
+    assert grid[7].nonzero().flatten().tolist() == [0, 3, 7]
+    never = planned(q, k, estimator="sparge", amount=0.1)
+    assert torch.equal(never, planned(q, k, estimator="pooled", amount=0.1))
 
 
 # -------------------------------------------------------------------------------------- selection

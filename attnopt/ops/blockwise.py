@@ -51,19 +51,18 @@ def attend_blocks(
 
     Without a memo, as in a graph to be compiled, one op hides the loops that depend on the plan.
     """
-    plan = (count, index, full_count, full_index)
-    tiles = {"q_tile": q_tile, "k_tile": k_tile}
+    plan = (q, k, v, count, index, full_count, full_index)
     if torch.compiler.is_exporting():
         return block_attention_reference(
-            q, k, v, *plan, **tiles, least_tokens=least_tokens, **options
+            *plan, q_tile=q_tile, k_tile=k_tile, least_tokens=least_tokens, **options
         )[0]
     if not reads_plan(q.shape[2], k.shape[2], q_tile, least_tokens):
         return attend(q, k, v, memo=memo, **options)
     if memo is None or torch.compiler.is_compiling():
         from attnopt.ops.opaque import call
 
-        return call(q, k, v, *plan, **tiles, **options)
-    return by_plan(q, k, v, *plan, **tiles, memo=memo, **options)
+        return call(*plan, q_tile=q_tile, k_tile=k_tile, **options)
+    return by_plan(*plan, q_tile=q_tile, k_tile=k_tile, memo=memo, **options)
 
 
 def by_plan(

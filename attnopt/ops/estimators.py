@@ -27,13 +27,13 @@ from attnopt.ops.tiling import Tiling, tiles_of
 
 # Scores that are held at once.
 _CELLS: Final = 2**22
+# Stripes of a causal map: each leaves out the keys behind it.
+_STRIPES: Final = 8
 # As published: queries that stand for all, diagonals that are always visited (at most a tile), the
-# largest distance of a map from its estimate (the root of a Jensen-Shannon divergence), the least
-# mean cosine.
+# largest distance of a map from its estimate (the root of a Jensen-Shannon divergence).
 _LAST_QUERIES: Final = 64
 _LAST_DIAGONALS: Final = 100
 _FAR: Final = 0.1
-_ALIKE: Final = -0.1
 
 Scores = tuple[Tensor, Tensor | None]
 
@@ -42,7 +42,8 @@ Scores = tuple[Tensor, Tensor | None]
 class Call:
     """Queries (B, H, T, D) and keys (B, P, S, D) of a call, cut into tiles.
 
-    `stride` is how many tokens share a mean, or how far the samples of an antidiagonal are apart.
+    `stride` is how many tokens share a mean, or how far the samples of an antidiagonal are apart;
+    tiles whose mean cosine is at most `alike` are of unlike tokens.
     """
 
     q: Tensor
@@ -50,12 +51,17 @@ class Call:
     scale: float
     tiling: Tiling
     stride: int
+    alike: float
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Return scaled products (B, P, G, I, J) of what stands for queries and keys."""
         heads = k.shape[1]
-        grouped = q.unflatten(1, (heads, q.shape[1] // heads))
-        return grouped @ (k * self.scale).unsqueeze(2).transpose(-1, -2)
+        group = q.shape[1] // heads
+        # The rows of a group in one product: keys need not be repeated.
+        rows = q.unflatten(1, (heads, group)).flatten(2, 3)
+        products = rows @ (k * self.scale).transpose(-1, -2)
+        found: Tensor = products.unflatten(2, (group, q.shape[2]))
+        return found
 
     def stripes(self, length: int) -> Iterator[tuple[slice, slice]]:
         """Yield rows of tiles, and the columns that they may see, in pieces that fit the cache.
@@ -67,7 +73,8 @@ class Call:
             yield slice(None), slice(None)
             return
         parts = max(self.tiling.q_tile // length, 1) * max(self.tiling.k_tile // length, 1)
-        count = max(1, _CELLS // (max(columns, 1) * parts * self.q.shape[0] * self.q.shape[1]))
+        cells = max(columns, 1) * parts * self.q.shape[0] * self.q.shape[1]
+        count = max(1, min(_CELLS // cells, tiles_in(rows, _STRIPES)))
         for start in range(0, rows, count):
             stop = min(start + count, rows)
             last = self.tiling.keys - self.tiling.queries + stop * self.tiling.q_tile - 1
@@ -122,8 +129,10 @@ def flex(call: Call) -> Scores:
 def sparge(call: Call) -> Scores:
     """Score by means of tiles, where tokens of a tile are alike."""
     tiling = call.tiling
-    rows = _likeness(call.q, tiling.q_tile, tiling.query_padding, tiling.query_counts()) <= _ALIKE
-    columns = _likeness(call.k, tiling.k_tile, tiling.padding, tiling.key_counts()) <= _ALIKE
+    rows = (
+        _likeness(call.q, tiling.q_tile, tiling.query_padding, tiling.query_counts()) <= call.alike
+    )
+    columns = _likeness(call.k, tiling.k_tile, tiling.padding, tiling.key_counts()) <= call.alike
     scores, _ = pooled(call)
     rows = rows.unflatten(1, (call.k.shape[1], -1)).any(2)
     columns = columns.unsqueeze(2)
@@ -186,7 +195,9 @@ def _parts(tiles: slice, count: int) -> slice:
 
 def _by_tile(x: Tensor, length: int) -> Tensor:
     """Sum so many neighbours of the last axis."""
-    return F.pad(x, (0, _missing(x.shape[-1], length))).unflatten(-1, (-1, length)).sum(-1)
+    whole = F.pad(x, (0, _missing(x.shape[-1], length)))
+    found: Tensor = whole.unflatten(-1, (-1, length)).sum(-1)
+    return found
 
 
 def _missing(size: int, length: int) -> int:
@@ -216,12 +227,16 @@ def _vertical_slash(call: Call, seen: Tensor) -> Tensor:
     behind = skewed.unflatten(3, (count, -1)).mean(3)[..., :keys].flip(-1)
     # Of the pairs of a tile, most are as far apart as its corners; the numbers fall off linearly.
     tile = tiling.k_tile
-    around = F.pad(behind.flatten(0, 2).unsqueeze(1), (tile - 1, tile - 1))
-    for _ in range(2):
-        around = F.avg_pool1d(around, tile, stride=1)
-    diagonals = (around.squeeze(1) * tile).unflatten(0, behind.shape[:3])
-    place = (tiling.first_positions() - tiling.first_keys()).clamp(0, keys - 1)
-    return (columns.unsqueeze(3) + diagonals[..., place]).log()
+    fall = 1 - torch.arange(1 - tile, tile, device=tiling.device).abs() / tile
+    over = (tiling.keys - tiling.queries) % tile
+    around = F.pad(behind.flatten(0, 2).unsqueeze(1), (tile - 1, 2 * tile))[..., over:]
+    diagonals = F.conv1d(around, fall[None, None], stride=tile).squeeze(1)
+    diagonals = diagonals.unflatten(0, behind.shape[:3])
+    place = torch.div(
+        tiling.first_positions() - tiling.first_keys(), tile, rounding_mode="floor"
+    ).clamp(min=0)
+    masses: Tensor = columns.unsqueeze(3) + diagonals[..., place]
+    return masses.log()
 
 
 def _likeness(x: Tensor, tile: int, padding: Tensor | None, counts: Tensor) -> Tensor:

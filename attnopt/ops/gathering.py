@@ -131,7 +131,7 @@ class _Operands:
         place = torch.empty_like(rows)
         place[rows] = torch.arange(len(rows), device=rows.device)
         tiles = len(rows) // (self.batch * self.groups)
-        ordered = found[place].unflatten(0, (self.batch, self.groups, tiles))
+        ordered: Tensor = found[place].unflatten(0, (self.batch, self.groups, tiles))
         return ordered.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, : self.plan.queries]
 
     def _numbers(self, bucket: Bucket, heads: int) -> Tensor:
@@ -187,4 +187,5 @@ def _tiles(x: Tensor, tile: int) -> Tensor:
     """Cut (B, H, L, D) into (B, H, tiles, tile, D), the last one filled up with zeros."""
     more = -x.shape[2] % tile
     x = F.pad(x, (0, 0, 0, more)) if more else x
-    return x.unflatten(2, (-1, tile))
+    found: Tensor = x.unflatten(2, (-1, tile))
+    return found

@@ -16,6 +16,8 @@ from attnopt.ops.selecting import select
 from attnopt.ops.tiling import Tiling
 
 STRIDE = 16
+# The mean cosine below which sparge takes tokens for unlike: as published, never.
+ALIKE = -0.1
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -36,6 +38,7 @@ def plan_tiles(
     k_map: list[int] | None = None,
     stride: int = STRIDE,
     multiple: int = 1,
+    alike: float = ALIKE,
     least_tokens: int = 0,
     dense_above: float = 1.0,
 ) -> Plan:
@@ -57,7 +60,7 @@ def plan_tiles(
         return _lists(allowed, tiling)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
-        scores, wanted = ESTIMATORS[estimator](Call(q, k, scale, tiling, min(stride, tile)))
+        scores, wanted = ESTIMATORS[estimator](Call(q, k, scale, tiling, min(stride, tile), alike))
         routed = q_tile != tile
         forced = _forced(tiling, routed=routed)
         forced = forced if wanted is None else forced | wanted
@@ -115,7 +118,7 @@ _LIBRARY.define(
     "plan_blocks(Tensor q, Tensor k, *, str estimator, str rule, float amount, "
     f"int tile={TILE}, bool causal=False, int? q_tile=None, bool aligned=True, "
     "Tensor? padding=None, float? scale=None, int[]? k_map=None, "
-    f"int stride={STRIDE}, int multiple=1, int least_tokens=0, float dense_above=1.0) "
+    f"int stride={STRIDE}, int multiple=1, float alike={ALIKE}, int least_tokens=0, float dense_above=1.0) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("plan_blocks", _made, "CompositeExplicitAutograd")

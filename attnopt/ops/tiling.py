@@ -113,7 +113,8 @@ def tiles_of(x: Tensor, tile: int, padding: Tensor | None = None) -> Tensor:
     more = tiles_in(x.shape[2], tile) * tile - x.shape[2]
     if not isinstance(more, int) or more:
         x = F.pad(x, (0, 0, 0, more))
-    return x.float().unflatten(2, (-1, tile))
+    found: Tensor = x.float().unflatten(2, (-1, tile))
+    return found
 
 
 def _means(x: Tensor, tile: int, padding: Tensor | None, counts: Tensor) -> Tensor:
@@ -127,4 +128,5 @@ def _counts(length: int, tile: int, padding: Tensor | None, device: torch.device
     there = (torch.arange(count * tile, device=device) < length)[None, None]
     if padding is not None:
         there = there & F.pad(padding[:, :, 0], (0, count * tile - length), value=False)
-    return there.unflatten(-1, (-1, tile)).sum(-1).float()
+    counts: Tensor = there.unflatten(-1, (-1, tile)).sum(-1).float()
+    return counts
