@@ -43,8 +43,8 @@ class Config:
     `amount` is a share of a row's tiles for `topk`, of its mass for `mass`, the least share of a
     tile for `threshold`, a number of tiles for `count`. `stride` are the tokens of a part of a tile
     that are scored together; `sparge` visits tiles whose tokens' mean cosine is at most `alike`
-    whatever the rule, and the scores of the others decide. Calls of fewer keys than `least_tokens` stay dense, and so do those
-    that would visit more than `dense_above` of all tiles, the break-even density unless given.
+    whatever the rule. Calls of fewer keys than `least_tokens` stay dense, and so do those that
+    would visit more than `dense_above` of all tiles, the break-even density unless given.
     """
 
     estimator: str = "sub_block"

@@ -245,3 +245,14 @@ def test_the_code_model_keeps_its_loss_nearly() -> None:
         for p in (source, result)
     ]
     assert abs(float((loss[1] - loss[0]).detach())) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_plan_is_made_in_onnxruntime_too(tmp_path: Path) -> None:
+    """An export takes most of a minute."""
+    pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    source = attnopt.apply(attnopt.capture(decoder("llama_gqa")), "exact")
+    made = attnopt.export_onnx(blocked(source, amount=0.4), tmp_path / "out")
+    assert made.accepted
+    assert max(c.max_delta_logit for c in made.parity.cases) < 1e-5

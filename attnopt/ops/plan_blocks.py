@@ -118,8 +118,8 @@ _LIBRARY.define(
     "plan_blocks(Tensor q, Tensor k, *, str estimator, str rule, float amount, "
     f"int tile={TILE}, bool causal=False, int? q_tile=None, bool aligned=True, "
     "Tensor? padding=None, float? scale=None, int[]? k_map=None, "
-    f"int stride={STRIDE}, int multiple=1, float alike={ALIKE}, int least_tokens=0, float dense_above=1.0) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"int stride={STRIDE}, int multiple=1, float alike={ALIKE}, int least_tokens=0, "
+    "float dense_above=1.0) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("plan_blocks", _made, "CompositeExplicitAutograd")
 torch.library.register_fake("attnopt::plan_blocks", _shaped, lib=_LIBRARY)
