@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.graphs import copied_module
 from attnopt.ops import attention
-from attnopt.ops.variants import fast_copy
+from attnopt.ops.variants import direct_calls, fast_copy
 
 aten = torch.ops.aten
 
@@ -125,6 +125,8 @@ def inline_attention(
         return
     memo: fx.Node | None = None
     if remember:
+        for node in called:
+            node.target = direct_calls().get(node.target, node.target)
         with graph.inserting_before(next(iter(kernels))):
             memo = graph.call_function(dict)
     for node, kernel in kernels.items():

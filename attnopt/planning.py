@@ -148,7 +148,12 @@ def _options(program: Program, names: Sequence[str] | None) -> dict[str, list[_O
         options: list[_Option] = []
         for name in names or registry.names():
             module: Any = registry.load(name)
-            if module.exact or not hasattr(module, "candidates"):
+            # What changes no weight leaves the cache as it is.
+            if (
+                module.exact
+                or not hasattr(module, "candidates")
+                or getattr(module, "weightless", False) is True
+            ):
                 continue
             for config in module.candidates(site):
                 fits = module.fits(site, config)

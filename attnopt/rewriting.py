@@ -63,8 +63,7 @@ def _exact(program: Program) -> Program:
 def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
     """Convert the weights and edit the graphs, choice by choice, then refit what asks for it."""
     main = program.main
-    asks = any(getattr(registry.load(c.rewrite), "statistics", True) for c in choices)
-    stats: Any = statistics_of(plan, main) if asks else None
+    stats = statistics_of(plan, main) if _reads_statistics(choices) else None
     known: dict[str, Site | Mlp] = {m.name: m for m in main.mlps}
     known |= {s.name: s for s in main.sites}
     _must_be_single(choices)
@@ -94,6 +93,7 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     debug.dump(40, "plan", result.graph_module)
     if not refitted:
         return result
+    assert stats is not None
     solved = refit(main, result.main, refitted, stats, _digest(choices))
     return reweighted(result, solved)
 
@@ -133,6 +133,18 @@ def statistics_of(plan: Plan, program: Program) -> Statistics:
             "them with dataclasses.replace(plan, statistics=attnopt.calibrate(program, data))"
         )
     return Statistics.load(plan.source, program.weights)
+
+
+def _reads_statistics(choices: Sequence[Choice]) -> bool:
+    """Tell whether a pass needs what calibration saw; those that change no weight do not."""
+    for choice in choices:
+        module: Any = registry.load(choice.rewrite)
+        weightless = getattr(module, "weightless", False)
+        if callable(weightless):
+            weightless = weightless(module.Config(**choice.config))
+        if not weightless:
+            return True
+    return False
 
 
 def _reader(site: Site | Mlp) -> dict[str, int]:

@@ -46,6 +46,11 @@ class Config:
         object.__setattr__(self, "full", tuple(sorted(int(h) for h in self.full)))
 
 
+def weightless(config: Config) -> bool:
+    """Tell whether no head has to move."""
+    return config.full == tuple(range(len(config.full)))
+
+
 def fits(site: Site, config: Config) -> Literal[True] | No:
     """Say whether the heads of a site can look back over a window."""
     for refusal in (_sizes(site, config), _mask(site, config), cached_elsewhere(site)):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from attnopt.ops.blocks import listed_tiles
+from attnopt.ops.blocks import grid_of
 from attnopt.ops.plans import plan_of_mask, plan_of_structure, plan_of_windows, transposed
 from attnopt.ops.structure import visible_keys
 from tests.conformance import KINDS
@@ -16,10 +16,10 @@ SIZES = ((1, 1), (7, 7), (63, 63), (13, 63), (63, 7), (200, 200), (1, 200))
 def grids(plan, keys):
     """Return which tiles are partial, and which are full."""
     tiles = -(-keys // plan.k_tile)
-    partial = listed_tiles(plan.count, plan.index, tiles)
+    partial = grid_of(plan.count, plan.index, tiles)
     if plan.full_count is None:
         return partial, torch.zeros_like(partial)
-    return partial, listed_tiles(plan.full_count, plan.full_index, tiles)
+    return partial, grid_of(plan.full_count, plan.full_index, tiles)
 
 
 def per_tile(mask, q_tile, k_tile):

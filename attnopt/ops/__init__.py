@@ -8,6 +8,8 @@ from attnopt.ops.neighborhood import (
     neighborhood_attention_lse,
     neighborhood_attention_reference,
 )
+from attnopt.ops.opaque import block_attention_fast
+from attnopt.ops.plan_blocks import plan_blocks
 from attnopt.ops.recurrence import linear_recurrence, linear_recurrence_reference
 from attnopt.ops.tiles import tile_tokens
 from attnopt.ops.window import window_attention, window_attention_reference
@@ -17,6 +19,7 @@ __all__ = [
     "attention_lse",
     "attention_reference",
     "block_attention",
+    "block_attention_fast",
     "block_attention_lse",
     "block_attention_reference",
     "cached_attention",
@@ -26,6 +29,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_lse",
     "neighborhood_attention_reference",
+    "plan_blocks",
     "tile_tokens",
     "window_attention",
     "window_attention_reference",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.blocks import TILE, listed_tiles
+from attnopt.ops.blocks import TILE, grid_of
 from attnopt.ops.structure import chunk_of
 
 
@@ -102,11 +102,11 @@ def plan_of_mask(mask: Tensor, q_tile: int = TILE, k_tile: int = TILE) -> BlockP
 def transposed(plan: BlockPlan, keys: int) -> BlockPlan:
     """Return which tiles of queries visit each tile of keys: the same, read by the other axis."""
     tiles = -(-keys // plan.k_tile)
-    grid = listed_tiles(plan.count, plan.index, tiles).transpose(-1, -2)
+    grid = grid_of(plan.count, plan.index, tiles).transpose(-1, -2)
     count, index = _listed(grid, grid.shape[-1])
     if plan.full_count is None or plan.full_index is None:
         return BlockPlan(count, index, None, None, plan.k_tile, plan.q_tile)
-    grid = listed_tiles(plan.full_count, plan.full_index, tiles).transpose(-1, -2)
+    grid = grid_of(plan.full_count, plan.full_index, tiles).transpose(-1, -2)
     full = _listed(grid, grid.shape[-1])
     return BlockPlan(count, index, *full, plan.k_tile, plan.q_tile)
 

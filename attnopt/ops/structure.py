@@ -36,6 +36,24 @@ def visible_keys(
     """
     row = torch.arange(queries, device=device).unsqueeze(1) + (keys - queries)
     column = torch.arange(keys, device=device)
+    return visible_at(
+        row, column, causal=causal, window=window, right=right, prefix=prefix, chunk=chunk,
+        first=first,
+    )  # fmt: skip
+
+
+def visible_at(
+    row: Tensor,
+    column: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    right: int | None = None,
+    prefix: int | None = None,
+    chunk: int | None = None,
+    first: int | None = None,
+) -> Tensor | None:
+    """Return whether queries at the positions `row` see keys at those of `column`."""
     seen: list[Tensor] = []
     if causal or (window is not None and right is None):
         past = column <= row

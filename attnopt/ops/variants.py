@@ -23,7 +23,8 @@ def fast_copy(node: Any) -> Fast | None:
 @cache
 def fast_copies() -> dict[Any, Fast]:
     """Return every variant with its fast copy."""
-    from attnopt.ops.blocks import attend_blocks, block_attention
+    from attnopt.ops.blocks import block_attention
+    from attnopt.ops.blockwise import attend_blocks
     from attnopt.ops.boxes import attend_neighborhood
     from attnopt.ops.neighborhood import neighborhood_attention
     from attnopt.ops.window import attend_window, window_attention
@@ -34,3 +35,11 @@ def fast_copies() -> dict[Any, Fast]:
         window_attention: attend_window,
         neighborhood_attention: attend_neighborhood,
     }
+
+
+@cache
+def direct_calls() -> dict[Any, Callable[..., Any]]:
+    """Return what to call in place of other ops where a graph runs op by op or is traced."""
+    from attnopt.ops.plan_blocks import plan_blocks, plan_tiles
+
+    return {plan_blocks: plan_tiles}

@@ -13,7 +13,10 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     from attnopt.backends.ort.recurrence import linear_recurrence as scan
 
     grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    found: dict[Callable[..., Any], Callable[..., Any]] = {linear_recurrence: scan}
+    found: dict[Callable[..., Any], Callable[..., Any]] = {
+        linear_recurrence: scan,
+        torch.ops.aten.sort.stable: _sort_stable,
+    }
     return found if grouped is None else {**found, grouped.default: _grouped_mm}
 
 
@@ -31,3 +34,15 @@ def _grouped_mm(input: Any, weight: Any, offs: Any) -> Any:  # noqa: A002  # the
         parts.append(op.MatMul(rows, op.Gather(weight, op.Constant(value_int=expert), axis=0)))
         start = end
     return op.Concat(*parts, axis=0)
+
+
+def _sort_stable(
+    self: Any, stable: bool = True, dim: int = -1, descending: bool = False
+) -> tuple[Any, Any]:
+    """Sort by TopK of everything, which puts the lower index first where values are equal."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    values, indices = op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+    return values, indices

@@ -156,7 +156,7 @@ def decode(lengths: tuple[int, ...], most: int) -> tuple[list[Row], list[Row]]:
     program = attnopt.apply(attnopt.capture(source, (tokens(64),)), "exact")
     config = {"window": WINDOW, "first": 16, "full": []}
     plan = Plan(tuple(Choice(s.name, "window", config) for s in program.sites))
-    windowed = attnopt.apply(program, Plan(plan.choices, statistics=_none(program)))
+    windowed = attnopt.apply(program, plan)
     model = attnopt.lower(windowed, "eager")
     calls: dict[str, Callable[[], Any]] = {}
     held: list[int] = []
@@ -178,13 +178,6 @@ def decode(lengths: tuple[int, ...], most: int) -> tuple[list[Row], list[Row]]:
         {"point": "the state is as large after any context", "found": max(held) / min(held),
          "met": max(held) == min(held)},
     ]  # fmt: skip
-
-
-def _none(program: Any) -> Any:
-    """Return statistics of nothing: a window on all heads needs none."""
-    from attnopt.moments import Statistics
-
-    return Statistics(program.weights, {}, {}, {}, {})
 
 
 @torch.no_grad()
