@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ def optimize(
     held_out: int = 96,
     tier: int = 0,
     command: str = "",
+    passes: Sequence[str] | None = None,
 ) -> Result:
     """Rewrite a model to meet a goal (or as a plan says), measure it, and save it to `out`.
 
-    `tier` says what may hold the result: see `plan`. `data` is a Source or its name
+    `tier` and `passes`: see `plan`. `data` is a Source or its name
     ("stdlib:48x256"), a Split, rows, or an iterable of calls; its held-out part judges. A result
     that fails its gate is saved beside, as `out`.rejected, and says so.
     """
@@ -48,9 +49,9 @@ def optimize(
         refuse_foreign(Path(out).absolute(), program)
     exact = apply(program, "exact")
     if plan is None:
-        search(exact, wanted)
+        search(exact, wanted, passes)
     split = split_for(program, data, held_out)
-    made = _plan(exact, wanted, plan, split, tier)
+    made = _plan(exact, wanted, plan, split, tier, passes)
     rewritten = apply(exact, made)
     report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
     measured = measure(rewritten, exact, split.held_out)
@@ -67,7 +68,12 @@ def target(out: str | os.PathLike[str], result: Result) -> Path:
 
 
 def _plan(
-    exact: Program, goal: Mapping[str, Any], plan: Plan | str | None, split: Split, tier: int
+    exact: Program,
+    goal: Mapping[str, Any],
+    plan: Plan | str | None,
+    split: Split,
+    tier: int,
+    passes: Sequence[str] | None,
 ) -> Plan:
     if plan == "exact":
         return Plan((), dict(goal))
@@ -75,7 +81,7 @@ def _plan(
         plan = Plan.load(plan)
     if plan is None:
         told = {"data": split.source, "data_sha256": split.digest}
-        return make_plan(exact, goal, split, tier=tier, provenance=told)
+        return make_plan(exact, goal, split, passes, tier=tier, provenance=told)
     needs = any(c.rewrite != "exact" for c in plan.choices)
     if needs and plan.statistics is None and plan.source is None:
         return replace(plan, statistics=calibrate(exact, split))

@@ -43,7 +43,7 @@ def plan(
     """
     wanted = checked_goal(goal or {})
     spread = _spreading(passes) if "kv_cache" in wanted else None
-    found = [] if spread is not None else search(program, wanted, passes)
+    found = search(program, wanted, passes)
     if statistics is None:
         statistics = calibrate(program, data)
     fusing = any(options[0].rewrite == "dha" for options in found)
@@ -77,6 +77,8 @@ def search(
         )
     if "params" in goal:
         return [_fewer_parameters(program, goal["params"], passes)]
+    if _spreading(passes) is not None:
+        return []
     return _uniform(program.sites, _options(program, passes), goal["kv_cache"])
 
 

@@ -44,6 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "whose layers differ, 2 a saved program; both load after `import attnopt`",
     )
     parser.add_argument(
+        "--passes",
+        metavar="NAME",
+        nargs="+",
+        help="choose among these rewrites only; `--passes window` keeps some heads whole and gives "
+        "the others a window (tier 2); `attnopt passes` lists all",
+    )
+    parser.add_argument(
         "--max-drop",
         metavar="SHARE",
         help="how much the held-out loss may rise, such as 1%%; the upper bound of its 95 %% "
@@ -110,6 +117,7 @@ def _goal(arguments: argparse.Namespace) -> dict[str, str]:
 def _optimize(
     arguments: argparse.Namespace, source: _source.Source, goal: dict[str, str]
 ) -> "Result":
+    from attnopt import passes as registry
     from attnopt.artifacts.saving import refuse_foreign
     from attnopt.data import Source, checked
     from attnopt.nouns import Plan
@@ -118,6 +126,8 @@ def _optimize(
 
     try:
         refuse_foreign(Path(arguments.out).absolute())
+        for name in arguments.passes or ():
+            registry.load(name)
         data = checked(Source.parse(arguments.data, seed=arguments.seed))
         plan = None if arguments.plan is None else Plan.load(arguments.plan)
     except ValueError as error:
@@ -136,6 +146,7 @@ def _optimize(
                 held_out=arguments.held_out,
                 tier=arguments.tier,
                 command=_command(arguments),
+                passes=arguments.passes,
             )
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
@@ -150,6 +161,7 @@ def _command(arguments: argparse.Namespace) -> str:
     words += ["--data", arguments.data, "--held-out", str(arguments.held_out)]
     words += ["--seed", str(arguments.seed)]
     words += ["--tier", str(arguments.tier)] if arguments.tier else []
+    words += ["--passes", *arguments.passes] if arguments.passes else []
     return shlex.join(words)
 
 

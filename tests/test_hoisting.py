@@ -34,7 +34,7 @@ def test_the_bundled_vit_permutes_its_tokens_once(monkeypatch):
     picture = noise(3, 1, 32, 32, seed=1)
     hoisted = rewritten(program, window=7, tile=4)
     assert permutations(hoisted.graph) == 1
-    monkeypatch.setattr("attnopt.surgery.hoist", lambda graph: None)
+    monkeypatch.setattr("attnopt.surgery.edit.hoist", lambda graph: None)
     around = rewritten(program, window=7, tile=4)
     assert permutations(around.graph) == 4 * len(program.sites)
     by_rows = rewritten(program, window=7)
