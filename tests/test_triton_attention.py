@@ -102,13 +102,16 @@ def test_tiles_that_no_plan_lists_are_not_read():
 
 
 @pytest.mark.parametrize("lengths", [(20,), (4, 5), (3, 3, 4)])
-def test_windows_over_a_grid(lengths):
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_over_a_grid(lengths, causal):
     seen = Windows(*(x.to(DEVICE) for x in windows(lengths, 3)))
     queries, keys = len(seen.start), len(seen.place)
-    q, k, v = tensors(1, 2, 2, queries, keys)
-    plan = plan_of_windows(*seen, 16, 16)
-    out, lse = attend_by_plan(q, k, v, plan, windows=seen)
-    wanted, wanted_lse = attention_reference(q.double(), k.double(), v.double(), mask=seen.mask)
+    q, k, v = tensors(1, 1, 1, queries, keys)
+    plan = plan_of_windows(*seen, 16, 16, causal=causal)
+    out, lse = attend_by_plan(q, k, v, plan, windows=seen, causal=causal)
+    wanted, wanted_lse = attention_reference(
+        q.double(), k.double(), v.double(), mask=seen.mask, causal=causal
+    )
     check(out, wanted)
     check(lse, wanted_lse)
 
