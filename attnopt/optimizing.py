@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from attnopt.frontend import capture
 from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, search
 from attnopt.planning import plan as make_plan
-from attnopt.program import Program
+from attnopt.program import Program, State
 from attnopt.rewriting import apply
 from attnopt.verifying import in_float32, verify
 from attnopt.weights import described
@@ -103,6 +103,9 @@ def measure(rewritten: Program, reference: Program, rows: Any) -> dict[str, Any]
         found["kv_bytes_per_token"] = [
             _cache_bytes(p, call["input_ids"]) if fits else _cache_told(p) for p in both
         ]
+        rings = [_ring_bytes(p) for p in both]
+        if any(rings):
+            found["ring_bytes"] = rings
     debug.advance("measure", 1, 2)
     if not fits:
         found["stock"] = (
@@ -155,6 +158,14 @@ def _cache_bytes(program: Program, ids: Tensor) -> int:
 
 def _cache_told(program: Program) -> int:
     """Return what the State table says of the cache, in bytes per row and token."""
-    growing = (s for s in program.states if s.grows is not None)
-    sizes = ((s.dtype.itemsize, [n for n in s.shape if isinstance(n, int)]) for s in growing)
+    return _bytes_told(s for s in program.states if s.grows is not None)
+
+
+def _ring_bytes(program: Program) -> int:
+    """Return what the windows of a program keep, in bytes per row, however long the text is."""
+    return _bytes_told(s for s in program.states if s.ring)
+
+
+def _bytes_told(states: Iterable[State]) -> int:
+    sizes = ((s.dtype.itemsize, [n for n in s.shape if isinstance(n, int)]) for s in states)
     return sum(item * math.prod(shape) for item, shape in sizes)

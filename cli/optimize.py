@@ -226,13 +226,17 @@ def _cost_rows(result: "Result") -> list[tuple[str, str, str, str]]:
     if "kv_bytes_per_token" in measured:
         before, after = measured["kv_bytes_per_token"]
         rows.append(_row("cache, bytes a token (measured)", before, after))
+    if "ring_bytes" in measured:
+        before, after = measured["ring_bytes"]
+        rows.append(_row("windows, bytes a row", before, after))
     before, after = (_parameters(p) for p in (result.reference, result.program))
     rows.append(_row("parameters", before, after))
     return rows
 
 
 def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
-    return (name, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+    change = f"{after / before - 1:+.1%}" if before else ""
+    return (name, f"{before:,}", f"{after:,}", change)
 
 
 def _parameters(program: Any) -> int:

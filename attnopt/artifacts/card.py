@@ -85,6 +85,9 @@ def _quality(result: "Result") -> Iterator[str]:
         before, after = measured["kv_bytes_per_token"]
         change = f"{after / before - 1:+.1%}" if before else ""
         yield f"| cache, bytes a token | {before:,} | {after:,} | {change} |"
+    if "ring_bytes" in measured:
+        before, after = measured["ring_bytes"]
+        yield f"| windows, bytes a row | {before:,} | {after:,} | |"
     limit = "none" if report.max_drop is None else f"at most {report.max_drop:.2%}"
     yield from ("", f"{scores.what}: {report.drop.mean:+.2%} (95 % {low:+.2%} to {high:+.2%}, "
                 f"paired, {scores.seen}); gate: {limit}.", "")  # fmt: skip
