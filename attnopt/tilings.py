@@ -12,7 +12,7 @@ from attnopt.neighborhoods import Axis, Neighborhood, Piece
 
 # What moving a key and its value, a tile, and a batch of tiles cost, in scores of one head; and
 # which share of a dense attention tiles may cost to be worth it. Measured with channels of 64.
-_MOVED, _PER_TILE, _PER_BATCH, _WORTH = 5, 300, 1000, 0.9
+_MOVED, _PER_TILE, _PER_BATCH, _WORTH = 20, 300, 3000, 0.9
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Axis letters as in `attnopt.ops.attention`; n tiles of Tq queries attend to Tk keys each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from attnopt.ops.options import Options
 from attnopt.ops.sdpa import Memo, attend
 from attnopt.ops.tiles import tile_order
 from attnopt.tilings import Batch, tiling
+
+# Elements of the keys that are moved at once: larger ones leave the cache, and are paid in pages.
+_MOST = 2**19
 
 
 class _Batch(NamedTuple):
@@ -76,7 +79,8 @@ def attend_neighborhood(
         return attend(q, k, v, memo, **{**options, "mask": mask})
     k, v = given.heads_of(k, v)
     plain = {"sinks": given.sinks, "scale": given.scale, "softcap": given.softcap}
-    parts = [_attend_batch(q, k, v, batch, given, plain) for batch in made.batches]
+    batches = [part for batch in made.batches for part in _parts(batch, k)]
+    parts = [_attend_batch(q, k, v, batch, given, plain) for batch in batches]
     if leading:
         first = _rows_of(given, slice(leading))
         parts.insert(0, attend(q[:, :, :leading], k, v, None, **first, **plain).transpose(1, 2))
@@ -157,6 +161,14 @@ def _numbers(boxes: list[list[range]], hood: Neighborhood, like: Tensor) -> Tens
         both = found[:, None, :, None] * axis.length + along[None, :, None, :]
         found = both.reshape(found.shape[0] * along.shape[0], found.shape[1] * along.shape[1])
     return found
+
+
+def _parts(batch: _Batch, k: Tensor) -> Iterator[_Batch]:
+    """Cut a batch so that the keys of a call stay small."""
+    step = max(1, _MOST // (batch.keys.shape[1] * k.shape[0] * k.shape[1] * k.shape[3]))
+    for first in range(0, batch.tiles, step):
+        queries, keys = (x[first : first + step] for x in (batch.queries, batch.keys))
+        yield _Batch(len(queries), queries, keys, batch.seen)
 
 
 def _attend_batch(
