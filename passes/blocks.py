@@ -3,7 +3,8 @@
 For each key head and tile of queries a plan lists the tiles of keys to visit; it is made anew for
 every call from its queries and keys. Calls of few tokens and single queries stay dense, bit for
 bit. In the mode `routed` (MoBA, LongHeads) every query chooses its tiles by itself, when decoding
-too: its own and those whose mean key it likes best.
+too: its own and those whose mean key it likes best. The means are taken of the whole cache at every
+step (`Tiling.key_means`), until a state keeps them.
 https://arxiv.org/abs/2503.16428, https://arxiv.org/abs/2502.13189
 """
 
