@@ -17,8 +17,8 @@ from attnopt.backends.triton_gpu.decoding import decode_launches
 from attnopt.backends.triton_gpu.forward import forward_launch
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
 from attnopt.ops.attention import attention
-from attnopt.ops.blocks import TILE, block_attention
-from attnopt.ops.blocks import attend_blocks as attend_blocks_anywhere
+from attnopt.ops.blocks import TILE, block_attention, reads_plan
+from attnopt.ops.blockwise import attend_blocks as attend_blocks_anywhere
 from attnopt.ops.options import Options
 from attnopt.ops.plans import BlockPlan, plan_of_mask, plan_of_structure
 from attnopt.ops.sdpa import Memo
@@ -79,10 +79,13 @@ def attend_blocks(
     *,
     q_tile: int = TILE,
     k_tile: int = TILE,
+    least_tokens: int = 0,
     memo: Memo | None = None,
     **options: Any,
 ) -> Tensor:
     """Return what `block_attention_reference` returns first."""
+    if not reads_plan(q.shape[2], k.shape[2], q_tile, least_tokens):
+        return attend(q, k, v, memo=memo, **options)
     given = Options.read(options)
     plan = BlockPlan(count, index, full_count, full_index, q_tile, k_tile)
     if not (routing.fits(q, k, v, given) and routing.fits_plan(plan, q.shape[1])):
