@@ -61,6 +61,18 @@ def test_a_gate_that_fails_keeps_the_candidate_aside(
     }
 
 
+def test_passes_say_what_is_chosen_among(model: Path, data: str, tmp_path: Path, capsys):
+    words = ["optimize", str(model), "-o", str(tmp_path / "out"), "--kv-cache", "70%"]
+    assert main([*words, "--data", data, "--passes", "window"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("attentions rewritten (window)", "windows, bytes a row", "tier 2"):
+        assert part in shown
+    plan = attnopt.Plan.load(tmp_path / "out/attnopt/plan.yaml")
+    assert {c.rewrite for c in plan.choices} == {"window"}
+    assert main([*words, "--data", data, "--passes", "windw"]) == 2
+    assert "did you mean 'window'" in capsys.readouterr().err
+
+
 def test_a_plan_file_is_carried_out(model: Path, data: str, tmp_path: Path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
     words = ["--data", data, "--json"]
