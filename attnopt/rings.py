@@ -81,18 +81,18 @@ def _pairs(program: Program, placeholders: Mapping[str, fx.Node]) -> Iterator[_P
         if set(found) != {"key", "value"}:
             continue
         states = found["key"], found["value"]
-        wholes = [_lengthened(placeholders[s.placeholder]) for s in states]
-        if wholes[0] is None or wholes[1] is None:
+        keys, values = (_lengthened(placeholders[s.placeholder]) for s in states)
+        if keys is None or values is None:
             continue
-        readers = [_readers(whole, position) for position, whole in enumerate(wholes, 1)]
-        if readers[0] is None or readers[1] is None or readers[0].keys() != readers[1].keys():
+        of_keys, of_values = _readers(keys, 1), _readers(values, 2)
+        if of_keys is None or of_values is None or of_keys.keys() != of_values.keys():
             continue
         parts: dict[Any, list[fx.Node]] = {}
-        for node, heads in readers[0].items():
-            parts.setdefault((heads, readers[1][node], _ring(node)), []).append(node)
+        for node, heads in of_keys.items():
+            parts.setdefault((heads, of_values[node], _ring(node)), []).append(node)
         yield _Pair(
             states,
-            (wholes[0], wholes[1]),
+            (keys, values),
             tuple(_Part((k, v), ring, tuple(nodes)) for (k, v, ring), nodes in parts.items()),
         )
 
@@ -122,8 +122,8 @@ def _readers(whole: fx.Node, position: int) -> dict[fx.Node, tuple[int, int]] | 
         elif unchanged(user) is source:
             todo += [(user, reader, heads) for reader in user.users]
         elif user.target is aten.slice.Tensor and heads == every and user.args[1] == _HEADS:
-            start, stop = user.args[2:4]
-            cut = range(every[1])[start:stop]  # type: ignore[misc]
+            ends: Any = user.args[2:4]
+            cut = range(every[1])[slice(*ends)]
             todo += [(user, reader, (cut.start, cut.stop)) for reader in user.users]
         elif user.op != "output" or source is not whole:
             return None
@@ -150,7 +150,7 @@ class _Folding:
     def __post_init__(self) -> None:
         flat: Any = self.graph.output_node().args[0]
         self.outputs: list[Any] = list(flat)
-        self.states = {s.name: (s,) for s in self.program.states}
+        self.states: dict[str, tuple[State, ...]] = {s.name: (s,) for s in self.program.states}
         self.bindings = dict(self.program.bindings)
 
     def fold(self, pair: _Pair) -> None:

@@ -90,9 +90,9 @@ class _Sums:
         part, part_lse = attention_lse(
             *args, **streamed, causal=True, window=window, first=first or None
         )
-        rows = slice(None) if kept is None else kept[:, -whole.shape[2] :]
         real = torch.ones(whole.shape[0], whole.shape[2], dtype=torch.bool)
-        real = real if kept is None else real & rows
+        if kept is not None:
+            real = kept[:, -whole.shape[2] :]
         gap = (part - whole).transpose(1, 2)[real].double()
         value = whole.transpose(1, 2)[real].double()
         lost = 1 - torch.exp((part_lse - all_lse).transpose(1, 2)[real].double())

@@ -99,7 +99,7 @@ class StoredLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, tensors: Mapping[str, Tensor], seen: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Transformers leaves it untyped
         self.tensors = dict(tensors)
         self.seen = seen
         self.is_initialized = True

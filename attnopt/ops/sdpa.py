@@ -172,7 +172,7 @@ def _gradients(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, padding, mask = context.saved_tensors
     with torch.enable_grad():
         own = [x.detach().requires_grad_() for x in tensors]
-        found = _attended(*own, {}, padding=padding, mask=mask, **context.options)
+        found = _attended(own[0], own[1], own[2], {}, padding=padding, mask=mask, **context.options)
         return *torch.autograd.grad(found, own, gradient), None, None
 
 

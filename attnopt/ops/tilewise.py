@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.ops.hidden import Structure
 from attnopt.ops.options import Options
-from attnopt.ops.sdpa import Structure
 from attnopt.ops.structure import visible_at
 
 # How a tile is cut, as bits of its code; above them, where it lies if it is cut by position.

@@ -59,7 +59,8 @@ def window_attention_reference(
         seen = seen & options["mask"]
     keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     found = attention_reference(q, keys, values, **{**options, "mask": seen})[0]
-    return found, *(_next(x, held, past_length, tokens, first) for x in (keys, values))
+    rings = [_next(x, held, past_length, tokens, first) for x in (keys, values)]
+    return found, rings[0], rings[1]
 
 
 def _held(side: Tensor | None, key: Tensor) -> Tensor | None:
@@ -95,7 +96,8 @@ def attend_window(
     if past_length == 0:
         options = {**options, "causal": True, "window": window, "first": first or None}
         found = attend(q, k, v, memo, **options)
-        return found, *(ring_of(x, q.shape[2], slots, first) for x in (k, v))
+        rings = [ring_of(x, q.shape[2], slots, first) for x in (k, v)]
+        return found, rings[0], rings[1]
     if q.shape[2] != 1 or slots != first + window:
         ring = (past_k, past_v, past_length)
         return _chunk(q, k, v, *ring, window=window, first=first, memo=memo, **options)
@@ -129,9 +131,9 @@ def _chunk(
     found = attend(
         q, keys, values, memo, **options, causal=True, window=window, first=first or None
     )
-    rings = (_next(torch.cat([p, n], dim=2), held, past_length, tokens, first)
-             for p, n in ((past_k, k), (past_v, v)))  # fmt: skip
-    return found, *rings
+    joined = (torch.cat(pair, dim=2) for pair in ((past_k, k), (past_v, v)))
+    rings = [_next(x, held, past_length, tokens, first) for x in joined]
+    return found, rings[0], rings[1]
 
 
 _LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
