@@ -126,7 +126,8 @@ def _normed_by_group(node: fx.Node, axis: int) -> Inputs | None:
 
 
 def _transposed(node: fx.Node, axis: int) -> Inputs | None:
-    x, a, b = (*args(node), -1, -2)[:3]
+    x = args(node)[0]
+    a, b = (*args(node)[1:], -1, -2)[:2]
     first, second = a % rank(x), b % rank(x)
     return {x: {first: second, second: first}.get(axis, axis)}
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.ops.blocks import tiles_in
-from attnopt.ops.tiling import Tiling, tiles_of
+from attnopt.ops.tiling import Tiling, is_known, tiles_of
 
 # Scores that are held at once.
 _CELLS: Final = 2**22
@@ -69,7 +69,7 @@ class Call:
         A traced graph, which does not know its sizes, has one piece.
         """
         rows, columns = self.tiling.rows, self.tiling.columns
-        if not isinstance(rows, int) or torch.compiler.is_compiling():
+        if not is_known(rows) or torch.compiler.is_compiling():
             yield slice(None), slice(None)
             return
         parts = max(self.tiling.q_tile // length, 1) * max(self.tiling.k_tile // length, 1)

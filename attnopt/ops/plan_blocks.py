@@ -13,7 +13,7 @@ from torch import Tensor
 from attnopt.ops.blocks import TILE, listed, plan_is_read, reads_plan, tiles_in
 from attnopt.ops.estimators import ESTIMATORS, Call, group_scores
 from attnopt.ops.selecting import select
-from attnopt.ops.tiling import Tiling
+from attnopt.ops.tiling import Tiling, is_known
 
 STRIDE = 16
 # The mean cosine below which sparge takes tokens for unlike: as published, never.
@@ -52,15 +52,15 @@ def plan_tiles(
     q_tile = tile if q_tile is None else q_tile
     queries, keys = q.shape[2], k.shape[2]
     tiling = Tiling(queries, keys, q_tile, tile, causal, aligned, q.device, padding)
-    known = isinstance(queries, int) and isinstance(keys, int)
+    known = is_known(queries) and is_known(keys)
     if known and not reads_plan(queries, keys, q_tile, least_tokens):
         return _everything(q.shape[0], k.shape[1], tiling)
     allowed = tiling.allowed().expand(q.shape[0], k.shape[1], -1, -1)
     if amount >= 1 and rule in ("topk", "mass"):
         return _lists(allowed, tiling)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(q.shape[-1] ** -0.5) if scale is None else scale
     with torch.no_grad():
-        scores, wanted = ESTIMATORS[estimator](Call(q, k, scale, tiling, min(stride, tile), alike))
+        scores, wanted = ESTIMATORS[estimator](Call(q, k, factor, tiling, min(stride, tile), alike))
         routed = q_tile != tile
         forced = _forced(tiling, routed=routed)
         forced = forced if wanted is None else forced | wanted

@@ -6,6 +6,7 @@ may be symbolic: nothing here asks what they are.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +107,17 @@ class Tiling:
         return _means(q, self.q_tile, self.query_padding, self.query_counts())
 
 
+def is_known(size: Any) -> bool:
+    """Tell a size that is a number from one that a traced graph will learn."""
+    return isinstance(size, int)
+
+
 def tiles_of(x: Tensor, tile: int, padding: Tensor | None = None) -> Tensor:
     """Cut (B, H, L, D) into (B, H, tiles, tile, D) in float32, with zeros where nothing is."""
     if padding is not None:
         x = x.masked_fill(~padding.transpose(-1, -2), 0.0)
     more = tiles_in(x.shape[2], tile) * tile - x.shape[2]
-    if not isinstance(more, int) or more:
+    if not is_known(more) or more:
         x = F.pad(x, (0, 0, 0, more))
     found: Tensor = x.float().unflatten(2, (-1, tile))
     return found

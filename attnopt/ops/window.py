@@ -52,13 +52,14 @@ def window_attention_reference(
     held = positions_of(slots, past_length, first, device)
     query = torch.arange(tokens, device=device) + past_length
     key = torch.cat([held, query])
-    options = {n: _held(x, key) if n in _SIDES else x for n, x in options.items()}
+    options |= {n: _held(options.get(n), key) for n in _SIDES}
     gap = query.unsqueeze(1) - key
     seen = (key >= 0) & (gap >= 0) & ((gap < window) | (key < first))
-    if options.get("mask") is not None:
-        seen = seen & options["mask"]
+    mask = options.pop("mask")
+    if mask is not None:
+        seen = seen & mask
     keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-    found = attention_reference(q, keys, values, **{**options, "mask": seen})[0]
+    found = attention_reference(q, keys, values, mask=seen, **options)[0]
     rings = [_next(x, held, past_length, tokens, first) for x in (keys, values)]
     return found, rings[0], rings[1]
 
