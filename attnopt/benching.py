@@ -161,7 +161,12 @@ def _cache_bytes(result: Any, ids: Tensor) -> float:
     """Weigh the keys and values that a call returned."""
     total = 0
     for layer in getattr(result.past_key_values, "layers", ()):
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+        held = getattr(layer, "tensors", {})
+        for tensor in (
+            getattr(layer, "keys", None),
+            getattr(layer, "values", None),
+            *held.values(),
+        ):
             total += tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
     return total / ids.numel()
 
