@@ -327,7 +327,10 @@ def test_the_op_passes_the_checks_of_the_library(estimator):
     torch.library.opcheck(plan_blocks, (q, k), {**options, "stride": 4})
 
 
-@each
+@pytest.mark.parametrize(
+    "estimator",
+    [e if e == "sub_block" else pytest.param(e, marks=pytest.mark.slow) for e in ESTIMATORS],
+)
 def test_a_graph_of_any_length_makes_the_same_plan(estimator):
     class Planner(torch.nn.Module):
         def forward(self, q, k):

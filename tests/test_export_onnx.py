@@ -293,7 +293,12 @@ def test_a_folder_of_somebody_else_is_left_alone(program: attnopt.Program, tmp_p
 @pytest.mark.parametrize(
     ("name", "inputs", "outputs"),
     [
-        ("bert", {"input_ids", "attention_mask"}, ["last_hidden_state", "pooler_output"]),
+        pytest.param(
+            "bert",
+            {"input_ids", "attention_mask"},
+            ["last_hidden_state", "pooler_output"],
+            marks=pytest.mark.slow,
+        ),
         ("vit", {"pixel_values"}, ["last_hidden_state", "pooler_output"]),
         pytest.param("clip_vision", {"pixel_values"}, None, marks=pytest.mark.slow),
         pytest.param("wav2vec2", None, None, marks=pytest.mark.slow),

@@ -18,7 +18,7 @@ from attnopt.nouns import Mask, Site
 
 CASES = int(os.environ.get("ATTNOPT_FUZZ_CASES", "24"))
 SEED = int(os.environ.get("ATTNOPT_FUZZ_SEED", "0"))
-SHARDS, FAST = 6, 3
+SHARDS, FAST = 6, 1
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def test_generation_pads_and_beams(source):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("source", [llama], indirect=True, ids=["llama"])
 def test_a_result_is_saved_and_exported(source, tmp_path):
     _, program, stats = source
     rewritten = attnopt.apply(program, plan(program, stats, window=6, first=2, full=[1]))

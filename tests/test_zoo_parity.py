@@ -18,7 +18,6 @@ SAMPLE = (
     ("gpt2", "sdpa", "base"),
     ("llama", "eager", "lm"),
     ("swin", "eager", "base"),
-    ("t5", "eager", "base"),
     ("vit", "sdpa", "base"),
 )
 MUTATED = ("bert", "gpt_oss", "llama", "t5")
