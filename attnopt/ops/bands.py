@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnopt.ops.hidden import Hidden, Keys, Memo, Structure, joined, kernel, remembered
 
-# Blocks have a quarter of a window's queries, within these bounds.
+# Blocks have an eighth of a window's queries, within these bounds.
 _LEAST, _MOST = 64, 256
 _CUT = 128
 # What is skipped of the scores must be worth it.
@@ -74,7 +74,7 @@ def bands(queries: int, keys: int, hidden: Hidden) -> Bands | None:
 
 def _bands(queries: int, keys: int, structure: Structure, window: int) -> Bands:
     before = keys - queries
-    size = min(max(_LEAST, window // 4), _MOST)
+    size = min(max(_LEAST, window // 8), _MOST)
     back = window - (1 if structure.right is None else 0)
     ahead = structure.right or 0
     # A block belongs to the middle where its window is cut off at neither end.
