@@ -50,8 +50,6 @@ def plan(
     if spread is not None:
         tokens = default_workload(program).sequence
         choices = spread.allocate(program, statistics, wanted["kv_cache"], tokens=tokens)
-        if not choices:
-            raise NothingToDoError(f"{list(passes or ())} applies to no site that keeps a cache")
     elif tier and "kv_cache" in wanted and fusing:
         choices = cache_budget(program, statistics, wanted["kv_cache"], decoupled=tier > 1)
     else:

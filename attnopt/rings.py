@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.finder.emit import fake_mode_of
+from attnopt.finder.emit import fake_mode_of, insert_call
 from attnopt.graphs import copied, drop_unused
 from attnopt.inlining import unchanged
 from attnopt.ops import attention, window_attention
@@ -216,20 +216,14 @@ class _Folding:
         new: fx.Node = parts[1]
         if heads == (0, int(new.meta["val"].shape[_HEADS])):
             return new
-        return self._call(whole, aten.slice.Tensor, new, _HEADS, *heads)
-
-    def _call(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-        with self.graph.inserting_before(before), fake_mode_of((before,)):
-            made = self.graph.call_function(target, args)
-            made.meta = {**before.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]))}
-        return made
+        return insert_call(whole, aten.slice.Tensor, new, _HEADS, *heads)
 
     def _grown(self, part: _Part, pasts: list[fx.Node], news: list[fx.Node]) -> list[fx.Node]:
         """Let heads without a window read a growing state of their own."""
         first = min(part.nodes, key=list(self.graph.nodes).index)
         joined: list[fx.Node] = []
         for past, new in zip(pasts, news, strict=True):
-            joined.append(self._call(first, aten.cat.default, [past, new], _TOKENS))
+            joined.append(insert_call(first, aten.cat.default, [past, new], _TOKENS))
         for node in part.nodes:
             node.args = (node.args[0], *joined)
         return joined

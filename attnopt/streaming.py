@@ -99,7 +99,7 @@ class _Sums:
         groups = len(self.wrong)
         error = torch.einsum("nhd,hde,nhe->h", gap, self.readers, gap)
         self.wrong += error.view(groups, -1).sum(1)
-        self.mass += lost.nan_to_num().sum(0).view(groups, -1).mean(1)
+        self.mass += lost.sum(0).view(groups, -1).mean(1)
         self.written += float(torch.einsum("nhd,hde,nhe->", value, self.readers, value))
         self.rows += len(gap)
 

@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from attnopt.finder.emit import fake_mode_of
+from attnopt.finder.emit import fake_mode_of, insert_call
 from attnopt.layers import Layer
 from attnopt.moments import Statistics
 from attnopt.nouns import Choice, No, Site
 from attnopt.ops import attention
 from attnopt.ops.structure import OPTIONS
 from attnopt.program import Program
-from attnopt.refusals import cached_elsewhere, unreadable
+from attnopt.refusals import NothingToDoError, cached_elsewhere, unreadable
 from attnopt.streaming import streaming
 from attnopt.surgery import GraphEdit
 
@@ -143,27 +143,27 @@ def _split(
     parts: list[fx.Node] = []
     for which, options in enumerate((node.kwargs, windowed)):
         args = [
-            _heads(edit, node, x, slice(cut, None) if which else slice(0, cut))
+            _heads(node, x, slice(cut, None) if which else slice(0, cut))
             for x, cut in zip(node.args, cuts, strict=True)
         ]
         rows = slice(queries, None) if which else slice(0, queries)
-        own = {n: _side(edit, node, n, x, rows) for n, x in options.items()}
+        own = {n: _side(node, n, x, rows) for n, x in options.items()}
         with edit.graph.inserting_before(node), fake_mode_of((node,)):
             part = edit.graph.call_function(attention, tuple(args), own)
             sizes = (*args[0].meta["val"].shape[:3], args[2].meta["val"].shape[-1])
             part.meta = {**node.meta, "val": node.meta["val"].new_empty(sizes)}
         parts.append(part)
-    joined = _call(edit, node, aten.cat.default, parts, 1)
+    joined = insert_call(node, aten.cat.default, parts, 1)
     node.replace_all_uses_with(joined)
     edit.graph.erase_node(node)
 
 
-def _heads(edit: GraphEdit, before: fx.Node, x: Any, heads: slice) -> fx.Node:
+def _heads(before: fx.Node, x: Any, heads: slice) -> fx.Node:
     stop = x.meta["val"].shape[1] if heads.stop is None else heads.stop
-    return _call(edit, before, aten.slice.Tensor, x, 1, heads.start, stop)
+    return insert_call(before, aten.slice.Tensor, x, 1, heads.start, stop)
 
 
-def _side(edit: GraphEdit, before: fx.Node, name: str, x: Any, heads: slice) -> Any:
+def _side(before: fx.Node, name: str, x: Any, heads: slice) -> Any:
     """Return the part of a side operand that belongs to some query heads."""
     if not isinstance(x, fx.Node) or name == "padding":
         return x
@@ -171,14 +171,7 @@ def _side(edit: GraphEdit, before: fx.Node, name: str, x: Any, heads: slice) -> 
     if example.dim() <= axis or example.shape[axis] == 1:
         return x
     stop = example.shape[axis] if heads.stop is None else heads.stop
-    return _call(edit, before, aten.slice.Tensor, x, axis, heads.start, stop)
-
-
-def _call(edit: GraphEdit, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-    with edit.graph.inserting_before(before), fake_mode_of((before,)):
-        made = edit.graph.call_function(target, args)
-        made.meta = {**before.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]))}
-    return made
+    return insert_call(before, aten.slice.Tensor, x, axis, heads.start, stop)
 
 
 def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
@@ -204,9 +197,12 @@ def allocate(
     """
     window = int(settings.pop("window", max(8, tokens // 16)))
     base = Config(window, int(settings.pop("first", window // 4)), **settings)
-    able = [s for s in program.main.sites if s.cached and fits(s, base) is True]
+    cached = [s for s in program.main.sites if s.cached]
+    answers = {s.name: _may_choose(s, base) for s in cached}
+    able = [s for s in cached if answers[s.name] is True]
     if not able:
-        return ()
+        why = next((str(no) for no in answers.values()), "no attention keeps a cache")
+        raise NothingToDoError(f"no head can have a window: {why}")
     whole = _affordable(program, able, base, share, tokens)
     known = streaming(program, stats, base.window, base.first)
     ranked = sorted(
@@ -215,6 +211,12 @@ def allocate(
     )
     kept = {(name, head) for _, name, head in ranked[:whole]}
     return tuple(_choice(s, kept, base, known[s.name]) for s in able)
+
+
+def _may_choose(site: Site, base: Config) -> Literal[True] | No:
+    """Say whether any heads of a site may stay whole and the others have a window."""
+    some = () if site.kv_heads == 1 else (site.kv_heads - 1,)
+    return fits(site, dataclasses.replace(base, full=some))
 
 
 def _affordable(program: Program, able: list[Site], base: Config, share: float, tokens: int) -> int:
@@ -226,7 +228,7 @@ def _affordable(program: Program, able: list[Site], base: Config, share: float, 
     windowed = min(1.0, (base.window + base.first) / tokens)
     least = 1 - ours / total * (1 - windowed)
     if share < least:
-        raise ValueError(
+        raise NothingToDoError(
             f"windows of {base.window} beside the first {base.first} leave {least:.4g} of a cache "
             f"of {tokens:,} tokens; ask for that at least, or set a smaller window"
         )

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -15,6 +17,7 @@ import attnopt
 from attnopt.nouns import Choice, No, Plan
 from attnopt.passes import window
 from attnopt.passes.window import Config
+from attnopt.refusals import NothingToDoError
 from attnopt.streaming import streaming
 
 STEPS = (5, 1, 1, 1, 10, 1, 1, 20)
@@ -140,6 +143,15 @@ def test_the_heads_that_lose_most_stay_whole(source):
     elements = held * width + (8 - held) * width * 20 / 256
     assert elements <= 0.5 * 8 * width
     assert again.tier == 2
+
+
+def test_a_budget_leaves_alone_what_it_cannot_split():
+    """Heads with biases of their own keep their order, so that none can be chosen to stay."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)).eval()
+    program = attnopt.capture(model, (ids()[:, :9],))
+    with pytest.raises(NothingToDoError, match="biases or sinks of their own"):
+        attnopt.plan(program, {"kv_cache": 0.5}, ids(), ["window"])
 
 
 def test_damage_and_mass_follow_their_definitions(source):

@@ -129,6 +129,14 @@ def fake_mode_of(nodes: tuple[fx.Node, ...]) -> Generator[None]:
         yield
 
 
+def insert_call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Insert one call before a node, as a part of what that node does."""
+    with before.graph.inserting_before(before), fake_mode_of((before,)):
+        made = before.graph.call_function(target, args)
+        made.meta = {**before.meta, "val": target(*fx.map_arg(args, value))}
+    return made
+
+
 def split_axes(writer: Writer, node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout]:
     """Give every factor an axis of its own."""
     sizes: list[Any] = []
