@@ -5,7 +5,7 @@ the keys are a view in which blocks overlap, and nothing is copied. What is left
 done block by block.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,19 +14,24 @@ from torch import Tensor
 
 from attnopt.ops.hidden import Hidden, Keys, Memo, Structure, joined, kernel, remembered
 
-# Blocks have an eighth of a window's queries, within these bounds.
-_LEAST, _MOST = 64, 256
+# Blocks have a sixteenth of a window's queries, within these bounds, and see a multiple of so many
+# keys, which the kernel's products want.
+_LEAST, _MOST = 32, 256
+_ALIGNED = 64
 _CUT = 128
+# So many blocks are attended to at once, that their results are in the cache when they are copied.
+_AT_ONCE = 16
 # What is skipped of the scores must be worth it.
 _LEAST_SKIPPED = 0.3
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some queries, and the keys that any of them sees."""
+    """Some queries, and the keys that any of them sees; `causal` where each sees all before it."""
 
     queries: slice
     keys: Keys
+    causal: bool = False
 
     @property
     def count(self) -> int:
@@ -39,8 +44,8 @@ class _Block:
 class Bands:
     """Queries cut into equal blocks in the middle, and blocks of their own at the ends.
 
-    The middle begins at a query and has so many blocks of `size`; each sees `width` keys, the first
-    of them `start`.
+    The middle begins at a query and has so many blocks of `size`; each sees the `first` keys of all
+    and `width` more, those of the first block from `start` on.
     """
 
     ends: tuple[_Block, ...]
@@ -49,6 +54,7 @@ class Bands:
     size: int
     start: int
     width: int
+    first: int
 
     @property
     def scores(self) -> int:
@@ -66,27 +72,29 @@ def bands(queries: int, keys: int, hidden: Hidden) -> Bands | None:
     if not plain or not (structure.ends or structure.right is not None):
         return None
     if structure.window is None or hidden.mask is not None or hidden.bias is not None:
-        found = Bands(tuple(_cut(0, queries, keys - queries, keys, structure)), 0, 0, 0, 0, 0)
+        found = Bands(tuple(_cut(0, queries, keys - queries, keys, structure)), 0, 0, 0, 0, 0, 0)
     else:
-        found = _bands(queries, keys, structure, structure.window)
+        found = _bands(queries, keys, hidden, structure.window)
     return found if found.scores <= (1 - _LEAST_SKIPPED) * queries * keys else None
 
 
-def _bands(queries: int, keys: int, structure: Structure, window: int) -> Bands:
-    before = keys - queries
-    size = min(max(_LEAST, window // 8), _MOST)
+def _bands(queries: int, keys: int, hidden: Hidden, window: int) -> Bands:
+    structure, before = hidden.structure, keys - queries
+    size = min(max(_LEAST, window // 16), _MOST)
     back = window - (1 if structure.right is None else 0)
     ahead = structure.right or 0
+    back += -(back + size + ahead) % _ALIGNED
     # A block belongs to the middle where its window is cut off at neither end.
     head = -(-max(back + (structure.first or 0) - before, 0) // size)
     tail = max((queries - ahead) // size, head)
     first, last = min(head * size, queries), min(tail * size, queries)
-    ends = (
-        *_cut(0, first, before, keys, structure),
-        *_cut(last, queries, before, keys, structure),
-    )
-    start = before + first - back
-    return Bands(ends, first, (last - first) // size, size, start, back + size + ahead)
+    if hidden.padding is None and structure.ends and not before and first <= window:
+        begin = [_Block(slice(0, first), Keys(0, 0, first), causal=True)] if first else []
+    else:
+        begin = _cut(0, first, before, keys, structure)
+    ends = (*begin, *_cut(last, queries, before, keys, structure))
+    start, width = before + first - back, back + size + ahead
+    return Bands(ends, first, (last - first) // size, size, start, width, structure.first or 0)
 
 
 def _cut(start: int, stop: int, before: int, keys: int, structure: Structure) -> list[_Block]:
@@ -107,31 +115,55 @@ def by_bands(
 ) -> Tensor:  # fmt: skip
     """Attend block by block; the result lies in memory as (B, T, H, E)."""
     masks = remembered(memo, q, k, hidden, lambda: _end_masks(q, k, hidden, cut.ends))
-    found = {
-        b.queries.start: kernel(
-            q[:, :, b.queries], b.keys.of_tensor(k, 2), b.keys.of_tensor(v, 2), mask, scale
-        ).transpose(1, 2)
-        for b, mask in zip(cut.ends, masks, strict=True)
-    }
+    made: list[Tensor] = []
     if cut.blocks:
         made = remembered(memo, q, k, hidden, lambda: _middle_masks(q, hidden, cut), "middle")
-        rows = [
-            _middle(q[b], k[b], v[b], made[b % len(made)], scale, cut, hidden.structure.first or 0)
-            for b in range(q.shape[0])
-        ]
-        found[cut.middle] = torch.cat(rows)
-    return torch.cat([found[start] for start in sorted(found)], dim=1).transpose(1, 2)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    pieces = _pieces(q, k, v, masks, made, scale, cut, cut.blocks if learning else _AT_ONCE)
+    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    found = _joined(pieces) if learning else _written(pieces, q.new_empty(shape))
+    return found.transpose(1, 2)
 
 
-def _middle(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, cut: Bands, first: int
-) -> Tensor:
-    """Attend with all equal blocks of one row, (H, T, D), at once; return (1, T, H, E)."""
-    count = cut.blocks * cut.size
-    queries = q.narrow(1, cut.middle, count).unfold(1, cut.size, cut.size).permute(1, 0, 3, 2)
-    keys, values = (_overlapping(x, cut, first) for x in (k, v))
-    found = kernel(queries, keys, values, mask, scale)
-    return found.transpose(1, 2).reshape(1, count, q.shape[0], v.shape[-1])
+_Piece = tuple[int | None, int, Tensor]
+
+
+def _pieces(
+    q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], made: list[Tensor],
+    scale: float | None, cut: Bands, at_once: int,
+) -> Iterator[_Piece]:  # fmt: skip
+    """Yield results, (rows, n, H, E), each with its row, None for all, and its first query."""
+    for block, mask in zip(cut.ends, masks, strict=True):
+        keys, values = (block.keys.of_tensor(x, 2) for x in (k, v))
+        found = kernel(q[:, :, block.queries], keys, values, mask, scale, block.causal)
+        yield None, block.queries.start, found.transpose(1, 2)
+    first = cut.first
+    for row in range(q.shape[0] if cut.blocks else 0):
+        queries = q[row].narrow(1, cut.middle, cut.blocks * cut.size)
+        queries = queries.unfold(1, cut.size, cut.size).permute(1, 0, 3, 2)
+        keys, values = (_overlapping(x[row], cut, first) for x in (k, v))
+        for start in range(0, cut.blocks, at_once):
+            some = slice(start, start + at_once)
+            mask = made[row % len(made)]
+            hides = mask[some] if mask.dim() == 4 else mask
+            found = kernel(queries[some], keys[some], values[some], hides, scale)
+            yield row, cut.middle + start * cut.size, found.transpose(1, 2).flatten(0, 1)[None]
+
+
+def _written(pieces: Iterable[_Piece], result: Tensor) -> Tensor:
+    """Copy each piece where it belongs while it is still in the cache."""
+    for row, start, piece in pieces:
+        rows = result if row is None else result[row : row + 1]
+        rows[:, start : start + piece.shape[1]] = piece
+    return result
+
+
+def _joined(pieces: Iterable[_Piece]) -> Tensor:
+    """Join the pieces by one copy, which autograd follows at little cost."""
+    rows: dict[int, list[Tensor]] = {}
+    for _, start, piece in pieces:
+        rows.setdefault(start, []).append(piece)
+    return torch.cat([torch.cat(rows[start]) for start in sorted(rows)], dim=1)
 
 
 def _overlapping(x: Tensor, cut: Bands, first: int) -> Tensor:
@@ -168,6 +200,9 @@ def _end_masks(
     made: dict[Hashable, Tensor | None] = {}
     masks: list[Tensor | None] = []
     for block in blocks:
+        if block.causal:
+            masks.append(None)
+            continue
         offset = before + block.queries.start - block.keys.start
         key = (offset, block.count, block.keys.first, block.keys.count)
         if key not in made:
