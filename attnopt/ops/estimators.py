@@ -173,10 +173,11 @@ def _summed(call: Call, q: Tensor, k: Tensor, *, by_row: bool) -> Tensor:
     for rows, columns in call.stripes(call.stride):
         part, other = _parts(rows, across), _parts(columns, down)
         hidden = torch.where(allowed[..., part, other], keys[..., other], -torch.inf)
-        scores = call.scores(q[:, :, part], k[:, :, other]) + hidden
+        # In place: memory that is new to a process costs more than the arithmetic.
+        scores = call.scores(q[:, :, part], k[:, :, other]).add_(hidden)
         top = scores.amax(-1, keepdim=True)
         top = top.masked_fill(top == -torch.inf, 0.0)
-        mass = _by_tile(torch.exp(scores - top), down)
+        mass = _by_tile(scores.sub_(top).exp_(), down)
         whole = mass.sum(-1, keepdim=True).log() if by_row else -top
         logs = mass.log() - whole + queries[:, :, :, part]
         logs = F.pad(logs, (0, 0, 0, _missing(logs.shape[-2], across)), value=-torch.inf)
@@ -214,7 +215,7 @@ def _last_map(call: Call, count: int) -> Tensor:
     if tiling.padding is not None:
         seen = seen & tiling.padding
     seen = seen.expand(scores.shape[0], 1, count, -1).unsqueeze(2)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
+    return scores.masked_fill_(~seen, -torch.inf).softmax(-1).nan_to_num_()
 
 
 def _vertical_slash(call: Call, seen: Tensor) -> Tensor:
