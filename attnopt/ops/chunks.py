@@ -1,8 +1,8 @@
 """Linear attention chunk by chunk: the fast copies of `attnopt.ops.linear`.
 
 A chunk of queries weighs the keys near it one by one, its window among them; what lies before them
-comes by way of the state. All chunks of a segment go together, so that a compiled graph has no loop
-over them. Letters as in `attnopt.ops.linear`; n chunks of c queries read m + 1 chunks of keys.
+comes by way of the state. All chunks of a segment go together. A compiled graph calls this and does
+not hold it. Letters as in `attnopt.ops.linear`; n chunks of c queries read m + 1 chunks of keys.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from attnopt.ops.linear import (
     linear_attention_reference,
     linear_attention_step_reference,
 )
+from attnopt.ops.opaque_linear import opaque
 from attnopt.ops.window import held_sides, positions_of, ring_of
 
 _CHUNK: Final = 64
@@ -40,6 +41,10 @@ def attend_linear(
     **settings: Any,
 ) -> Tensor:
     """Return what the reference returns, in time that is linear in the number of keys."""
+    if torch.compiler.is_compiling():
+        own = {"map_q": map_q, "map_k": map_k, "gate": gate, "decay": decay, "padding": padding}
+        found: Tensor = linear_attention_fast(q=q, k=k, v=v, **own, **{"causal": False, **settings})
+        return found
     mixing = Mixing(map_q, map_k, gate, decay, **settings)
     if q.shape[2] == 1 and mixing.causal:
         return linear_attention_reference(
@@ -70,6 +75,12 @@ def attend_linear_step(
     **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what the reference returns: by chunks at the start, by the state step by step."""
+    if torch.compiler.is_compiling():
+        own = {"map_q": map_q, "map_k": map_k, "gate": gate, "decay": decay, "padding": padding}
+        pasts = {"past_k": past_k, "past_v": past_v, "state": state, "past_length": past_length}
+        found: tuple[Tensor, Tensor, Tensor, Tensor]
+        found = linear_attention_step_fast(q=q, k=k, v=v, **own, **pasts, **settings)
+        return found
     mixing = Mixing(map_q, map_k, gate, decay, causal=True, **settings)
     given = (q, k, v, past_k, past_v, state, past_length, padding)
     if past_length == 0:
@@ -150,7 +161,7 @@ def _folded(mixing: Mixing, k: Tensor, v: Tensor, padding: Tensor | None) -> Ten
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor | None) -> Tensor:
     """Return the sums (B, H, T, E + 1) of queries at the end of the keys, segment by segment."""
     tokens, keys = q.shape[2], k.shape[2]
-    bands = _Bands(mixing, min(_CHUNK, max(16, tokens)) if not _compiles() else _CHUNK, q.device)
+    bands = _Bands(mixing, min(_CHUNK, max(16, tokens)), q.device)
     size, reach = bands.size, bands.reach
     chunks = -(-tokens // size)
     early = max(keys - tokens - reach, 0)
@@ -166,7 +177,7 @@ def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor 
     k, v = (F.pad(x[:, :, early:], (0, 0, *ends)) for x in (k, v))
     q = F.pad(q, (0, 0, 0, ends[1]))
     per_segment = max(1, _MOST // max(state.numel(), 1)) * size
-    if _compiles() or tokens <= per_segment:
+    if tokens <= per_segment:
         return bands.attend(q, k, v, shown, state)[0][:, :, :tokens]
     found: list[Tensor] = []
     for first in range(0, chunks * size, per_segment):
@@ -176,10 +187,6 @@ def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor 
         sums, state = bands.attend(q[:, :, first:stop], k[:, :, cut], v[:, :, cut], part, state)
         found.append(sums)
     return torch.cat(found, dim=2)[:, :, :tokens]
-
-
-def _compiles() -> bool:
-    return torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True)
@@ -283,3 +290,7 @@ class _Bands:
         assert passed is not None
         mixed = passed.masked_fill(gap < 0, 0.0) @ terms.flatten(3)
         return mixed.unflatten(3, terms.shape[3:])
+
+
+linear_attention_fast = opaque("linear_attention_fast", attend_linear, steps=False)
+linear_attention_step_fast = opaque("linear_attention_step_fast", attend_linear_step, steps=True)

@@ -95,7 +95,7 @@ def linear_attention_reference(
     column = torch.arange(k.shape[2], device=q.device)
     row = column[k.shape[2] - q.shape[2] :]
     distance = row.unsqueeze(1) - column
-    sums = _weights(wide, keys, mixing, distance, padding) @ values
+    sums = key_weights(wide, keys, mixing, distance, padding) @ values
     return mixing.divided(sums, v.dtype)
 
 
@@ -131,7 +131,7 @@ def linear_attention_step_reference(
     padding = seen if padding is None else padding & seen
     k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     wide, keys, values = mixing.widened(q, k, v)
-    sums = _weights(wide, keys, mixing, query.unsqueeze(1) - key, padding) @ values
+    sums = key_weights(wide, keys, mixing, query.unsqueeze(1) - key, padding) @ values
     before = mixing.of_queries(wide) @ state.to(wide.dtype)
     age = mixing.powers(query - past_length + 1 + mixing.window, wide)
     sums = sums + (before if age is None else before * age.unsqueeze(-1))
@@ -150,7 +150,7 @@ def _check(mixing: Mixing) -> None:
         raise ValueError("a decay needs causal=True: it counts the tokens from key to query")
 
 
-def _weights(
+def key_weights(
     q: Tensor, k: Tensor, mixing: Mixing, distance: Tensor, padding: Tensor | None
 ) -> Tensor:
     """Return the weight of each key for each query (B, H, T, S), from how far it is behind."""
