@@ -18,6 +18,7 @@ from attnopt.graphs import copied_module
 from attnopt.ops import attention, linear_attention
 from attnopt.ops.linear import Mixing, key_weights
 from attnopt.program import Program
+from attnopt.running import Run
 from attnopt.verifying import losses
 from attnopt.verifying.intervals import Paired
 
@@ -145,32 +146,15 @@ def without_far_keys(program: Program, names: Collection[str]) -> Program:
     return program.with_graph(module, note="without far keys")
 
 
-class _Watched(fx.Interpreter):
-    """Runs a graph and reads shares off some of its nodes."""
-
-    def __init__(self, module: fx.GraphModule, names: Collection[str]) -> None:
-        super().__init__(module)
-        self.names = names
-        self.found: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node."""
-        if n.name in self.names:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.found[n.name] = _share(args, kwargs)
-        return super().run_node(n)
-
-
 def _shares(program: Program, rows: Tensor, nodes: Collection[fx.Node]) -> dict[str, Any]:
     """Run a few rows, and return the shares of each node."""
-    watched = _Watched(program.graph_module, {n.name for n in nodes})
-    values = program.form.flatten((), {"input_ids": rows[:4]})
-    bound = {
-        n.name: values[n.name] if n.name in values else program.weights[program.bindings[n.name].name]
-        for n in program.placeholders
-    }
-    watched.run(*bound.values())
-    return watched.found
+    run = Run(program, {"input_ids": rows[:4]}, nodes)
+    found: dict[str, Any] = {}
+    for node in nodes:
+        run.before(node)
+        args, kwargs = run.map_nodes_to_values((node.args, dict(node.kwargs)), node)
+        found[node.name] = _share(args, kwargs)
+    return found
 
 
 def _share(args: Any, kwargs: Mapping[str, Any]) -> tuple[float, float, dict[int, float]]:
@@ -181,7 +165,7 @@ def _share(args: Any, kwargs: Mapping[str, Any]) -> tuple[float, float, dict[int
     wide, keys, values = mixing.widened(q, k, v)
     column = torch.arange(k.shape[2], device=q.device)
     distance = column[k.shape[2] - q.shape[2] :].unsqueeze(1) - column
-    weights = key_weights(wide, keys, mixing, distance, kwargs.get("padding"))
+    weights = key_weights(wide, keys, mixing, distance, kwargs.get("padding"))[0]
     total = weights.sum(-1).clamp(min=mixing.least)
     far = weights.masked_fill(distance < mixing.window, 0.0)
     has = (distance >= max(mixing.window, 1)).any(-1)

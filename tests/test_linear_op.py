@@ -17,7 +17,7 @@ from attnopt.ops import (
     linear_attention_step_reference,
 )
 from attnopt.ops.chunks import attend_linear, attend_linear_step
-from attnopt.ops.features import FEATURES, features, width
+from attnopt.ops.features import FEATURES, of_keys, width
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Problem:
         heads, groups = self.heads
         sizes = [(2, heads, self.queries, 8), (2, groups, self.keys, 8), (2, groups, self.keys, 6)]
         q, k, v = (torch.randn(s, generator=g, dtype=torch.float64) for s in sizes)
-        maps = [torch.randn(heads, 8, 5, generator=g, dtype=torch.float64) for _ in range(2)]
+        rows = 9 if self.feature == "centroids" else 8
+        maps = [torch.randn(heads, rows, 5, generator=g, dtype=torch.float64) for _ in range(2)]
         gate = torch.rand(heads, generator=g, dtype=torch.float64) if self.window else None
         decay = 0.7 + 0.3 * torch.rand(heads, generator=g, dtype=torch.float64)
         found = [q, k, v, *maps, gate, decay if self.decays else None]
@@ -62,8 +63,10 @@ PROBLEMS = [
     *(Problem(t, s, w) for t, s in SIZES for w in (0, 5, 64, 100)),
     *(Problem(130, 150, w, decays=True, padded=40) for w in (0, 5, 100)),
     *(Problem(130, 130, 3, feature=name) for name in FEATURES if name != "identity"),
+    *(Problem(130, 150, w, feature="centroids", padded=40, decays=w == 5) for w in (0, 5, 100)),
     Problem(63, 63, 9, heads=(4, 4), padded=63),
     Problem(63, 100, causal=False, padded=10),
+    Problem(63, 100, causal=False, feature="centroids"),
     Problem(65, 65, feature="relu"),
 ]
 
@@ -76,7 +79,14 @@ def test_chunks_give_what_the_definition_gives(problem: Problem) -> None:
     assert torch.isfinite(want).all()
 
 
-@pytest.mark.parametrize("problem", [Problem(70, 90, 5, decays=True, padded=9), Problem(9, 9)])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(70, 90, 5, decays=True, padded=9),
+        Problem(70, 90, 5, feature="centroids", padded=9),
+        Problem(9, 9),
+    ],
+)
 def test_gradients_are_those_of_the_definition(problem: Problem) -> None:
     tensors = problem.tensors(torch.float64)
     want, found = (
@@ -93,8 +103,9 @@ def _gradients(call: Any, tensors: list[Tensor | None], problem: Problem) -> lis
     return list(torch.autograd.grad((out * weight).sum(), [x for x in leaves if x is not None]))
 
 
-def test_the_definition_has_the_gradient_of_what_it_computes() -> None:
-    problem = Problem(6, 8, 3, decays=True, padded=2)
+@pytest.mark.parametrize("feature", ["hedgehog", "centroids"])
+def test_the_definition_has_the_gradient_of_what_it_computes(feature: str) -> None:
+    problem = Problem(6, 8, 3, decays=True, padded=2, feature=feature)
     leaves = [None if x is None else x.requires_grad_() for x in problem.tensors(torch.float64)]
     assert torch.autograd.gradcheck(
         lambda *x: linear_attention_reference(*x, **problem.settings), leaves
@@ -170,7 +181,7 @@ def test_without_a_normaliser_it_is_a_decayed_recurrence() -> None:
 
 def test_the_softmax_of_features_is_taken_on_both_sides() -> None:
     x = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
-    found = features(x, torch.eye(4).repeat(2, 1, 1), "hedgehog")
+    found = of_keys(x, torch.eye(4).repeat(2, 1, 1), "hedgehog")
     assert torch.allclose(found.sum(-1), torch.full((1, 2, 3), 2.0))
     assert torch.allclose(found[..., :4], x.softmax(-1))
     assert torch.allclose(found[..., 4:], (-x).softmax(-1))

@@ -15,7 +15,6 @@ from torch import Tensor
 from attnopt.ops.hidden import Memo
 from attnopt.ops.linear import (
     Mixing,
-    exponentials,
     linear_attention_reference,
     linear_attention_step_reference,
 )
@@ -53,7 +52,7 @@ def attend_linear(
     wide, keys, values = mixing.widened(q, k, v)
     if not mixing.causal:
         state = mixing.of_keys(keys, padding).transpose(-1, -2) @ values
-        return mixing.divided(mixing.of_queries(wide) @ state, v.dtype)
+        return mixing.divided(mixing.of_queries(wide, None) @ state, v.dtype)
     return mixing.divided(_by_chunks(wide, keys, values, mixing, padding), v.dtype)
 
 
@@ -126,7 +125,7 @@ def _one(
         now = now + mixing.of_keys(key, hidden).transpose(-1, -2) @ value
     if not window:
         wide = q.to(now.dtype)
-        found = mixing.divided(mixing.of_queries(wide) @ now, v.dtype)
+        found = mixing.divided(mixing.of_queries(wide, None) @ now, v.dtype)
         return found, past_k, past_v, now.to(state.dtype)
     slot = torch.full((1,), past_length % window, device=q.device)
     past_k, past_v = past_k.index_copy(2, slot, k), past_v.index_copy(2, slot, v)
@@ -137,10 +136,8 @@ def _one(
         seen = (held >= 0).view(1, 1, 1, -1)
         shown = held_sides(padding, held)
         scores = scores.masked_fill(~(seen if shown is None else seen & shown), -torch.inf)
-    weights = exponentials(scores)
-    if mixing.gate is not None:
-        weights = weights * mixing.gate.to(wide.dtype).view(-1, 1, 1)
-    before = mixing.of_queries(wide) @ now
+    weights, top = mixing.near(scores)
+    before = mixing.of_queries(wide, top) @ now
     if mixing.decay is not None:
         before = before * mixing.decay.to(wide.dtype).view(-1, 1, 1) ** window
     found = mixing.divided(weights @ values + before, v.dtype)
@@ -223,20 +220,21 @@ class _Bands:
         marks = None if shown is None else shown[:, :, 0].unflatten(2, (-1, size)).unsqueeze(-1)
         key, value = k.unflatten(2, (-1, size)), v.unflatten(2, (-1, size))
         query = q.unflatten(2, (-1, size))
-        count = query.shape[2]
-        of_query, of_key = self._features(query, key, marks)
-        near_keys, near_values, near_features = (
-            self._spread(x, count) for x in (key, value, of_key)
-        )
+        count, distance = query.shape[2], self.distance()
+        near: Tensor | None = None
+        top: Tensor | None = None
+        if mixing.window:
+            near, top = self._near(query, self._spread(key, count), marks)
+            top = top.flatten(2, 3)
+        of_query = mixing.of_queries(q, top).unflatten(2, (-1, size))
+        of_key = mixing.of_keys(k, shown).unflatten(2, (-1, size))
+        near_values, near_features = (self._spread(x, count) for x in (value, of_key))
         weights = of_query @ near_features.transpose(-1, -2)
-        distance = self.distance()
         age = mixing.powers(distance.clamp(min=0), q)
         if age is not None:
             weights = weights * age.unsqueeze(1)
         weights = weights.masked_fill(distance < mixing.window, 0.0)
-        if mixing.window:
-            seen = None if marks is None else self._spread(marks, count)
-            weights = weights + self._near(query, near_keys, seen)
+        weights = weights if near is None else weights + near
         states = self._states(of_key[:, :, :count], value[:, :, :count], state)
         far = of_query @ states[:, :, :-1]
         if mixing.decay is not None:
@@ -246,32 +244,20 @@ class _Bands:
             far = far * weight.view(-1, 1, size, 1)
         return (weights @ near_values + far).flatten(2, 3), states[:, :, -1]
 
-    def _features(self, query: Tensor, key: Tensor, marks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the features of all chunks; hidden keys have none."""
-        mixing = self.mixing
-        of_query = mixing.of_queries(query.flatten(2, 3)).unflatten(2, query.shape[2:4])
-        of_key = mixing.of_keys(key.flatten(2, 3), None).unflatten(2, key.shape[2:4])
-        if marks is not None:
-            of_key = of_key * marks
-        return of_query, of_key
-
     def _spread(self, x: Tensor, count: int) -> Tensor:
         """Put beside each chunk (B, H, n, c, .) those that its window reaches into."""
         if not self.before:
             return x
         return torch.cat([x[:, :, i : i + count] for i in range(self.before + 1)], dim=3)
 
-    def _near(self, query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
-        mixing = self.mixing
+    def _near(self, query: Tensor, key: Tensor, marks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the weights of the keys in the windows, and the largest scores."""
         distance = self.distance()
-        near = (distance >= 0) & (distance < mixing.window)
-        scores = mixing.scaled(query) @ key.transpose(-1, -2)
-        if seen is not None:
-            near = near & seen.transpose(-1, -2)
-        weights = exponentials(scores.masked_fill(~near, -torch.inf))
-        if mixing.gate is not None:
-            weights = weights * mixing.gate.to(query.dtype).view(-1, 1, 1, 1)
-        return weights
+        near = (distance >= 0) & (distance < self.mixing.window)
+        if marks is not None:
+            near = near & self._spread(marks, query.shape[2]).transpose(-1, -2)
+        scores = self.mixing.scaled(query) @ key.transpose(-1, -2)
+        return self.mixing.near(scores.masked_fill(~near, -torch.inf))
 
     def _states(self, of_key: Tensor, value: Tensor, state: Tensor) -> Tensor:
         """Return the state before each chunk and after the last (B, H, n + 1, F, E + 1)."""

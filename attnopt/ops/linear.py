@@ -2,8 +2,9 @@
 
 y_i = (g sum_near exp(s_ij - m_i) v_j + sum_far lam^(i-j) phi(q_i).phi(k_j) v_j) / the same sums
 without the values. Near keys are the last `window` ones, the query's own among them, and far keys
-all before them; m_i is the largest near score, g a factor of each head, lam its decay. Without a
-window all keys that a query sees are far, so that the sums over keys need no scores: a matrix
+all before them; m_i is the largest near score, g a factor of each head, lam its decay. Features of
+the kind `centroids` have exp(-m_i) as a factor, too, so that m_i does not matter. Without a window
+all keys that a query sees are far, so that the sums over keys need no scores: a matrix
 (F, E) and a normaliser (F) of each head hold all that was seen, the `state`, whose last column the
 normaliser is. Axis letters as in `attnopt.ops.attention`; F features (`attnopt.ops.features`). Far
 keys are not scaled. A query that sees nothing gives zeros.
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.ops.features import features
+from attnopt.ops import features
 from attnopt.ops.window import held_sides, next_ring, positions_of
 
 LEAST = 1e-6
@@ -48,14 +49,28 @@ class Mixing:
         values = _per_query_head(v.to(dtype), heads, self.v_map)
         return q.to(dtype), keys, torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
 
-    def of_queries(self, q: Tensor) -> Tensor:
-        """Return the features of queries."""
-        return features(q, self.map_q, self.feature)
+    def of_queries(self, q: Tensor, top: Tensor | None) -> Tensor:
+        """Return the features of queries whose largest near score is `top`."""
+        return features.of_queries(q, self.map_q, self.feature, top)
 
     def of_keys(self, k: Tensor, padding: Tensor | None) -> Tensor:
         """Return the features of keys, zeros where padding hides them (B, 1, 1, S)."""
-        found = features(k, self.map_k, self.feature)
+        found = features.of_keys(k, self.map_k, self.feature)
         return found if padding is None else found * padding.transpose(-1, -2)
+
+    def near(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of near keys by their scores, and the largest score of each query.
+
+        Hidden keys have a score of minus infinity.
+        """
+        top = scores.amax(dim=-1, keepdim=True)
+        top = top.masked_fill(top == -torch.inf, 0.0)
+        if self.feature == features.CENTROIDS:
+            top = top.detach()  # a factor of all weights alike
+        weights = torch.exp(scores - top)
+        if self.gate is not None:
+            weights = weights * self.gate.to(scores.dtype).view(-1, *[1] * (scores.dim() - 2))
+        return weights, top
 
     def scaled(self, q: Tensor) -> Tensor:
         """Return the queries whose products with keys are scores."""
@@ -95,7 +110,7 @@ def linear_attention_reference(
     column = torch.arange(k.shape[2], device=q.device)
     row = column[k.shape[2] - q.shape[2] :]
     distance = row.unsqueeze(1) - column
-    sums = key_weights(wide, keys, mixing, distance, padding) @ values
+    sums = key_weights(wide, keys, mixing, distance, padding)[0] @ values
     return mixing.divided(sums, v.dtype)
 
 
@@ -131,8 +146,10 @@ def linear_attention_step_reference(
     padding = seen if padding is None else padding & seen
     k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     wide, keys, values = mixing.widened(q, k, v)
-    sums = key_weights(wide, keys, mixing, query.unsqueeze(1) - key, padding) @ values
-    before = mixing.of_queries(wide) @ state.to(wide.dtype)
+    distance = query.unsqueeze(1) - key
+    weights, before = key_weights(wide, keys, mixing, distance, padding, state)
+    assert before is not None
+    sums = weights @ values
     age = mixing.powers(query - past_length + 1 + mixing.window, wide)
     sums = sums + (before if age is None else before * age.unsqueeze(-1))
     rings = [next_ring(x, held, past_length, tokens, 0) for x in (k, v)]
@@ -151,30 +168,32 @@ def _check(mixing: Mixing) -> None:
 
 
 def key_weights(
-    q: Tensor, k: Tensor, mixing: Mixing, distance: Tensor, padding: Tensor | None
-) -> Tensor:
-    """Return the weight of each key for each query (B, H, T, S), from how far it is behind."""
-    far = mixing.of_queries(q) @ mixing.of_keys(k, padding).transpose(-1, -2)
+    q: Tensor,
+    k: Tensor,
+    mixing: Mixing,
+    distance: Tensor,
+    padding: Tensor | None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weight of each key for each query (B, H, T, S), from how far it is behind.
+
+    The second result is what a state gives to each query, (B, H, T, E + 1).
+    """
+    near: Tensor | None = None
+    top: Tensor | None = None
+    if mixing.window:
+        shown = (distance >= 0) & (distance < mixing.window)
+        shown = shown if padding is None else shown & padding
+        scores = (mixing.scaled(q) @ k.transpose(-1, -2)).masked_fill(~shown, -torch.inf)
+        near, top = mixing.near(scores)
+    of_query = mixing.of_queries(q, top)
+    far = of_query @ mixing.of_keys(k, padding).transpose(-1, -2)
+    given = None if state is None else of_query @ state.to(q.dtype)
     if not mixing.causal:
-        return far
+        return far, given
     age = mixing.powers(distance.clamp(min=0), q)
-    far = far if age is None else far * age
-    far = far.masked_fill(distance < mixing.window, 0.0)
-    if not mixing.window:
-        return far
-    near = (distance >= 0) & (distance < mixing.window)
-    near = near if padding is None else near & padding
-    scores = (mixing.scaled(q) @ k.transpose(-1, -2)).masked_fill(~near, -torch.inf)
-    weights = exponentials(scores)
-    if mixing.gate is not None:
-        weights = weights * mixing.gate.to(q.dtype).view(-1, 1, 1)
-    return weights + far
-
-
-def exponentials(scores: Tensor) -> Tensor:
-    """Return exp of scores less the largest of their row; zeros where all are minus infinity."""
-    top = scores.amax(dim=-1, keepdim=True)
-    return torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
+    far = (far if age is None else far * age).masked_fill(distance < mixing.window, 0.0)
+    return (far if near is None else near + far), given
 
 
 def _state_after(

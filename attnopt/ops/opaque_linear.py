@@ -109,9 +109,7 @@ class Opaque:
                     materialize_grads=True,
                 )
             )
-        return tuple(
-            grads[0].new_empty(0) if x is None else next(made).contiguous() for x in own
-        )
+        return tuple(grads[0].new_empty(0) if x is None else next(made).contiguous() for x in own)
 
     def _backward_shaped(self, *args: Any) -> tuple[Tensor, ...]:
         given = args[self.results : self.results + len(self.names[0]) - 1]
