@@ -26,6 +26,8 @@ def fast_copies() -> dict[Any, Fast]:
     from attnopt.ops.blocks import block_attention
     from attnopt.ops.blockwise import attend_blocks
     from attnopt.ops.boxes import attend_neighborhood
+    from attnopt.ops.chunks import attend_linear, attend_linear_step
+    from attnopt.ops.linear import linear_attention, linear_attention_step
     from attnopt.ops.neighborhood import neighborhood_attention
     from attnopt.ops.window import attend_window, window_attention
 
@@ -34,6 +36,8 @@ def fast_copies() -> dict[Any, Fast]:
         block_attention: attend_blocks,
         window_attention: attend_window,
         neighborhood_attention: attend_neighborhood,
+        linear_attention: attend_linear,
+        linear_attention_step: attend_linear_step,
     }
 
 

@@ -1,7 +1,7 @@
 """A copy of a program's graph under change, and what of a site's heads and channels stays in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from attnopt.finder.scores import is_canonical
 from attnopt.graphs import copied, drop_unused
 from attnopt.hoisting import hoist
 from attnopt.nouns import No, Site
-from attnopt.program import Program, State
+from attnopt.program import Binding, Program, State
 from attnopt.weights import described
 
 
@@ -52,6 +52,7 @@ class GraphEdit:
     mapping: dict[fx.Node, fx.Node]
     statistics: Any = None
     states: dict[str, State] = field(default_factory=dict)
+    added: dict[str, Binding] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, statistics: Any = None) -> "GraphEdit":
@@ -70,6 +71,17 @@ class GraphEdit:
         if others or not isinstance(first, Match) or not is_canonical(first.anchor):
             return No("not in its exact form, which every other rewrite starts from", site.name)
         return first
+
+    def parameter(self, name: str, like: Tensor) -> fx.Node:
+        """Return a new parameter of the program; `finish` takes its value by its name."""
+        placeholder = "p_" + "".join(c if c.isalnum() else "_" for c in name)
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(placeholder)
+        with fake_mode_of(self.program.placeholders):
+            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
+        self.added[node.name] = Binding("parameter", name)
+        return node
 
     def reshape_weights(self, changed: Mapping[str, Tensor]) -> None:
         """Give the placeholders of parameters the shapes of their new values."""
@@ -90,6 +102,8 @@ class GraphEdit:
         self.graph.lint()
         module = fx.GraphModule(self.program.graph_module, self.graph)
         result = self.program.with_graph(module, note=note).with_weights(changed)
+        if self.added:
+            result = replace(result, bindings={**result.bindings, **self.added})
         if not self.states:
             return result
         return result.with_states(tuple(self.states.get(s.name, s) for s in result.states))
