@@ -20,9 +20,7 @@ class Functional:
     weights_of: Mapping[str, str]
 
     @classmethod
-    def of(
-        cls, program: Program, device: torch.device, pace: Pace | None = None
-    ) -> "Functional":
+    def of(cls, program: Program, device: torch.device, pace: Pace | None = None) -> "Functional":
         """Lower a program to ops that take gradients; `pace` says how strong they are."""
         ready = Ready.of(program, None, pace or Pace(), torch.float32, device)
         held = {p: b.name for p, b in program.bindings.items() if b.kind in WEIGHTS}

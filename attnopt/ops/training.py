@@ -33,4 +33,9 @@ class Training:
 @cache
 def trainings() -> dict[Any, Training]:
     """Return the ops that are called otherwise in training."""
-    return {}
+    from attnopt.ops import gates
+
+    return {
+        gates.norm_gates: Training(gates.norm_options),
+        gates.router_gates: Training(gates.router_options, gates.router_loss),
+    }

@@ -1,7 +1,7 @@
 """A copy of a program's graph under change, and what of a site's heads and channels stays in it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from attnopt.finder.scores import is_canonical
 from attnopt.graphs import copied, drop_unused
 from attnopt.hoisting import hoist
 from attnopt.nouns import No, Site
-from attnopt.program import Program, State
+from attnopt.program import Binding, Program, State
 from attnopt.weights import described
 
 
@@ -52,6 +52,7 @@ class GraphEdit:
     mapping: dict[fx.Node, fx.Node]
     statistics: Any = None
     states: dict[str, State] = field(default_factory=dict)
+    bindings: dict[str, Binding] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, statistics: Any = None) -> "GraphEdit":
@@ -70,6 +71,18 @@ class GraphEdit:
         if others or not isinstance(first, Match) or not is_canonical(first.anchor):
             return No("not in its exact form, which every other rewrite starts from", site.name)
         return first
+
+    def parameter(self, name: str, shape: Sequence[int]) -> fx.Node:
+        """Return the placeholder of a new parameter of a shape, in the dtype of the others."""
+        kinds = self.program.bindings
+        held = [n for n in self.program.placeholders if kinds[n.name].kind == "parameter"]
+        like = next(n for n in reversed(held) if value(n).is_floating_point())
+        with self.graph.inserting_after(self.mapping[like]):
+            made = self.graph.placeholder(f"p_{name.replace('.', '_')}")
+        with fake_mode_of((like,)):
+            made.meta["val"] = value(like).new_empty(tuple(shape))
+        self.bindings[made.name] = Binding("parameter", name)
+        return made
 
     def reshape_weights(self, changed: Mapping[str, Tensor]) -> None:
         """Give the placeholders of parameters the shapes of their new values."""
@@ -90,6 +103,7 @@ class GraphEdit:
         self.graph.lint()
         module = fx.GraphModule(self.program.graph_module, self.graph)
         result = self.program.with_graph(module, note=note).with_weights(changed)
+        result = replace(result, bindings={**result.bindings, **self.bindings})
         if not self.states:
             return result
         return result.with_states(tuple(self.states.get(s.name, s) for s in result.states))
