@@ -2,10 +2,14 @@
 
 An attention that looks back over a window reads the last keys and, if it says so, the first ones.
 Where nothing else reads a layer's cache, its state need hold no more. Some heads of a layer may
-have a window and others none; then each kind gets a state of its own.
+have a window and others none; then each kind gets a state of its own. Linear attention has a matrix
+of what left its window, too; without a window its rings have no slots.
 
 keys = cat(past, new); attention(q, keys, values, window=w)
 -> found, ring_k, ring_v = window_attention(q, new, new, ring_k, ring_v, past_length, window=w)
+linear_attention(q, keys, values, ..., window=w)
+-> found, ring_k, ring_v, state = linear_attention_step(
+       q, new, new, ..., ring_k, ring_v, state, past_length, window=w)
 """
 
 import operator
@@ -19,13 +23,20 @@ from torch import fx
 from attnopt.finder.emit import fake_mode_of, insert_call
 from attnopt.graphs import copied, drop_unused
 from attnopt.inlining import unchanged
-from attnopt.ops import attention, window_attention
+from attnopt.ops import (
+    attention,
+    linear_attention,
+    linear_attention_step,
+    window_attention,
+)
+from attnopt.ops.features import width
 from attnopt.ops.structure import OPTIONS
 from attnopt.program import Binding, Growing, Program, State
 
 aten = torch.ops.aten
 _TOKENS = 2
 _HEADS = 1
+_KEEPING = (attention, linear_attention)
 
 
 def with_rings(program: Program) -> Program:
@@ -89,11 +100,12 @@ def _pairs(program: Program, placeholders: Mapping[str, fx.Node]) -> Iterator[_P
             continue
         parts: dict[Any, list[fx.Node]] = {}
         for node, heads in of_keys.items():
-            parts.setdefault((heads, of_values[node], _ring(node)), []).append(node)
+            key = (heads, of_values[node], _ring(node), node.target)
+            parts.setdefault(key, []).append(node)
         yield _Pair(
             states,
             (keys, values),
-            tuple(_Part((k, v), ring, tuple(nodes)) for (k, v, ring), nodes in parts.items()),
+            tuple(_Part((k, v), ring, tuple(nodes)) for (k, v, ring, _), nodes in parts.items()),
         )
 
 
@@ -115,7 +127,7 @@ def _readers(whole: fx.Node, position: int) -> dict[fx.Node, tuple[int, int]] | 
     todo = [(whole, user, every) for user in whole.users]
     while todo:
         source, user, heads = todo.pop()
-        if user.target is attention and [a is source for a in user.args] == [
+        if user.target in _KEEPING and [a is source for a in user.args[:3]] == [
             number == position for number in range(3)
         ]:
             found[user] = heads
@@ -132,10 +144,19 @@ def _readers(whole: fx.Node, position: int) -> dict[fx.Node, tuple[int, int]] | 
 
 def _ring(node: fx.Node) -> Ring | None:
     """Return the ring that an attention needs; None where it looks back without end."""
+    if node.target is linear_attention:
+        window: Any = node.kwargs.get("window", 0)
+        return Ring(int(window), 0) if node.kwargs.get("causal") else None
     given = {name: node.kwargs.get(name) for name in OPTIONS}
     if given["window"] is None or any(given[n] is not None for n in ("right", "prefix", "chunk")):
         return None
     return Ring(int(given["window"]), int(given["first"] or 0))  # type: ignore[arg-type]
+
+
+def _features(node: fx.Node) -> int:
+    """Return how many features a linear attention has for a key."""
+    by: Any = node.args[4] if len(node.args) > 4 and node.args[4] is not None else node.args[1]
+    return width(int(by.meta["val"].shape[-1]), str(node.kwargs.get("feature", "hedgehog")))
 
 
 @dataclass
@@ -152,6 +173,7 @@ class _Folding:
         self.outputs: list[Any] = list(flat)
         self.states: dict[str, tuple[State, ...]] = {s.name: (s,) for s in self.program.states}
         self.bindings = dict(self.program.bindings)
+        self.matrices: dict[fx.Node, tuple[State, fx.Node]] = {}
 
     def fold(self, pair: _Pair) -> None:
         """Give each kind of heads of a layer a state of its own."""
@@ -160,7 +182,10 @@ class _Folding:
             states = [self._state(pair, side, part, number) for side in (0, 1)]
             pasts = [self._placeholder(pair, side, states[side]) for side in (0, 1)]
             news = [self._new(pair.wholes[side], part.heads[side]) for side in (0, 1)]
-            join = self._ringed if part.ring else self._grown
+            linear = [n for n in part.nodes if n.target is linear_attention]
+            for node in linear:
+                made[1].append(self._matrix(pair, node))
+            join = self._grown if part.ring is None else self._folded if linear else self._ringed
             joined = join(part, pasts, news)
             for side in (0, 1):
                 self.outputs[states[side].output] = joined[side]
@@ -235,19 +260,72 @@ class _Folding:
         for node in part.nodes:
             options = {n: x for n, x in node.kwargs.items() if n not in OPTIONS}
             options |= {"window": part.ring.window, "first": part.ring.first}
-            with self.graph.inserting_before(node):
-                args = (node.args[0], *news, *pasts, self.length)
-                made = self.graph.call_function(window_attention, args, options)
-                values = (node.meta["val"], *(p.meta["val"] for p in pasts))
-                made.meta = {**node.meta, "val": values}
-                found, *rings = (
-                    self.graph.call_function(operator.getitem, (made, i)) for i in range(3)
-                )
-                for item, value in zip((found, *rings), values, strict=True):
-                    item.meta = {**node.meta, "val": value}
-            node.replace_all_uses_with(found)
-            self.graph.erase_node(node)
+            args = (node.args[0], *news, *pasts, self.length)
+            rings = self._replaced(node, window_attention, args, options, pasts)
         return rings
+
+    def _folded(self, part: _Part, pasts: list[fx.Node], news: list[fx.Node]) -> list[fx.Node]:
+        """Let linear attention go on from a ring and a matrix; return what the rings become."""
+        rings: list[fx.Node] = []
+        for node in part.nodes:
+            state, past = self.matrices[node]
+            options = {n: x for n, x in node.kwargs.items() if n != "causal"}
+            own = (*node.args[3:], None, None, None, None)[:4]
+            args = (node.args[0], *news, *own, *pasts, past, self.length)
+            *rings, matrix = self._replaced(
+                node, linear_attention_step, args, options, [*pasts, past]
+            )
+            self.outputs[state.output] = matrix
+        return rings
+
+    def _replaced(
+        self, node: fx.Node, target: Any, args: Any, options: Any, pasts: list[fx.Node]
+    ) -> list[fx.Node]:
+        """Call an op in place of a node; return what becomes of the states that it takes."""
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(target, args, options)
+            values = (node.meta["val"], *(p.meta["val"] for p in pasts))
+            made.meta = {**node.meta, "val": values}
+            found, *states = (
+                self.graph.call_function(operator.getitem, (made, i)) for i in range(len(values))
+            )
+            for item, value in zip((found, *states), values, strict=True):
+                item.meta = {**node.meta, "val": value}
+        node.replace_all_uses_with(found)
+        self.graph.erase_node(node)
+        return states
+
+    def _matrix(self, pair: _Pair, node: fx.Node) -> State:
+        """Add the state of what a linear attention no longer holds key by key."""
+        old = pair.states[1]
+        others = [s for s, _ in self.matrices.values()]
+        mine = (s for s in (*self.program.states, *others) if s.layer == old.layer)
+        index = sum(s.role == "recurrent" for s in mine)
+        queries, values = (node.args[i].meta["val"].shape for i in (0, 2))  # type: ignore[union-attr]
+        shape = (int(queries[1]), _features(node), int(values[3]) + 1)
+        state = replace(
+            old,
+            name=f"past_{old.layer}_matrix" + (f"_{index}" if index else ""),
+            role="recurrent",
+            output=len(self.outputs),
+            grows=None,
+            shape=("batch", *shape),
+            dtype=torch.float32,
+            index=index,
+        )
+        state = replace(state, placeholder=state.name)
+        self.outputs.append(None)
+        after = self.placeholders[old.placeholder]
+        with self.graph.inserting_after(after):
+            made = self.graph.placeholder(state.name)
+        made.name = made.target = state.name
+        self.bindings[state.name] = Binding("state", state.name)
+        with fake_mode_of((after,)):
+            example = after.meta["val"]
+            value = example.new_empty((example.shape[0], *shape), dtype=torch.float32)
+        made.meta = {**after.meta, "val": value}
+        self.matrices[node] = (state, made)
+        return state
 
     def finish(self) -> Program:
         """Return the program with its new states; the old form stays beside it."""

@@ -187,7 +187,8 @@ def _learned_gates(
     if isinstance(source, No):
         return source
     shapes = _routers(site, config, int(value(source).shape[-1]))
-    made = {n: edit.parameter(_named(site, n), shape) for n, shape in shapes.items()}
+    like = edit.program.weights[site.projections["o"].parameter]
+    made = {n: edit.parameter(_named(site, n), like.new_empty(s)) for n, s in shapes.items()}
     options = {"count": _count(site, config) - config.shared, "heads": _order(edit, site, config)}
     routers = [made[n] for n in ("routed", "pair", "shared") if n in made]
     return writer.call(router_gates, edit.mapping[source], *routers, **options)

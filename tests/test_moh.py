@@ -297,10 +297,9 @@ def teacher():
     return program, stats, model.generate(words(128, 1), **given)
 
 
-@pytest.mark.parametrize("config", [{}, {"mode": "trained", "shared": 2}], ids=str)
-def test_healing_brings_a_mixture_closer(teacher, config, tmp_path):
+def test_healing_brings_a_mixture_closer(teacher, tmp_path):
     program, stats, rows = teacher
-    student = routed(program, stats, **config)
+    student = routed(program, stats)
     settings = {"lr": 1e-2, "site_lr": 1e-2, "train": "sites", "batch": 8, "every": 20}
     result = healed(student, program, rows, Recipe(60, **settings))
     assert 0 < result.left < 0.85
@@ -313,10 +312,12 @@ def test_healing_brings_a_mixture_closer(teacher, config, tmp_path):
 
 def test_routers_learn(teacher):
     program, stats, rows = teacher
-    student = routed(program, stats, mode="trained", heads=4, shared=2)
-    result = healed(student, program, rows, Recipe(40, train="changed", lr=1e-2, every=10))
+    student = stirred(routed(program, stats, mode="trained", heads=4, shared=2))
+    settings = {"site_steps": 40, "site_lr": 1e-2, "anneal": 0, "every": 40}
+    result = healed(student, program, rows, Recipe(40, **settings))
     moved = [n for n in student.weights if ".router." in n]
     assert len(moved) == 6
-    assert all(bool(result.program.weights[n].any()) for n in moved)
-    assert result.learned == sum(student.weights[n].numel() for n in moved)
-    assert result.left < 1
+    for name in moved:
+        assert not torch.equal(result.program.weights[name], student.weights[name])
+    found = result.losses["sites"]
+    assert found[-1] < 0.9 * found[0]

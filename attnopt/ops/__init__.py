@@ -4,6 +4,12 @@ from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
 from attnopt.ops.gates import norm_gates, router_gates
+from attnopt.ops.linear import (
+    linear_attention,
+    linear_attention_reference,
+    linear_attention_step,
+    linear_attention_step_reference,
+)
 from attnopt.ops.neighborhood import (
     neighborhood_attention,
     neighborhood_attention_lse,
@@ -26,6 +32,10 @@ __all__ = [
     "block_attention_reference",
     "cached_attention",
     "cached_attention_reference",
+    "linear_attention",
+    "linear_attention_reference",
+    "linear_attention_step",
+    "linear_attention_step_reference",
     "linear_recurrence",
     "linear_recurrence_reference",
     "neighborhood_attention",

@@ -104,8 +104,8 @@ def options_of(mask: Mask) -> dict[str, Any]:
 
 
 def mask_of(options: Mapping[str, Any]) -> Mask:
-    """Name the structure that the options of an op say; neighbourhoods on a grid have no name."""
-    if "grid" in options:
+    """Name the structure that the options of an op say; those of other variants have no name."""
+    if "grid" in options or "feature" in options:
         return Mask("dense")
     window, right, prefix, chunk, first = (options.get(n) for n in OPTIONS[1:])
     if chunk is not None:

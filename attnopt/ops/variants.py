@@ -26,6 +26,8 @@ def fast_copies() -> dict[Any, Fast]:
     from attnopt.ops.blocks import block_attention
     from attnopt.ops.blockwise import attend_blocks
     from attnopt.ops.boxes import attend_neighborhood
+    from attnopt.ops.chunks import attend_linear, attend_linear_step
+    from attnopt.ops.linear import linear_attention, linear_attention_step
     from attnopt.ops.neighborhood import neighborhood_attention
     from attnopt.ops.packed import attend_routed
     from attnopt.ops.routed import routed_attention
@@ -37,6 +39,8 @@ def fast_copies() -> dict[Any, Fast]:
         window_attention: attend_window,
         neighborhood_attention: attend_neighborhood,
         routed_attention: attend_routed,
+        linear_attention: attend_linear,
+        linear_attention_step: attend_linear_step,
     }
 
 

@@ -52,7 +52,7 @@ def window_attention_reference(
     held = positions_of(slots, past_length, first, device)
     query = torch.arange(tokens, device=device) + past_length
     key = torch.cat([held, query])
-    options |= {n: _held(options.get(n), key) for n in _SIDES}
+    options |= {n: held_sides(options.get(n), key) for n in _SIDES}
     gap = query.unsqueeze(1) - key
     seen = (key >= 0) & (gap >= 0) & ((gap < window) | (key < first))
     mask = options.pop("mask")
@@ -60,18 +60,18 @@ def window_attention_reference(
         seen = seen & mask
     keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     found = attention_reference(q, keys, values, mask=seen, **options)[0]
-    rings = [_next(x, held, past_length, tokens, first) for x in (keys, values)]
+    rings = [next_ring(x, held, past_length, tokens, first) for x in (keys, values)]
     return found, rings[0], rings[1]
 
 
-def _held(side: Tensor | None, key: Tensor) -> Tensor | None:
+def held_sides(side: Tensor | None, key: Tensor) -> Tensor | None:
     """Choose the places of a side operand that belong to keys that are held."""
     if side is None or side.dim() < 1 or side.shape[-1] == 1:
         return side
     return side.index_select(-1, key.clamp(min=0))
 
 
-def _next(keys: Tensor, held: Tensor, past_length: Any, tokens: Any, first: int) -> Tensor:
+def next_ring(keys: Tensor, held: Tensor, past_length: Any, tokens: Any, first: int) -> Tensor:
     """Return the ring after a call, from the ring before it and the new tokens behind it."""
     slots = held.shape[0]
     now = positions_of(slots, past_length + tokens, first, keys.device)
@@ -110,7 +110,7 @@ def attend_window(
     sides = {n: x for n in _SIDES if (x := options.get(n)) is not None}
     if sides:
         held = positions_of(slots, seen, first, q.device)
-        options |= {n: _held(x, held[:filled]) for n, x in sides.items()}
+        options |= {n: held_sides(x, held[:filled]) for n, x in sides.items()}
     return attend(q, keys[:, :, :filled], values[:, :, :filled], memo, **options), keys, values
 
 
@@ -128,12 +128,12 @@ def _chunk(
     )
     new = torch.arange(tokens, device=q.device) + past_length
     key = torch.cat([held[order], new])
-    options |= {n: _held(x, key) for n in _SIDES if (x := options.get(n)) is not None}
+    options |= {n: held_sides(x, key) for n in _SIDES if (x := options.get(n)) is not None}
     found = attend(
         q, keys, values, memo, **options, causal=True, window=window, first=first or None
     )
     joined = (torch.cat(pair, dim=2) for pair in ((past_k, k), (past_v, v)))
-    rings = [_next(x, held, past_length, tokens, first) for x in joined]
+    rings = [next_ring(x, held, past_length, tokens, first) for x in joined]
     return found, rings[0], rings[1]
 
 

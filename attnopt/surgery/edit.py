@@ -1,6 +1,6 @@
 """A copy of a program's graph under change, and what of a site's heads and channels stays in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class GraphEdit:
     mapping: dict[fx.Node, fx.Node]
     statistics: Any = None
     states: dict[str, State] = field(default_factory=dict)
-    bindings: dict[str, Binding] = field(default_factory=dict)
+    added: dict[str, Binding] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, statistics: Any = None) -> "GraphEdit":
@@ -72,17 +72,16 @@ class GraphEdit:
             return No("not in its exact form, which every other rewrite starts from", site.name)
         return first
 
-    def parameter(self, name: str, shape: Sequence[int]) -> fx.Node:
-        """Return the placeholder of a new parameter of a shape, in the dtype of the others."""
-        kinds = self.program.bindings
-        held = [n for n in self.program.placeholders if kinds[n.name].kind == "parameter"]
-        like = next(n for n in reversed(held) if value(n).is_floating_point())
-        with self.graph.inserting_after(self.mapping[like]):
-            made = self.graph.placeholder(f"p_{name.replace('.', '_')}")
-        with fake_mode_of((like,)):
-            made.meta["val"] = value(like).new_empty(tuple(shape))
-        self.bindings[made.name] = Binding("parameter", name)
-        return made
+    def parameter(self, name: str, like: Tensor) -> fx.Node:
+        """Return a new parameter of the program; `finish` takes its value by its name."""
+        placeholder = "p_" + "".join(c if c.isalnum() else "_" for c in name)
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(placeholder)
+        with fake_mode_of(self.program.placeholders):
+            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
+        self.added[node.name] = Binding("parameter", name)
+        return node
 
     def reshape_weights(self, changed: Mapping[str, Tensor]) -> None:
         """Give the placeholders of parameters the shapes of their new values."""
@@ -103,7 +102,8 @@ class GraphEdit:
         self.graph.lint()
         module = fx.GraphModule(self.program.graph_module, self.graph)
         result = self.program.with_graph(module, note=note).with_weights(changed)
-        result = replace(result, bindings={**result.bindings, **self.bindings})
+        if self.added:
+            result = replace(result, bindings={**result.bindings, **self.added})
         if not self.states:
             return result
         return result.with_states(tuple(self.states.get(s.name, s) for s in result.states))

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from attnopt.backends.ort.folding import fold_caches
+from attnopt.backends.ort.linear import linear_kernel
 from attnopt.backends.ort.neighborhoods import neighbors_as_masks
 from attnopt.backends.ort.operators import Choice, Target, choose
 from attnopt.backends.ort.pairs import split_complex
@@ -81,7 +82,7 @@ def _inline(graph_module: fx.GraphModule, target: Target) -> tuple[Choice, ...]:
 
     def kernel_of(node: fx.Node) -> Callable[..., Any] | None:
         if node.target not in (attention, cached_attention):
-            return fast_copy(node)
+            return linear_kernel(node) or fast_copy(node)
         choices.append(choose(node, target))
         return choices[-1].kernel
 

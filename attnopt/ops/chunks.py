@@ -1,0 +1,285 @@
+"""Linear attention chunk by chunk: the fast copies of `attnopt.ops.linear`.
+
+A chunk of queries weighs the keys near it one by one, its window among them; what lies before them
+comes by way of the state. All chunks of a segment go together, so that a compiled graph has no loop
+over them. Letters as in `attnopt.ops.linear`; n chunks of c queries read m + 1 chunks of keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnopt.ops.hidden import Memo
+from attnopt.ops.linear import (
+    Mixing,
+    exponentials,
+    linear_attention_reference,
+    linear_attention_step_reference,
+)
+from attnopt.ops.window import held_sides, positions_of, ring_of
+
+_CHUNK: Final = 64
+# Elements of the states of a segment: more of them leave the cache.
+_MOST: Final = 2**21
+
+
+def attend_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: Tensor | None = None,
+    map_k: Tensor | None = None,
+    gate: Tensor | None = None,
+    decay: Tensor | None = None,
+    *,
+    padding: Tensor | None = None,
+    memo: Memo | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Return what the reference returns, in time that is linear in the number of keys."""
+    mixing = Mixing(map_q, map_k, gate, decay, **settings)
+    if q.shape[2] == 1 and mixing.causal:
+        return linear_attention_reference(
+            q, k, v, map_q, map_k, gate, decay, padding=padding, **settings
+        )
+    wide, keys, values = mixing.widened(q, k, v)
+    if not mixing.causal:
+        state = mixing.of_keys(keys, padding).transpose(-1, -2) @ values
+        return mixing.divided(mixing.of_queries(wide) @ state, v.dtype)
+    return mixing.divided(_by_chunks(wide, keys, values, mixing, padding), v.dtype)
+
+
+def attend_linear_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: Tensor | None,
+    map_k: Tensor | None,
+    gate: Tensor | None,
+    decay: Tensor | None,
+    past_k: Tensor,
+    past_v: Tensor,
+    state: Tensor,
+    past_length: int,
+    *,
+    padding: Tensor | None = None,
+    memo: Memo | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the reference returns: by chunks at the start, by the state step by step."""
+    mixing = Mixing(map_q, map_k, gate, decay, causal=True, **settings)
+    given = (q, k, v, past_k, past_v, state, past_length, padding)
+    if past_length == 0:
+        return _begin(mixing, q, k, v, past_k, state, padding)
+    if q.shape[2] == 1 and past_k.shape[2] == mixing.window:
+        return _one(mixing, *given)
+    maps = (map_q, map_k, gate, decay)
+    return linear_attention_step_reference(
+        q, k, v, *maps, past_k, past_v, state, past_length, padding=padding, **settings
+    )
+
+
+def _begin(
+    mixing: Mixing, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, state: Tensor,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attend where nothing was seen before."""
+    wide, keys, values = mixing.widened(q, k, v)
+    sums = _by_chunks(wide, keys, values, mixing, padding)
+    tokens = q.shape[2]
+    left = max(tokens - mixing.window, 0)
+    hidden = None if padding is None else padding[..., :left]
+    after = _folded(mixing, keys[:, :, :left], values[:, :, :left], hidden)
+    rings = [ring_of(x, tokens, past_k.shape[2], 0) for x in (k, v)]
+    return mixing.divided(sums, v.dtype), rings[0], rings[1], after.to(state.dtype)
+
+
+def _one(
+    mixing: Mixing, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, state: Tensor,
+    past_length: int, padding: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attend with one query: the key that leaves the window goes into the state."""
+    window = mixing.window
+    now = state.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if mixing.decay is not None:
+        now = now * mixing.decay.to(now.dtype).view(-1, 1, 1)
+    leaves = past_length - window
+    if leaves >= 0:
+        at = leaves % window if window else 0
+        key, value = (x[:, :, at : at + 1] if window else y for x, y in ((past_k, k), (past_v, v)))
+        hidden = None if padding is None else padding[..., leaves : leaves + 1]
+        _, key, value = mixing.widened(q, key, value)
+        now = now + mixing.of_keys(key, hidden).transpose(-1, -2) @ value
+    if not window:
+        wide = q.to(now.dtype)
+        found = mixing.divided(mixing.of_queries(wide) @ now, v.dtype)
+        return found, past_k, past_v, now.to(state.dtype)
+    slot = torch.full((1,), past_length % window, device=q.device)
+    past_k, past_v = past_k.index_copy(2, slot, k), past_v.index_copy(2, slot, v)
+    wide, keys, values = mixing.widened(q, past_k, past_v)
+    scores = mixing.scaled(wide) @ keys.transpose(-1, -2)
+    if leaves < -1 or padding is not None:
+        held = positions_of(window, past_length + 1, 0, q.device)
+        seen = (held >= 0).view(1, 1, 1, -1)
+        shown = held_sides(padding, held)
+        scores = scores.masked_fill(~(seen if shown is None else seen & shown), -torch.inf)
+    weights = exponentials(scores)
+    if mixing.gate is not None:
+        weights = weights * mixing.gate.to(wide.dtype).view(-1, 1, 1)
+    before = mixing.of_queries(wide) @ now
+    if mixing.decay is not None:
+        before = before * mixing.decay.to(wide.dtype).view(-1, 1, 1) ** window
+    found = mixing.divided(weights @ values + before, v.dtype)
+    return found, past_k, past_v, now.to(state.dtype)
+
+
+def _folded(mixing: Mixing, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+    """Return the state of some keys, decayed to the last of them."""
+    found = mixing.of_keys(k, padding)
+    if mixing.decay is not None:
+        age = torch.arange(k.shape[2] - 1, -1, -1, device=k.device)
+        weight = mixing.powers(age, k)
+        assert weight is not None
+        found = found * weight.unsqueeze(-1)
+    return found.transpose(-1, -2) @ v
+
+
+def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor | None) -> Tensor:
+    """Return the sums (B, H, T, E + 1) of queries at the end of the keys, segment by segment."""
+    tokens, keys = q.shape[2], k.shape[2]
+    bands = _Bands(mixing, min(_CHUNK, max(16, tokens)) if not _compiles() else _CHUNK, q.device)
+    size, reach = bands.size, bands.reach
+    chunks = -(-tokens // size)
+    early = max(keys - tokens - reach, 0)
+    state = _folded(
+        mixing, k[:, :, :early], v[:, :, :early], None if padding is None else padding[..., :early]
+    )
+    missing = max(reach - (keys - tokens), 0)
+    ends = (missing, chunks * size - tokens)
+    shown = None
+    if padding is not None or missing:
+        shown = q.new_ones(1, 1, 1, keys, dtype=torch.bool) if padding is None else padding
+        shown = F.pad(shown[..., early:], ends, value=False)
+    k, v = (F.pad(x[:, :, early:], (0, 0, *ends)) for x in (k, v))
+    q = F.pad(q, (0, 0, 0, ends[1]))
+    per_segment = max(1, _MOST // max(state.numel(), 1)) * size
+    if _compiles() or tokens <= per_segment:
+        return bands.attend(q, k, v, shown, state)[0][:, :, :tokens]
+    found: list[Tensor] = []
+    for first in range(0, chunks * size, per_segment):
+        stop = min(first + per_segment, chunks * size)
+        cut = slice(first, stop + reach)
+        part = None if shown is None else shown[..., cut]
+        sums, state = bands.attend(q[:, :, first:stop], k[:, :, cut], v[:, :, cut], part, state)
+        found.append(sums)
+    return torch.cat(found, dim=2)[:, :, :tokens]
+
+
+def _compiles() -> bool:
+    return torch.compiler.is_compiling()
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """How the queries of a chunk stand to the keys of the chunks that they read."""
+
+    mixing: Mixing
+    size: int
+    device: torch.device
+
+    @property
+    def before(self) -> int:
+        """The chunks of keys before a query's own that its window may reach into."""
+        return -(-self.mixing.window // self.size)
+
+    @property
+    def reach(self) -> int:
+        """The keys before a chunk of queries that are read one by one."""
+        return self.before * self.size
+
+    def distance(self) -> Tensor:
+        """How far each query (c) is behind each key ((m + 1) c)."""
+        column = torch.arange(self.reach + self.size, device=self.device)
+        return column[self.reach :].unsqueeze(1) - column
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums of whole chunks of queries, and the state after the last.
+
+        Before the keys of the queries stand those that their windows reach into.
+        """
+        mixing, size = self.mixing, self.size
+        marks = None if shown is None else shown[:, :, 0].unflatten(2, (-1, size)).unsqueeze(-1)
+        key, value = k.unflatten(2, (-1, size)), v.unflatten(2, (-1, size))
+        query = q.unflatten(2, (-1, size))
+        count = query.shape[2]
+        of_query, of_key = self._features(query, key, marks)
+        near_keys, near_values, near_features = (
+            self._spread(x, count) for x in (key, value, of_key)
+        )
+        weights = of_query @ near_features.transpose(-1, -2)
+        distance = self.distance()
+        age = mixing.powers(distance.clamp(min=0), q)
+        if age is not None:
+            weights = weights * age.unsqueeze(1)
+        weights = weights.masked_fill(distance < mixing.window, 0.0)
+        if mixing.window:
+            seen = None if marks is None else self._spread(marks, count)
+            weights = weights + self._near(query, near_keys, seen)
+        states = self._states(of_key[:, :, :count], value[:, :, :count], state)
+        far = of_query @ states[:, :, :-1]
+        if mixing.decay is not None:
+            row = torch.arange(size, device=q.device) + self.reach + 1
+            weight = mixing.powers(row, q)
+            assert weight is not None
+            far = far * weight.view(-1, 1, size, 1)
+        return (weights @ near_values + far).flatten(2, 3), states[:, :, -1]
+
+    def _features(self, query: Tensor, key: Tensor, marks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the features of all chunks; hidden keys have none."""
+        mixing = self.mixing
+        of_query = mixing.of_queries(query.flatten(2, 3)).unflatten(2, query.shape[2:4])
+        of_key = mixing.of_keys(key.flatten(2, 3), None).unflatten(2, key.shape[2:4])
+        if marks is not None:
+            of_key = of_key * marks
+        return of_query, of_key
+
+    def _spread(self, x: Tensor, count: int) -> Tensor:
+        """Put beside each chunk (B, H, n, c, .) those that its window reaches into."""
+        if not self.before:
+            return x
+        return torch.cat([x[:, :, i : i + count] for i in range(self.before + 1)], dim=3)
+
+    def _near(self, query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
+        mixing = self.mixing
+        distance = self.distance()
+        near = (distance >= 0) & (distance < mixing.window)
+        scores = mixing.scaled(query) @ key.transpose(-1, -2)
+        if seen is not None:
+            near = near & seen.transpose(-1, -2)
+        weights = exponentials(scores.masked_fill(~near, -torch.inf))
+        if mixing.gate is not None:
+            weights = weights * mixing.gate.to(query.dtype).view(-1, 1, 1, 1)
+        return weights
+
+    def _states(self, of_key: Tensor, value: Tensor, state: Tensor) -> Tensor:
+        """Return the state before each chunk and after the last (B, H, n + 1, F, E + 1)."""
+        mixing, size = self.mixing, self.size
+        if mixing.decay is None:
+            new = of_key.transpose(-1, -2) @ value
+            return torch.cat([state.unsqueeze(2), new], dim=2).cumsum(dim=2)
+        last = torch.arange(size - 1, -1, -1, device=value.device)
+        weight = mixing.powers(last, value)
+        assert weight is not None
+        new = (of_key * weight.view(-1, 1, size, 1)).transpose(-1, -2) @ value
+        terms = torch.cat([state.unsqueeze(2), new], dim=2)
+        chunk = torch.arange(terms.shape[2], device=value.device)
+        gap = (chunk.unsqueeze(1) - chunk) * size
+        passed = mixing.powers(gap.clamp(min=0), value)
+        assert passed is not None
+        mixed = passed.masked_fill(gap < 0, 0.0) @ terms.flatten(3)
+        return mixed.unflatten(3, terms.shape[3:])
