@@ -30,7 +30,7 @@ _DENSE: Final = 0.8
 # of all heads where there is one query.
 _SMALL, _SMALL_STEP = 2**16, 2**14
 # Keys before a tile's first token that are worth a call without a mask.
-_PREFIX: Final = 128
+_PREFIX: Final = 512
 
 _with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -77,23 +77,32 @@ def way(q: Tensor, k: Tensor, gates: Tensor, given: Options) -> Way:
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, given: Options) -> Tensor:
     """Attend with the rows that are on; the result lies in memory as (B, T, H, E)."""
+    batch, heads, tokens, _ = q.shape
     k, v = _in_groups(q, *given.heads_of(k, v))
-    group = q.shape[1] // k.shape[1]
+    group = heads // k.shape[1]
     on = (gates != 0).unflatten(1, (-1, group)).transpose(2, 3)
     row, key_head, token, member = on.nonzero(as_tuple=True)
     head = key_head * group + member
-    queries = q[row, head, token]
-    ends = on.sum((2, 3)).flatten().cumsum(0).tolist()
+    place = (row * tokens + token) * heads + head
+    rows = _Rows(_by_token(q).index_select(0, place), token, head)
+    counts = on.sum((2, 3)).tolist()
     parts: list[Tensor] = []
-    for number, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
-        if stop > start:
-            call = _Call.of(q, k, v, given, *divmod(number, k.shape[1]))
-            parts += call.attended(queries[start:stop], token[start:stop], head[start:stop])
-    found = v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    start = 0
+    for number, own in enumerate(counts):
+        mine = rows.part(start, sum(own))
+        start += sum(own)
+        if sum(own):
+            parts += _Keys.of(q, k, v, given, number).attended(mine, own)
+    found = v.new_zeros(batch, tokens, heads, v.shape[3])
     if parts:
-        shares = gates[row, head, token].unsqueeze(-1).to(v.dtype)
-        found = found.index_put((row, token, head), torch.cat(parts) * shares)
+        shares = _by_token(gates.unsqueeze(-1)).index_select(0, place).to(v.dtype)
+        found.view(-1, v.shape[3]).index_copy_(0, place, torch.cat(parts) * shares)
     return found.transpose(1, 2)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """Return (B, H, T, D) as rows in the order of batch, tokens and heads."""
+    return x.transpose(1, 2).reshape(-1, x.shape[3])
 
 
 def _in_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +114,21 @@ def _in_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The keys (S, D) and values (S, E) of one head, and what hides them from queries.
+class _Rows:
+    """Queries that are on, (rows, D), and which token and head each is of."""
+
+    queries: Tensor
+    token: Tensor
+    head: Tensor
+
+    def part(self, start: int, count: int) -> "_Rows":
+        """Return some of them."""
+        return _Rows(*(x.narrow(0, start, count) for x in (self.queries, self.token, self.head)))
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys and values of one row of the batch, (1, H, S, D), and what hides them from queries.
 
     `seen` counts, for each token, the keys that it sees, the first ones, where no more than that is
     hidden; None otherwise. `values` are those of all keys.
@@ -121,13 +143,11 @@ class _Call:
     seen: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, given: Options, row: int, key_head: int
-    ) -> "_Call":
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, given: Options, row: int) -> "_Keys":
         """Take the keys of a row of the batch, without padding where nothing else hides any."""
         tokens, keys = q.shape[2], k.shape[2]
-        values = v[row, key_head]
-        whole = cls(k[row, key_head], values, values, given, row, keys - tokens)
+        k, v = k[row : row + 1], v[row : row + 1]
+        whole = cls(k, v, v, given, row, keys - tokens)
         structure = Structure(**given.structure).needed(tokens, keys)
         if not structure.is_plain or given.mask is not None or given.bias is not None:
             return whole
@@ -138,87 +158,116 @@ class _Call:
         real = given.padding[row if given.padding.shape[0] > 1 else 0, 0, 0]
         counts = F.pad(real.long().cumsum(0), (1, 0))
         held = real.nonzero().squeeze(1)
-        return replace(whole, k=whole.k[held], v=whole.v[held], seen=counts[seen])
+        return replace(whole, k=k[:, :, held], v=v[:, :, held], seen=counts[seen])
 
-    def attended(self, queries: Tensor, token: Tensor, head: Tensor) -> Iterator[Tensor]:
-        """Yield the results of the rows, tile by tile."""
-        for rows in zip(*(x.split(_TILE) for x in (queries, token, head)), strict=True):
-            if self.seen is None:
-                yield self._masked(*rows)
-            else:
-                yield self._first(rows[0], self.seen[rows[1]])
+    def attended(self, rows: _Rows, counts: list[int]) -> Iterator[Tensor]:
+        """Yield the results of rows, tile by tile, of which so many are of each key head."""
+        tiles = list(_tiles(counts))
+        if self.seen is None:
+            for key_head, start, count in tiles:
+                yield self._masked(rows.part(start, count), key_head)
+            return
+        seen = self.seen[rows.token]
+        edges = torch.tensor([[start, start + count - 1] for _, start, count in tiles])
+        bounds = seen[edges.to(seen.device)].tolist()
+        joins = _joins(rows.queries, self.k, self.v)
+        for (key_head, start, count), (least, most) in zip(tiles, bounds, strict=True):
+            q, own = rows.queries.narrow(0, start, count)[None, None], seen.narrow(0, start, count)
+            yield self._first(q, own, key_head, least, most, joins=joins)
 
-    def _first(self, queries: Tensor, seen: Tensor) -> Tensor:
-        """Attend with rows that see the first so many keys, never fewer than the row before."""
-        least, most = int(seen[0]), int(seen[-1])
-        if most == 0:
-            return self._blind(queries.new_zeros(len(queries), self.v.shape[1]), seen == 0)
+    def _first(
+        self, q: Tensor, seen: Tensor, key_head: int, least: int, most: int, *, joins: bool
+    ) -> Tensor:
+        """Attend with rows that see the first `least` to `most` keys, each as many as the last."""
+        k, v = (x.narrow(1, key_head, 1).narrow(2, 0, most) for x in (self.k, self.v))
         if least == most:
-            return self._call(queries, 0, most, None)
-        # A row of a stretch must see a key of it, or its log-sum-exp is none.
-        start = least - 1 if least > _PREFIX and self._joins(queries) else 0
-        column = torch.arange(start, most, device=queries.device)
-        mask = torch.zeros(len(seen), most - start, dtype=queries.dtype, device=queries.device)
-        mask = mask.masked_fill_(column >= seen.unsqueeze(1), -torch.inf)
-        if start:
-            return self._joined(queries, start, most, mask)
-        return self._blind(self._call(queries, 0, most, mask), seen == 0)
+            found = self._call(q, k, v, None) if most else q.new_zeros(*q.shape[:3], v.shape[3])
+        elif joins and least - 1 > _PREFIX:
+            # A row of a stretch must see a key of it, or its log-sum-exp is none.
+            found = self._joined(q, k, v, seen, least - 1)
+        else:
+            found = self._call(q, k, v, _hiding(seen, 0, most, q))
+        return found[0, 0] if least else self._blind(found[0, 0], seen == 0, key_head)
 
-    def _joins(self, queries: Tensor) -> bool:
-        """Tell whether a kernel gives log-sum-exps; they have no gradient."""
-        learns = any(x.requires_grad for x in (queries, self.k, self.v))
-        same = self.k.shape[1] == self.v.shape[1]
-        return queries.device.type == "cpu" and same and not (learns and torch.is_grad_enabled())
-
-    def _joined(self, queries: Tensor, start: int, stop: int, mask: Tensor) -> Tensor:
-        """Join what is before a stretch, which all rows see, and the stretch itself."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for part, hidden in ((slice(0, start), None), (slice(start, stop), mask)):
-            operands = (x[None, None] for x in (queries, self.k[part], self.v[part]))
-            found.append(_with_lse(*operands, 0.0, False, attn_mask=hidden, scale=self.given.scale))
-        (one, one_lse), (other, other_lse) = found
+    def _joined(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, start: int) -> Tensor:
+        """Join the keys before a stretch, which all rows see, and those of the stretch."""
+        rest, scale = k.shape[2] - start, self.given.scale
+        mask = _hiding(seen, start, k.shape[2], q)
+        one, one_lse = _with_lse(q, k.narrow(2, 0, start), v.narrow(2, 0, start), scale=scale)
+        other, other_lse = _with_lse(
+            q, k.narrow(2, start, rest), v.narrow(2, start, rest), attn_mask=mask, scale=scale
+        )
         share = torch.sigmoid(one_lse - other_lse).unsqueeze(-1).to(one.dtype)
-        return torch.lerp(other, one, share)[0, 0]
+        return torch.lerp(other, one, share)
 
-    def _masked(self, queries: Tensor, token: Tensor, head: Tensor) -> Tensor:
+    def _masked(self, rows: _Rows, key_head: int) -> Tensor:
         """Attend with rows under whatever hides keys from them."""
-        given, structure = self.given, Structure(**self.given.structure)
-        first, last = (int(token[n]) + self.before for n in (0, -1))
+        given, structure, q = self.given, Structure(**self.given.structure), rows.queries
+        first, last = (int(rows.token[n]) + self.before for n in (0, -1))
         start = 0 if structure.first or structure.prefix else structure.first_key(first)
-        ends = structure.ends and structure.prefix is None
-        stop = min(len(self.k), max(last + 1, start + 1)) if ends else len(self.k)
-        column = torch.arange(start, stop, device=queries.device)
-        seen = visible_at((token + self.before).unsqueeze(1), column, **given.structure)
+        stop = self.k.shape[2]
+        if structure.ends and structure.prefix is None:
+            stop = min(stop, max(last, start) + 1)
+        column = torch.arange(start, stop, device=q.device)
+        seen = visible_at((rows.token + self.before).unsqueeze(1), column, **given.structure)
         for more in (given.padding, given.mask):
             if more is not None:
-                own = self._of_rows(more, token, head, start, stop)
+                own = self._of_rows(more, rows, start, stop)
                 seen = own if seen is None else seen & own
-        mask = torch.zeros(len(queries), stop - start, dtype=queries.dtype, device=queries.device)
+        mask = q.new_zeros(len(q), stop - start)
         if given.bias is not None:
-            mask = mask + self._of_rows(given.bias, token, head, start, stop).to(mask.dtype)
+            mask = mask + self._of_rows(given.bias, rows, start, stop).to(mask.dtype)
+        if seen is not None:
+            mask = mask.masked_fill(~seen, -torch.inf)
+        k, v = (x[:, key_head : key_head + 1, start:stop] for x in (self.k, self.v))
+        found = self._call(q[None, None], k, v, mask)[0, 0]
         if seen is None:
-            return self._call(queries, start, stop, mask)
-        seen = seen.expand_as(mask)
-        found = self._call(queries, start, stop, mask.masked_fill(~seen, -torch.inf))
-        return self._blind(found, ~seen.any(-1))
+            return found
+        return self._blind(found, ~seen.expand_as(mask).any(-1), key_head)
 
-    def _of_rows(self, x: Tensor, token: Tensor, head: Tensor, start: int, stop: int) -> Tensor:
+    def _of_rows(self, x: Tensor, rows: _Rows, start: int, stop: int) -> Tensor:
         """Return what a tensor that broadcasts to (B, H, T, S) says of some rows, (rows, keys)."""
         x = x[(None,) * (4 - x.dim())]
         x = x[self.row if x.shape[0] > 1 else 0]
-        x = x[head if x.shape[0] > 1 else 0, token if x.shape[1] > 1 else 0]
+        x = x[rows.head if x.shape[0] > 1 else 0, rows.token if x.shape[1] > 1 else 0]
         return x if x.shape[-1] == 1 else x[..., start:stop]
 
-    def _call(self, queries: Tensor, start: int, stop: int, mask: Tensor | None) -> Tensor:
-        operands = (queries, self.k[start:stop], self.v[start:stop])
-        q, k, v = (x[None, None] for x in operands)
-        return kernel(q, k, v, mask, self.given.scale)[0, 0]
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return kernel(q, k, v, mask, self.given.scale)
 
-    def _blind(self, found: Tensor, blind: Tensor) -> Tensor:
+    def _blind(self, found: Tensor, blind: Tensor, key_head: int) -> Tensor:
         """Put the mean of all values where a query sees no key and the call wants it."""
         if not self.given.mean_if_blind or not bool(blind.any()):
             return found
-        return torch.where(blind.unsqueeze(1), self.values.mean(0), found)
+        return torch.where(blind.unsqueeze(1), self.values[0, key_head].mean(0), found)
+
+
+def _tiles(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Cut the rows of each key head into tiles of about one size: (key head, start, count)."""
+    start = 0
+    for key_head, count in enumerate(counts):
+        pieces = -(-count // _TILE)
+        for number in range(pieces):
+            first, last = (count * n // pieces for n in (number, number + 1))
+            yield key_head, start + first, last - first
+        start += count
+
+
+def _joins(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether a kernel gives log-sum-exps; they have no gradient."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return q.device.type == "cpu" and k.shape[3] == v.shape[3] and not learns
+
+
+def _hiding(seen: Tensor, start: int, stop: int, like: Tensor) -> Tensor:
+    """Return a mask to add, (rows, stop - start), of rows that see the first so many keys.
+
+    All rows are stretches of one vector, zeros before minus infinities, and copied from there.
+    """
+    keys = stop - start
+    line = like.new_zeros(2 * keys)
+    line[keys:] = -torch.inf
+    return line.unfold(0, keys, 1).index_select(0, stop - seen)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, **options: Any) -> Tensor:
