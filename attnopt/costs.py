@@ -264,6 +264,18 @@ def _neighborhood(node: fx.Node, sizes: _Sizes) -> int:
     return round(_attention(node, sizes) * Neighborhood.of(**given).share)
 
 
+def _routed(node: fx.Node, sizes: _Sizes) -> int:
+    """Count the pairs of the heads that are on, where the op that makes the gates says how many."""
+    gates = node.args[3]
+    if not isinstance(gates, fx.Node) or "count" not in gates.kwargs:
+        return _attention(node, sizes)
+    given: dict[str, Any] = dict(gates.kwargs)
+    heads = sizes(node.args[0])[1]
+    always = heads - sizes(gates.args[1])[0] if "heads" in given else 0
+    on = always + given["count"] * given.get("group", 1)
+    return _attention(node, sizes) * on // heads
+
+
 _COUNTS: Mapping[str, Count] = {
     "mm": _product(0),
     "bmm": _product(0),
@@ -283,4 +295,5 @@ _COUNTS: Mapping[str, Count] = {
     "flex_attention": _attention,
     "attention": _attention,
     "neighborhood_attention": _neighborhood,
+    "routed_attention": _routed,
 }

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.graphs import copied_module
-from attnopt.ops import attention
+from attnopt.ops import attention, routed_attention
 from attnopt.ops.variants import direct_calls, fast_copy
 
 aten = torch.ops.aten
@@ -65,7 +65,8 @@ def split_paddings(graph_module: fx.GraphModule) -> tuple[fx.GraphModule | None,
     makes them from the inputs of the first; None where there are no padding masks.
     """
     graph = graph_module.graph
-    nodes = graph.find_nodes(op="call_function", target=attention)
+    called = graph.find_nodes(op="call_function", target=attention)
+    nodes = [*called, *graph.find_nodes(op="call_function", target=routed_attention)]
     found = list(dict.fromkeys(n.kwargs["padding"] for n in nodes if n.kwargs.get("padding")))
     paddings = [p for p in found if isinstance(p, fx.Node) and _is_early(p)]
     if not paddings:

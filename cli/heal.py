@@ -43,6 +43,7 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
     "top-k": (int, "distil the teacher's likeliest tokens only"),
     "temperature": (float, "divide the logits of both"),
     "lm-weight": (float, "weight of the loss on the text itself"),
+    "anneal": (float, "share of the steps in which annealed ops come to full strength"),
     "clip": (float, "largest norm of a gradient"),
     "weight-decay": (float, "decay of the weights that learn"),
     "dtype": (str, "float32, or bfloat16 for autocast"),

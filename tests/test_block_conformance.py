@@ -148,9 +148,9 @@ def test_the_op_passes_the_checks_of_the_library():
 
     problem = Problem(dtype=torch.float32, queries=20, keys=20)
     lists, options = problem.call()
-    given = [*(t.requires_grad_() for t in problem.tensors()), *lists, *[None] * 6]
-    rest = [options.get(name, opaque._OFF.get(name)) for name in opaque._NAMES]
-    torch.library.opcheck(opaque.block_attention_fast, (*given, *rest))
+    given = [*(t.requires_grad_() for t in problem.tensors()), *lists]
+    arguments = opaque.SEALED.arguments(*given, **options)
+    torch.library.opcheck(opaque.block_attention_fast, tuple(arguments))
 
 
 def test_a_list_is_read_back():

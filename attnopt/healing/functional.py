@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt import backends
+from attnopt.healing.pace import Pace
 from attnopt.lowering import WEIGHTS, Ready
 from attnopt.program import Program
 
@@ -20,10 +20,9 @@ class Functional:
     weights_of: Mapping[str, str]
 
     @classmethod
-    def of(cls, program: Program, device: torch.device) -> "Functional":
-        """Lower a program to ops that take gradients."""
-        backend = backends.load("eager")
-        ready = Ready.of(program, None, backend, torch.float32, device)
+    def of(cls, program: Program, device: torch.device, pace: Pace | None = None) -> "Functional":
+        """Lower a program to ops that take gradients; `pace` says how strong they are."""
+        ready = Ready.of(program, None, pace or Pace(), torch.float32, device)
         held = {p: b.name for p, b in program.bindings.items() if b.kind in WEIGHTS}
         return cls(ready, held)
 

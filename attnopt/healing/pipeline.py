@@ -13,6 +13,7 @@ from attnopt.frontend import capture
 from attnopt.healing import checkpoints
 from attnopt.healing.functional import Functional, wide_weights
 from attnopt.healing.learner import Learner, changed, moving
+from attnopt.healing.pace import Pace
 from attnopt.healing.recipe import Recipe
 from attnopt.healing.regions import Cut, cut, regions_of
 from attnopt.healing.rows import Rows, rows_of
@@ -122,16 +123,18 @@ def healed(
 def _task(program: Program, teacher: Program, rows: Rows, recipe: Recipe, workers: Workers) -> Task:
     device = torch.device(recipe.device)
     names = moving(program, teacher, recipe)
+    pace = Pace()
     return Task(
         recipe,
         rows,
-        Functional.of(program, device),
+        Functional.of(program, device, pace),
         Functional.of(teacher, device),
         Learner.of(program, wide_weights(program, device), names, recipe),
         wide_weights(teacher, device),
         program,
         workers,
         _cut(program, teacher, names),
+        pace,
     )
 
 

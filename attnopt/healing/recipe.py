@@ -33,6 +33,7 @@ class Recipe:
     lm_weight: float = 0.0  # of the loss on the text itself, beside the teacher's
     warmup: float = 0.05  # share of a stage in which the rate rises
     floor: float = 0.1  # share of the rate that is left at the end of a stage
+    anneal: float = 0.5  # share of all steps until ops that are annealed have their full strength
     clip: float = 1.0
     weight_decay: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, the weights stay wide
@@ -49,6 +50,8 @@ class Recipe:
             _at_least(self, name, 1)
         for name in ("site_steps", "lm_weight", "weight_decay", "warmup", "floor", "max_drop"):
             _at_least(self, name, 0)
+        if not 0 <= self.anneal <= 1:
+            raise ValueError(f"anneal {self.anneal!r} is a share of all steps, 0 to 1")
         for name in ("lr", "site_lr", "alpha", "temperature", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be above 0")
@@ -62,6 +65,11 @@ class Recipe:
     def first_steps(self) -> int:
         """How many steps go site by site."""
         return self.steps // 4 if self.site_steps is None else self.site_steps
+
+    def strength(self, step: int) -> float:
+        """Return how strong ops that are annealed are at a step, 0 to 1."""
+        whole = self.anneal * self.steps
+        return 1.0 if step >= whole else step / whole
 
     @classmethod
     def of(cls, steps: int, settings: dict[str, Any]) -> "Recipe":

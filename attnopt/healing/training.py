@@ -17,6 +17,7 @@ from attnopt.healing.functional import Functional
 from attnopt.healing.interrupts import Interrupted, deferred
 from attnopt.healing.learner import Learner
 from attnopt.healing.objectives import continues_text, distance, divergence, surprise
+from attnopt.healing.pace import Pace
 from attnopt.healing.recipe import Recipe
 from attnopt.healing.regions import Cut
 from attnopt.healing.rows import Batch, Deal, Rows, chunks, taken
@@ -60,6 +61,7 @@ class Task:
     program: Program
     workers: Workers
     cut: Cut | None = None
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +108,7 @@ class Task:
         return {**self.learner.frozen, **wide}
 
     def _site_loss(self, cut: Cut) -> Loss:
-        student = Functional.of(cut.student, self.device)
+        student = Functional.of(cut.student, self.device, self.pace)
         teacher = Functional.of(cut.teacher, self.device)
 
         def loss(batch: Batch) -> Tensor:
@@ -239,10 +241,13 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=task.device)
         for batch in self._batches():
-            with torch.autocast(
-                task.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"
+            with (
+                torch.autocast(
+                    task.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"
+                ),
+                task.pace.at(recipe.strength(self.progress.steps)),
             ):
-                loss = stage.loss(batch) / recipe.accumulate
+                loss = (stage.loss(batch) + task.pace.added()) / recipe.accumulate
             loss.backward()
             total += loss.detach()
         leaves = [x for x in stage.leaves.values() if x.grad is not None]

@@ -3,6 +3,7 @@
 from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
+from attnopt.ops.gates import norm_gates, router_gates
 from attnopt.ops.linear import (
     linear_attention,
     linear_attention_reference,
@@ -17,6 +18,7 @@ from attnopt.ops.neighborhood import (
 from attnopt.ops.opaque import block_attention_fast
 from attnopt.ops.plan_blocks import plan_blocks
 from attnopt.ops.recurrence import linear_recurrence, linear_recurrence_reference
+from attnopt.ops.routed import routed_attention, routed_attention_reference
 from attnopt.ops.tiles import tile_tokens
 from attnopt.ops.window import window_attention, window_attention_reference
 
@@ -39,7 +41,11 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_lse",
     "neighborhood_attention_reference",
+    "norm_gates",
     "plan_blocks",
+    "routed_attention",
+    "routed_attention_reference",
+    "router_gates",
     "tile_tokens",
     "window_attention",
     "window_attention_reference",

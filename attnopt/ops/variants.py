@@ -29,6 +29,8 @@ def fast_copies() -> dict[Any, Fast]:
     from attnopt.ops.chunks import attend_linear, attend_linear_step
     from attnopt.ops.linear import linear_attention, linear_attention_step
     from attnopt.ops.neighborhood import neighborhood_attention
+    from attnopt.ops.packed import attend_routed
+    from attnopt.ops.routed import routed_attention
     from attnopt.ops.window import attend_window, window_attention
 
     return {
@@ -36,6 +38,7 @@ def fast_copies() -> dict[Any, Fast]:
         block_attention: attend_blocks,
         window_attention: attend_window,
         neighborhood_attention: attend_neighborhood,
+        routed_attention: attend_routed,
         linear_attention: attend_linear,
         linear_attention_step: attend_linear_step,
     }
@@ -44,6 +47,16 @@ def fast_copies() -> dict[Any, Fast]:
 @cache
 def direct_calls() -> dict[Any, Callable[..., Any]]:
     """Return what to call in place of other ops where a graph runs op by op or is traced."""
+    from attnopt.ops.gates import (
+        norm_gates,
+        norm_gates_reference,
+        router_gates,
+        router_gates_reference,
+    )
     from attnopt.ops.plan_blocks import plan_blocks, plan_tiles
 
-    return {plan_blocks: plan_tiles}
+    return {
+        plan_blocks: plan_tiles,
+        norm_gates: norm_gates_reference,
+        router_gates: router_gates_reference,
+    }

@@ -12,6 +12,7 @@ from attnopt.backends.ort.linear import linear_kernel
 from attnopt.backends.ort.neighborhoods import neighbors_as_masks
 from attnopt.backends.ort.operators import Choice, Target, choose
 from attnopt.backends.ort.pairs import split_complex
+from attnopt.backends.ort.routes import routes_as_products
 from attnopt.backends.ort.signature import Signature
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.inlining import inline_attention
@@ -34,6 +35,7 @@ def standalone(
     _promote_integers(graph)
     _keep_outputs(graph, signature.kept)
     neighbors_as_masks(graph)
+    routes_as_products(graph)
     fold_caches(graph_module, signature.states)
     choices = _inline(graph_module, target)
     _read_past_length(graph, signature)
