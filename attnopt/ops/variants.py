@@ -23,10 +23,12 @@ def fast_copy(node: Any) -> Fast | None:
 @cache
 def fast_copies() -> dict[Any, Fast]:
     """Return every variant with its fast copy."""
+    from attnopt.ops.agent import agent_attention
     from attnopt.ops.blocks import block_attention
     from attnopt.ops.blockwise import attend_blocks
     from attnopt.ops.boxes import attend_neighborhood
     from attnopt.ops.neighborhood import neighborhood_attention
+    from attnopt.ops.through_agents import attend_agents
     from attnopt.ops.window import attend_window, window_attention
 
     return {
@@ -34,6 +36,7 @@ def fast_copies() -> dict[Any, Fast]:
         block_attention: attend_blocks,
         window_attention: attend_window,
         neighborhood_attention: attend_neighborhood,
+        agent_attention: attend_agents,
     }
 
 
