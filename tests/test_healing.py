@@ -196,6 +196,44 @@ def test_site_by_site_no_gradient_passes_from_one_layer_to_another() -> None:
     assert reached == set(pieces.regions[1].parameters)
 
 
+def windowed(teacher: Program) -> Program:
+    choice = Choice(teacher.sites[1].name, "window", {"window": 3, "first": 1})
+    return attnopt.apply(teacher, attnopt.Plan((choice,)))
+
+
+def test_a_site_whose_op_was_replaced_is_healed_though_its_weights_are_the_same() -> None:
+    _, teacher = pair()
+    student = windowed(teacher)
+    assert all(torch.equal(x, parameters(student)[n]) for n, x in parameters(teacher).items())
+    recipe = Recipe(60, site_steps=40, batch=16, lr=3e-3, site_lr=1e-2, every=20)
+    result = healed(student, teacher, data(), recipe)
+    lost = result.losses["sites"]
+    assert sum(lost[-5:]) < 0.97 * sum(lost[:5])
+    assert result.after.delta_nll.mean < result.before.delta_nll.mean
+    after = parameters(result.program)
+    moved = {n for n, x in parameters(teacher).items() if not torch.equal(x, after[n])}
+    assert moved == {n for n in after if ".1.self_attn." in n}
+    assert result.program.grown is not None
+
+
+def test_parameters_inside_a_site_learn_with_it() -> None:
+    _, teacher = pair("qwen2")
+    student = windowed(teacher)
+    pieces = cut(student.growing, teacher, regions_of(student.growing, (), teacher))
+    (region,) = pieces.regions
+    assert set(region.parameters) == {n for n in parameters(teacher) if ".1.self_attn." in n}
+    assert {n.rsplit(".", 2)[1] for n in region.inside} == {"q_proj", "k_proj", "v_proj"}
+    assert all(n.endswith(".bias") for n in region.inside)
+
+
+def test_a_source_as_it_was_written_has_no_other_ops_than_its_exact_form() -> None:
+    exact = pair()[1]
+    raw = attnopt.capture(repeated(), (), {"input_ids": ids(2, 11)})
+    assert not regions_of(exact, (), raw)
+    with pytest.raises(ValueError, match="nothing that the rewrite changed"):
+        attnopt.heal(exact, raw, data(), steps=2)
+
+
 def test_a_teacher_is_at_no_distance_from_itself() -> None:
     _, teacher = pair()
     device = torch.device("cpu")

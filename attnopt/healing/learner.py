@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnopt.healing.recipe import Recipe
+from attnopt.healing.regions import regions_of
 from attnopt.program import Program
 
 
@@ -114,14 +115,22 @@ def moving(program: Program, teacher: Program, recipe: Recipe) -> frozenset[str]
     if recipe.train == "sites":
         named = {p.parameter for s in program.sites for p in s.projections.values()}
         named |= {p.bias for s in program.sites for p in s.projections.values() if p.bias}
-        return frozenset(named & floating)
-    found = frozenset(n for n in floating if changed(program, teacher, n))
+        return frozenset((named | _new(program, teacher)) & floating)
+    found = {n for n in floating if changed(program, teacher, n)}
+    # The weights around an op that was replaced are to make up for what it does differently.
+    found |= {p for r in regions_of(program, (), teacher) for p in r.ends} & floating
     if not found:
         raise ValueError(
-            "no weight of the program differs from the teacher's, so nothing that the rewrite "
-            "changed can be healed; choose train='sites' or train='all'"
+            "neither a weight nor an attention of the program differs from the teacher's, so "
+            "nothing that the rewrite changed can be healed; choose train='sites' or train='all'"
         )
-    return found
+    return frozenset(found)
+
+
+def _new(program: Program, teacher: Program) -> set[str]:
+    """Return the parameters that the teacher does not have."""
+    read = (b.name for b in program.bindings.values() if b.kind == "parameter")
+    return {name for name in read if name not in teacher.weights}
 
 
 def changed(program: Program, teacher: Program, name: str) -> bool:

@@ -138,7 +138,7 @@ def _task(program: Program, teacher: Program, rows: Rows, recipe: Recipe, worker
 def _cut(program: Program, teacher: Program, names: frozenset[str]) -> Cut | None:
     """Cut both programs at what the rewrite changed; None where it changed no region."""
     differing = {name for name in names if changed(program, teacher, name)}
-    regions = regions_of(program, differing)
+    regions = regions_of(program, differing, teacher)
     return cut(program, teacher, regions) if regions else None
 
 
