@@ -264,6 +264,15 @@ def _neighborhood(node: fx.Node, sizes: _Sizes) -> int:
     return round(_attention(node, sizes) * Neighborhood.of(**given).share)
 
 
+def _agents(node: fx.Node, sizes: _Sizes) -> int:
+    """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
+    given: dict[str, Any] = dict(node.kwargs)
+    cells, agents = math.prod(given["grid"]), math.prod(given["agents"])
+    leading = given.get("leading", 0)
+    pairs = (leading + agents) * (leading + cells) + cells * agents
+    return _attention(node, sizes) * pairs // (leading + cells) ** 2
+
+
 _COUNTS: Mapping[str, Count] = {
     "mm": _product(0),
     "bmm": _product(0),
@@ -283,4 +292,5 @@ _COUNTS: Mapping[str, Count] = {
     "flex_attention": _attention,
     "attention": _attention,
     "neighborhood_attention": _neighborhood,
+    "agent_attention": _agents,
 }
