@@ -345,12 +345,12 @@ def _agents(site: Site, config: Config) -> No | None:
     shown = " x ".join(map(str, sides))
     if isinstance(config.agents, int) and math.prod(_sides(site, config)) != config.agents:
         near = max(1, math.isqrt(max(config.agents, 0)))
-        return No(f"{config.agents} agents are no square; choose {near**2} or {(near + 1) ** 2}, or "
-                  "say rows and columns", site.name)  # fmt: skip
+        why = f"{config.agents} agents are no square; choose {near**2} or {(near + 1) ** 2}"
+        return No(f"{why}, or say rows and columns", site.name)
     agents = _sides(site, config)
     if len(agents) != 2 or any(not 1 <= a <= n for a, n in zip(agents, sides, strict=False)):
-        return No(f"agents {' x '.join(map(str, agents))} of a grid of {shown}: from 1 to all, each "
-                  "way", site.name)  # fmt: skip
+        said = " x ".join(map(str, agents))
+        return No(f"agents {said} of a grid of {shown}: from 1 to all, each way", site.name)
     return None
 
 

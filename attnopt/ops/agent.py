@@ -182,8 +182,8 @@ _LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
 _LIBRARY.define(
     "agent_attention(Tensor q, Tensor k, Tensor v, *, int[] grid, int[] agents, int leading=0, "
     "float exponent=1.0, float[] shortcut=[], bool nystrom=False, float ridge=0.0, "
-    f"int steps={STEPS}, Tensor[]? collect=None, Tensor? collect_first=None, Tensor[]? spread=None, "
-    "Tensor? filter=None, Tensor? active=None, float? scale=None) -> Tensor"
+    f"int steps={STEPS}, Tensor[]? collect=None, Tensor? collect_first=None, "
+    "Tensor[]? spread=None, Tensor? filter=None, Tensor? active=None, float? scale=None) -> Tensor"
 )
 _LIBRARY.impl("agent_attention", _forward, "CompositeImplicitAutograd")
 

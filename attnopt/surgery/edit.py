@@ -89,8 +89,8 @@ class GraphEdit:
         for node in self.graph.find_nodes(op="call_function", target=target):
             if node.args == args and not node.kwargs:
                 return node
-        inputs = [n for n in args if isinstance(n, fx.Node) and n.op != "placeholder"]
-        after = inputs[-1] if inputs else self.graph.find_nodes(op="placeholder")[-1]
+        needed = {self.graph.find_nodes(op="placeholder")[-1], *args}
+        after = next(n for n in reversed(self.graph.nodes) if n in needed)
         return insert_call(after.next, target, *args)
 
     def reshape_weights(self, changed: Mapping[str, Tensor]) -> None:
