@@ -159,7 +159,8 @@ def near(
     """Return what tokens of a grid get of the values around them, (B, H, N, E)."""
     found = torch.zeros((), dtype=v.dtype, device=v.device)
     if shortcut:
-        found = torch.tensor(list(shortcut), dtype=v.dtype, device=v.device).view(-1, 1, 1) * v
+        # Filled, not listed: branches of a graph to be exported hold no constants of their own.
+        found = torch.cat([v.new_full((1, 1, 1), factor) for factor in shortcut]) * v
     if filter is not None:
         image = v.mT.flatten(1, 2).unflatten(2, list(grid))
         sides = [size // 2 for size in filter.shape[-2:]]

@@ -5,8 +5,7 @@ ways a scheduled call goes is decided before anything is computed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -26,6 +25,8 @@ from attnopt.ops.sdpa import Memo, attend
 
 Attend = Callable[..., Tensor]
 
+_TENSORS = ("collect", "collect_first", "spread", "filter")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -44,6 +45,24 @@ class Call:
     spread: Sequence[Tensor] | None = None
     filter: Tensor | None = None
     scale: float | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        given = [self.collect_first, self.filter]
+        return [*(self.collect or ()), *(self.spread or ()), *(x for x in given if x is not None)]
+
+    def with_tensors(self, given: Sequence[Tensor]) -> "Call":
+        """Return the same call with other tensors, in the order of `tensors`."""
+        left = list(given)
+        changes: dict[str, Any] = {}
+        for name in ("collect", "spread"):
+            if getattr(self, name):
+                changes[name] = [left.pop(0) for _ in getattr(self, name)]
+        for name in ("collect_first", "filter"):
+            if getattr(self, name) is not None:
+                changes[name] = left.pop(0)
+        return replace(self, **changes)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise a ValueError for a call that means nothing."""
@@ -75,39 +94,55 @@ def by_schedule(
     call.check(q, k, v)
     if active is None:
         return by_agents(q, k, v, call, few, many)
+    if torch.compiler.is_exporting():
+        return _by_branches(q, k, v, call, active)
     if torch.compiler.is_compiling():
-        return _by_branches(q, k, v, call, active, few, many)
+        # A compiler does not know which rows are active; with gradients it sees both ways.
+        return (
+            _both_ways(q, k, v, call, active)
+            if torch.is_grad_enabled()
+            else _chosen(q, k, v, call, active)
+        )
     rows = active.reshape(-1).expand(q.shape[0])
     if bool(rows.all()):
         return by_agents(q, k, v, call, few, many)
     if not bool(rows.any()):
         return many(q, k, v, scale=call.scale)
-    found = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=v.dtype,
-                        device=v.device).transpose(1, 2)  # fmt: skip
-    with_agents, without = rows.nonzero().flatten(), (~rows).nonzero().flatten()
-    parts = [x.index_select(0, with_agents) for x in (q, k, v)]
-    found = found.index_copy(0, with_agents, by_agents(*parts, call, few, many))
-    parts = [x.index_select(0, without) for x in (q, k, v)]
-    return found.index_copy(0, without, many(*parts, scale=call.scale))
+    through, dense = rows.nonzero().flatten(), (~rows).nonzero().flatten()
+    parts = [
+        by_agents(*(x[through] for x in (q, k, v)), call, few, many),
+        many(*(x[dense] for x in (q, k, v)), scale=call.scale),
+    ]
+    return torch.cat(parts)[torch.argsort(torch.cat([through, dense]))]
 
 
-def _by_branches(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, active: Tensor, few: Attend, many: Attend
-) -> Tensor:
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, call: Call, active: Tensor) -> Tensor:
+    """Compute all rows either way, and choose."""
+    through = by_agents(q, k, v, call, attend, attend)
+    dense = attend(q, k, v, scale=call.scale)
+    return torch.where(active.reshape(-1, 1, 1, 1), through, dense)
+
+
+def _by_branches(q: Tensor, k: Tensor, v: Tensor, call: Call, active: Tensor) -> Tensor:
     """Choose by a branch of the graph; rows that are not alike are computed both ways."""
-    tables = [*(call.collect or ()), *(call.spread or ())]
-    more = [x for x in (call.collect_first, call.filter) if x is not None]
 
-    def through(*_: Tensor) -> Tensor:
-        return by_agents(q, k, v, call, few, many).contiguous()
+    def through(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *more: Tensor) -> Tensor:
+        return by_agents(q, k, v, call.with_tensors(more), attend, attend).contiguous()
 
-    def mixed(*_: Tensor) -> Tensor:
-        dense = many(q, k, v, scale=call.scale)
-        found = by_agents(q, k, v, call, few, many)
-        return torch.where(active.reshape(-1, 1, 1, 1), found, dense).contiguous()
+    def mixed(q: Tensor, k: Tensor, v: Tensor, active: Tensor, *more: Tensor) -> Tensor:
+        return _both_ways(q, k, v, call.with_tensors(more), active).contiguous()
 
-    operands = (q, k, v, active, *tables, *more)
+    # Branches take no views of one tensor, and give none.
+    operands = (*(x.clone() for x in (q, k, v)), active, *call.tensors)
     found: Tensor = torch.cond(active.all(), through, mixed, operands)
+    return found
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, call: Call, active: Tensor) -> Tensor:
+    """Call an op that chooses when it runs."""
+    options = {f.name: getattr(call, f.name) for f in fields(call) if f.name not in _TENSORS}
+    given = [getattr(call, name) for name in _TENSORS]
+    found: Tensor = torch.ops.attnopt.scheduled_agents(q, k, v, active, *given, **options)
     return found
 
 
@@ -155,13 +190,36 @@ def pooled(q: Tensor, grid: Sequence[int], agents: Sequence[int]) -> Tensor:
 
 
 def _means(length: int, cells: int, like: Tensor) -> Tensor:
-    """Return the matrix (cells, length) of means over the cells of an axis."""
-    constant: Callable[..., list[list[float]]] = torch.compiler.assume_constant_result(_shares)
-    return torch.tensor(constant(length, cells), dtype=like.dtype, device=like.device)
+    """Return the matrix (cells, length) of means over the cells of an axis, which may overlap."""
+    place = torch.arange(length, device=like.device)
+    cell = torch.arange(cells, device=like.device).unsqueeze(1)
+    inside = (place >= cell * length // cells) & (
+        place < ((cell + 1) * length + cells - 1) // cells
+    )
+    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
 
 
-@lru_cache(maxsize=64)
-def _shares(length: int, cells: int) -> list[list[float]]:
-    """List which share each place of an axis has in the mean of each cell; cells may overlap."""
-    spans = [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
-    return [[(a <= n < b) / (b - a) for n in range(length)] for a, b in spans]
+def _scheduled(
+    q: Tensor, k: Tensor, v: Tensor, active: Tensor, *tensors: Any, **options: Any
+) -> Tensor:
+    """Attend by schedule; the result always lies in memory as (B, T, H, E)."""
+    call = Call(**dict(zip(_TENSORS, tensors, strict=True)), **options)
+    found = by_schedule(q, k, v, call, active, attend, attend)
+    return found.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _shaped(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+
+
+_NAME = "attnopt::scheduled_agents"
+_LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
+_LIBRARY.define(
+    "scheduled_agents(Tensor q, Tensor k, Tensor v, Tensor active, Tensor[]? collect, "
+    "Tensor? collect_first, Tensor[]? spread, Tensor? filter, *, int[] grid, int[] agents, "
+    "int leading=0, float exponent=1.0, float[] shortcut=[], bool nystrom=False, "
+    f"float ridge=0.0, int steps={STEPS}, float? scale=None) -> Tensor"
+)
+_LIBRARY.impl("scheduled_agents", _scheduled, "CompositeExplicitAutograd")
+torch.library.register_fake(_NAME, _shaped, lib=_LIBRARY)
