@@ -196,7 +196,8 @@ def _means(length: int, cells: int, like: Tensor) -> Tensor:
     inside = (place >= cell * length // cells) & (
         place < ((cell + 1) * length + cells - 1) // cells
     )
-    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+    counted = inside.to(like.dtype)
+    return counted / counted.sum(1, keepdim=True)
 
 
 def _scheduled(
