@@ -276,6 +276,15 @@ def _routed(node: fx.Node, sizes: _Sizes) -> int:
     return _attention(node, sizes) * on // heads
 
 
+def _agents(node: fx.Node, sizes: _Sizes) -> int:
+    """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
+    given: dict[str, Any] = dict(node.kwargs)
+    cells, agents = math.prod(given["grid"]), math.prod(given["agents"])
+    leading = given.get("leading", 0)
+    pairs = (leading + agents) * (leading + cells) + cells * agents
+    return _attention(node, sizes) * pairs // (leading + cells) ** 2
+
+
 _COUNTS: Mapping[str, Count] = {
     "mm": _product(0),
     "bmm": _product(0),
@@ -296,4 +305,5 @@ _COUNTS: Mapping[str, Count] = {
     "attention": _attention,
     "neighborhood_attention": _neighborhood,
     "routed_attention": _routed,
+    "agent_attention": _agents,
 }

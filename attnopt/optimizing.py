@@ -20,7 +20,7 @@ from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, search
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program, State
-from attnopt.rewriting import apply
+from attnopt.rewriting import apply, settled
 from attnopt.verifying import in_float32, verify
 from attnopt.weights import described
 
@@ -84,7 +84,7 @@ def _plan(
         return make_plan(exact, goal, split, passes, tier=tier, provenance=told)
     needs = any(c.rewrite != "exact" for c in plan.choices)
     if needs and plan.statistics is None and plan.source is None:
-        return replace(plan, statistics=calibrate(exact, split))
+        return settled(exact, replace(plan, statistics=calibrate(exact, split)))
     return plan
 
 

@@ -63,9 +63,10 @@ def _exact(program: Program) -> Program:
 def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
     """Convert the weights and edit the graphs, choice by choice, then refit what asks for it."""
     main = program.main
-    stats = statistics_of(plan, main) if _reads_statistics(choices) else None
-    known: dict[str, Site | Mlp] = {m.name: m for m in main.mlps}
-    known |= {s.name: s for s in main.sites}
+    known = _things(main)
+    reads = _reads_statistics(choices) or _open(choices, known)
+    stats = statistics_of(plan, main) if reads else None
+    choices = _settled(main, stats, choices)
     _must_be_single(choices)
     not_alone = shared(main)
     edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
@@ -145,6 +146,42 @@ def _reads_statistics(choices: Sequence[Choice]) -> bool:
         if not weightless:
             return True
     return False
+
+
+def settled(program: Program, plan: Plan) -> Plan:
+    """Return a plan that says what its choices leave to the calibration data."""
+    main = program.main
+    if not _open(plan.choices, _things(main)):
+        return plan
+    choices = _settled(main, statistics_of(plan, main), plan.choices)
+    return replace(plan, choices=tuple(choices))
+
+
+def _things(program: Program) -> dict[str, Site | Mlp]:
+    """Return all that a choice can name."""
+    return {x.name: x for x in (*program.mlps, *program.sites)}
+
+
+def _settled(program: Program, stats: Any, choices: Sequence[Choice]) -> list[Choice]:
+    """Let every pass that fits settings to data fit those of its choices."""
+    found = list(choices)
+    for name in dict.fromkeys(c.rewrite for c in _open(choices, _things(program))):
+        own = [i for i, c in enumerate(found) if c.rewrite == name]
+        module: Any = registry.load(name)
+        made = module.settle(program, stats, [found[i] for i in own])
+        for i, choice in zip(own, made, strict=True):
+            found[i] = choice
+    return found
+
+
+def _open(choices: Sequence[Choice], known: Mapping[str, Site | Mlp]) -> list[Choice]:
+    """List the choices that leave something to the calibration data."""
+    found: list[Choice] = []
+    for choice in choices:
+        site, module, config = _resolved(choice, known)
+        if hasattr(module, "settle") and module.is_open(config) and module.fits(site, config):
+            found.append(choice)
+    return found
 
 
 def _reader(site: Site | Mlp) -> dict[str, int]:

@@ -338,7 +338,10 @@ class MaskReader:
         if not self.hard and self.match.structure.kind == "none":
             return Mask("none")
         if self.match.structure.kind == "dense":
-            notes.append("each token sees its neighbourhood on a grid")
+            through_agents = "agents" in self.match.anchor.kwargs
+            met = "tokens of a grid meet through agents"
+            seen = "each token sees its neighbourhood on a grid"
+            notes.append(met if through_agents else seen)
             return self.match.structure
         shown: list[tuple[Tensor, int]] = []
         for sizes in self._trials():

@@ -1,5 +1,6 @@
 """The op library `torch.ops.attnopt`: each op's reference is its definition."""
 
+from attnopt.ops.agent import agent_attention, agent_attention_reference
 from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
@@ -23,6 +24,8 @@ from attnopt.ops.tiles import tile_tokens
 from attnopt.ops.window import window_attention, window_attention_reference
 
 __all__ = [
+    "agent_attention",
+    "agent_attention_reference",
     "attention",
     "attention_lse",
     "attention_reference",

@@ -23,6 +23,7 @@ def fast_copy(node: Any) -> Fast | None:
 @cache
 def fast_copies() -> dict[Any, Fast]:
     """Return every variant with its fast copy."""
+    from attnopt.ops.agent import agent_attention
     from attnopt.ops.blocks import block_attention
     from attnopt.ops.blockwise import attend_blocks
     from attnopt.ops.boxes import attend_neighborhood
@@ -31,6 +32,7 @@ def fast_copies() -> dict[Any, Fast]:
     from attnopt.ops.neighborhood import neighborhood_attention
     from attnopt.ops.packed import attend_routed
     from attnopt.ops.routed import routed_attention
+    from attnopt.ops.through_agents import attend_agents
     from attnopt.ops.window import attend_window, window_attention
 
     return {
@@ -41,6 +43,7 @@ def fast_copies() -> dict[Any, Fast]:
         routed_attention: attend_routed,
         linear_attention: attend_linear,
         linear_attention_step: attend_linear_step,
+        agent_attention: attend_agents,
     }
 
 

@@ -1,6 +1,6 @@
 """A copy of a program's graph under change, and what of a site's heads and channels stays in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.finder import find_sites
-from attnopt.finder.emit import fake_mode_of
+from attnopt.finder.emit import fake_mode_of, insert_call
 from attnopt.finder.finding import Findings
 from attnopt.finder.match import Match
 from attnopt.finder.ops import shape, value
@@ -83,6 +83,27 @@ class GraphEdit:
         self.added[node.name] = Binding("parameter", name)
         return node
 
+    def add_parameter(self, name: str, shape: Sequence[int]) -> fx.Node:
+        """Insert an input that reads a new parameter, of the dtype that the others have."""
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        kinds = self.program.bindings
+        like = next(n for n in self.program.placeholders if kinds[n.name].kind == "parameter")
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"p_{name.replace('.', '_')}")
+        with fake_mode_of((like,)):
+            node.meta["val"] = value(like).new_empty(tuple(shape))
+        self.added[node.name] = Binding("parameter", name)
+        return node
+
+    def shared_call(self, target: Any, *args: Any) -> fx.Node:
+        """Insert a call at the start of the graph, or return the same one that is there."""
+        for node in self.graph.find_nodes(op="call_function", target=target):
+            if node.args == args and not node.kwargs:
+                return node
+        needed = {self.graph.find_nodes(op="placeholder")[-1], *args}
+        after = next(n for n in reversed(self.graph.nodes) if n in needed)
+        return insert_call(after.next, target, *args)
+
     def reshape_weights(self, changed: Mapping[str, Tensor]) -> None:
         """Give the placeholders of parameters the shapes of their new values."""
         for node in self.program.placeholders:
@@ -102,8 +123,7 @@ class GraphEdit:
         self.graph.lint()
         module = fx.GraphModule(self.program.graph_module, self.graph)
         result = self.program.with_graph(module, note=note).with_weights(changed)
-        if self.added:
-            result = replace(result, bindings={**result.bindings, **self.added})
+        result = replace(result, bindings={**result.bindings, **self.added})
         if not self.states:
             return result
         return result.with_states(tuple(self.states.get(s.name, s) for s in result.states))
