@@ -92,6 +92,11 @@ def foreseen(
             "a goal needs one budget at least, such as {'kv_cache': 0.5} (half of the cache) or "
             "{'params': 0.8}"
         )
+    if len(budgets) > 1 and not tier:
+        raise ValueError(
+            f"in tier 0, where all layers are alike, a goal has one budget, not "
+            f"{' and '.join(budgets)}; ask for tier 1 or 2, or for one after the other"
+        )
     plain = not rules and tensor_parallel == 1 and budgets in (("kv_cache",), ("params",))
     if plain and budgets == ("kv_cache",) and _spreading(passes) is not None:
         return []

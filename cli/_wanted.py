@@ -109,6 +109,14 @@ def wanted(arguments: argparse.Namespace, *, planned: bool = False) -> "Recipe":
         raise CommandError(
             "AO111", "nothing to reach: name a goal, such as --kv-cache 50% or --params 80%"
         )
+    tier = recipe.tier if arguments.tier is None else arguments.tier
+    several = [f"--{n.replace('_', '-')}" for n in BUDGETS if n in goal]
+    if len(several) > 1 and not tier and not planned:
+        raise CommandError(
+            "AO111",
+            f"{' and '.join(several)} exclude each other in tier 0, where all layers are alike: "
+            "one at a time, or --tier 1 or 2",
+        )
     named = ("tier", "tensor_parallel", "tokens", "data", "held_out", "seed")
     changes: dict[str, Any] = {n: getattr(arguments, n) for n in named}
     changes["passes"] = None if arguments.passes is None else tuple(arguments.passes)

@@ -86,19 +86,33 @@ def _whole(site: Site, base: Config, asked: Any) -> list[tuple[int, ...]]:
     """Return the heads that stay whole: fewer and fewer, at last none."""
     if isinstance(_may_choose(site, base), No):
         return [()]
-    key = f"window/streaming/{site.name}/{base.window}/{base.first}"
+    alone = bool(asked.before)
+    key = f"window/streaming/{base.window}/{base.first}"
     if key not in asked.statistics.memo:
-        known = streaming(
-            asked.program, asked.statistics, base.window, base.first, names={site.name}
+        names = {site.name} if alone else None
+        rows = dataclasses.replace(asked.statistics, batches=_few_rows(asked.statistics.batches))
+        asked.statistics.memo[key] = streaming(
+            asked.program, rows, base.window, base.first, names=names
         )
-        asked.statistics.memo[key] = known.get(site.name)
-    known = asked.statistics.memo[key]
+    known = asked.statistics.memo[key].get(site.name)
     if known is None:
         return [()]
     order = known.damage.argsort(descending=True, stable=True).tolist()
     step = max(site.kv_heads / _STEPS, 1)
-    counts = {round(step * i) for i in range(site.kv_heads) if round(step * i) < site.kv_heads}
+    counts = {round(step * i) for i in range(_STEPS) if round(step * i) < site.kv_heads}
     return [tuple(sorted(order[:n])) for n in sorted(counts, reverse=True)]
+
+
+def _few_rows(batches: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
+    """Return as many batches as heads are told apart by."""
+    found: list[Mapping[str, Any]] = []
+    tokens = 0
+    for batch in batches:
+        found.append(batch)
+        tokens += batch["input_ids"].numel()
+        if tokens >= _ROWS:
+            break
+    return tuple(found)
 
 
 def alike(config: Config) -> tuple[int, int, int]:
@@ -109,7 +123,8 @@ def alike(config: Config) -> tuple[int, int, int]:
 # Windows are these parts of the text; heads are told apart in at most so many steps.
 _PARTS = (16, 4)
 _LEAST = 8
-_STEPS = 8
+_STEPS = 4
+_ROWS = 4096
 
 
 def _sizes(site: Site, config: Config) -> No | None:

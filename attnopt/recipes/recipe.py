@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def _within(spot: Spot, name: str) -> list[tuple[str, Spot, Spot]]:
     return entries(value, value.node.value)
 
 
+@cache
 def _is_exact(name: str) -> bool:
     return registry.describe(name).exact is True
 

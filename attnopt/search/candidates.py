@@ -26,6 +26,7 @@ class Asked:
 
     `goals` names the budgets, `tier` is the highest that may hold the result, `tokens` is the
     length of text that the plan is for (0 where there is none), `seen` that of the rows at hand.
+    `before` names the passes that the site has behind it: then the statistics are of this site.
     """
 
     program: Program
@@ -34,6 +35,7 @@ class Asked:
     tier: int
     tokens: int
     seen: int = 0
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def steps_at(
             refused.append(No(f"{name}: {why}; give longer rows", thing.name))
             continue
         for config in _with(_proposed(module, thing, asked), fixed):
-            answer = _possible(name, module, thing, config, asked.tier)
+            answer = _possible(name, module, thing, config, asked)
             if isinstance(answer, No):
                 refused.append(answer)
             else:
@@ -138,11 +140,23 @@ def steps_at(
     return list(found.values()), refused
 
 
-def _possible(name: str, module: Any, thing: Site | Mlp, config: Any, tier: int) -> Step | No:
+def _saves_cache(module: Any, thing: Site | Mlp, config: Any, tokens: int) -> bool:
+    """Whether a pass says of a setting that less is kept of the cache."""
+    if isinstance(thing, Mlp):
+        return False
+    cost = module.cost(thing, config, None)
+    kept = cost.get("kv_elements_per_token", 0.0) * tokens + cost.get("kv_elements", 0.0)
+    return bool(kept < thing.kv_heads * (thing.head_dim + thing.v_head_dim) * tokens)
+
+
+def _possible(name: str, module: Any, thing: Site | Mlp, config: Any, asked: Asked) -> Step | No:
     fits = module.fits(thing, config)
     if isinstance(fits, No):
         return No(f"{name}: {fits.why}", fits.where)
-    needed = registry.tier_of(module, thing, config)
+    tokens = max(asked.tokens, 1)
+    if set(asked.goals) == {"kv_cache"} and not _saves_cache(module, thing, config, tokens):
+        return No(f"{name}: it leaves the cache as it is", thing.name)
+    tier, needed = asked.tier, registry.tier_of(module, thing, config)
     if needed > tier:
         return No(f"{name}: its result needs tier {needed}, and {tier} is asked for", thing.name)
     return Step(name, config)

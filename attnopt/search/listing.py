@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from attnopt import passes as registry
 from attnopt.nouns import Mlp, No, Site
@@ -13,10 +13,13 @@ from attnopt.search.measuring import Measuring, Weighed
 from attnopt.search.rules import Rule
 from attnopt.search.solving import Scored
 
-# Candidates of a site that another pass may follow, and that are looked at twice.
-_FOLLOWED: Final = 4
+# Candidates of a site that another pass may follow, what is tried after each of them, and those
+# that are looked at twice.
+_FOLLOWED: Final = 6
+_FOLLOWERS: Final = 4
 _FINALISTS: Final = 12
 _MARGIN: Final = 1.25
+_NEAR: Final = 1.5
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,9 @@ class Lister:
         return None
 
     def _followed(self, alone: Sequence[Weighed]) -> list[Weighed]:
-        """Choose, of each pass that another may follow, a few of the best."""
-        found: list[Weighed] = []
-        for label in dict.fromkeys(w.candidate.label for w in alone):
-            if following(label, self.names):
-                own = [w for w in alone if w.candidate.label == label]
-                best = best_of(own, self.asked.goals[0], margin=1.0)
-                found += spread(best, _FOLLOWED)
-        return found
+        """Choose a few of the best that another pass may follow."""
+        best = best_of(alone, self.asked.goals[0], margin=_NEAR)
+        return spread([w for w in best if following(w.candidate.label, self.names)], _FOLLOWED)
 
     def _followers(self, thing: Site | Mlp, first: Weighed, refused: list[No]) -> list[Candidate]:
         """List what may follow a candidate, asked of the site that it leaves."""
@@ -131,9 +129,10 @@ class Lister:
         if site is None:
             return []
         seen = replace(self.asked.statistics, weights=main.weights, memo={})
-        asked = replace(self.asked, program=main, statistics=seen)
+        before = tuple(s.rewrite for s in first.candidate.steps)
+        asked = replace(self.asked, program=main, statistics=seen, before=before)
         steps = self._steps(site, asked, first.candidate, refused)
-        return [first.candidate.then(s) for s in steps]
+        return [first.candidate.then(s) for s in spread(steps, _FOLLOWERS)]
 
 
 def scored(
@@ -187,7 +186,10 @@ def best_of(weighed: Sequence[Weighed], goal: str, *, margin: float) -> list[Wei
     return found[::-1]
 
 
-def spread(weighed: Sequence[Weighed], most: int) -> list[Weighed]:
+T = TypeVar("T")
+
+
+def spread(weighed: Sequence[T], most: int) -> list[T]:
     """Take so many, from the first to the last."""
     if len(weighed) <= most:
         return list(weighed)

@@ -15,7 +15,7 @@ from attnopt.search.candidates import Candidate
 from attnopt.search.clock import Clock
 from attnopt.search.judging import Judge, Look
 from attnopt.search.scores import Scores
-from attnopt.search.weighing import heads_of, weights_of
+from attnopt.search.weighing import flops_of, heads_of, weights_of
 from attnopt.verifying.calling import Call
 
 # Rows, of all those that plans are judged on, for a first look and for a second one.
@@ -63,10 +63,8 @@ class Measuring:
     def source(self, names: Sequence[str]) -> dict[str, float]:
         """Return what the source weighs."""
         found = self.scores.get("source", lambda: weights_of(self.program, self.workload))
-        weights = {n: found[n] for n in names if n != "latency"}
-        if "latency" in names:
-            weights["latency"] = self._seconds("source", lambda: self.program)
-        return weights
+        told = self._told(found, names, "source", lambda: self.program)
+        return {name: float(weight or 0.0) for name, weight in told.items()}
 
     def first(self, candidate: Candidate, names: Sequence[str]) -> Weighed | str:
         """Weigh a candidate and take a first look at it, or say why it cannot be carried out."""
@@ -81,10 +79,8 @@ class Measuring:
         found = self.scores.get(f"first {candidate.key}", make)
         if isinstance(found, str):
             return found
-        weights = dict(found[0])
-        if "latency" in names:
-            weights["latency"] = self._seconds(candidate.key, lambda: self._must(candidate))
-        return Weighed(candidate, {n: weights[n] for n in names}, Look(*found[1]))
+        weights = self._told(found[0], names, candidate.key, lambda: self._must(candidate))
+        return Weighed(candidate, weights, Look(*found[1]))
 
     def second(self, candidate: Candidate) -> Look:
         """Look at a candidate on more rows."""
@@ -127,8 +123,23 @@ class Measuring:
             raise ValueError(made)
         return made
 
-    def _seconds(self, name: str, make: Callable[[], Program]) -> float:
-        return float(self.scores.get(f"seconds {name}", lambda: self._clock.seconds(make())))
+    def _told(
+        self,
+        known: Mapping[str, float],
+        names: Sequence[str],
+        key: str,
+        make: Callable[[], Program],
+    ) -> dict[str, float | None]:
+        """Return the weights that are asked for; those that take long are made only then."""
+        slow: dict[str, Callable[[], float | None]] = {
+            "flops": lambda: flops_of(make(), self.workload),
+            "latency": lambda: self._clock.seconds(make()),
+        }
+        found: dict[str, float | None] = {}
+        for name in names:
+            made = slow.get(name)
+            found[name] = self.scores.get(f"{name} {key}", made) if made else known[name]
+        return found
 
     def _fresh(self) -> Statistics:
         """Return the statistics without what other plans have left in them."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from attnopt.nouns import Choice
 from attnopt.search.solving import Scored
 
-_MOST = 6
+_MOST = 4
 
 
 @dataclass(frozen=True)

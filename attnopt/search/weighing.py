@@ -9,20 +9,22 @@ from attnopt.program import Program, State
 _TOKENS = 2
 
 
-def weights_of(program: Program, workload: Workload) -> dict[str, float | None]:
-    """Return the weight of a program for every budget but that of time.
-
-    None stands for what cannot be told: the operations of an op that is not counted.
-    """
+def weights_of(program: Program, workload: Workload) -> dict[str, float]:
+    """Return the weight of a program for every budget that its shapes tell."""
     held = parameters(program.main)
     cache = cache_bytes(program, workload)
-    unknown = next(uncounted(program), None)
     return {
         "kv_cache": cache,
         "params": float(sum(p.numel() for p in held)),
         "memory": cache + sum(p.numel() * p.element_size() for p in held),
-        "flops": None if unknown else float(count_costs(program, workload).flops),
     }
+
+
+def flops_of(program: Program, workload: Workload) -> float | None:
+    """Return the operations of a program; None where an op of it is not counted."""
+    if next(uncounted(program), None) is not None:
+        return None
+    return float(count_costs(program, workload).flops)
 
 
 def cache_bytes(program: Program, workload: Workload) -> float:
