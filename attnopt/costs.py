@@ -92,6 +92,15 @@ def cache_bytes(site: Site, element_size: int) -> int:
     return site.kv_heads * (site.head_dim + site.v_head_dim) * element_size
 
 
+def uncounted(program: Program) -> Iterator[str]:
+    """Name attnopt's own ops in a program whose operations are not counted."""
+    for leaf in _leaves(program):
+        for node in leaf.graph.nodes:
+            ours = node.op == "call_function" and str(node.target).startswith("attnopt.")
+            if ours and _op_name(node) not in _COUNTS:
+                yield _op_name(node)
+
+
 def _leaves(program: Program) -> Iterator[Program]:
     """Yield the graphs that one pass over the input runs."""
     if not program.parts:

@@ -153,6 +153,7 @@ class Plan:
     """The choices for a program, with the goal they serve and what they were made from.
 
     `statistics` is what calibration saw; a plan from a file reads it from `source` when needed.
+    `search` is what was measured on the way to it (`attnopt.search.Found`), where that was done.
     """
 
     choices: tuple[Choice, ...]
@@ -160,6 +161,7 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict, hash=False)
     statistics: Any = field(default=None, compare=False, repr=False)
     source: str | None = field(default=None, compare=False, repr=False)
+    search: Any = field(default=None, compare=False, repr=False)
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write the plan as YAML, its statistics beside it."""

@@ -17,10 +17,11 @@ from attnopt.data import Split, batches_of, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
 from attnopt.frontend import capture
 from attnopt.nouns import No, Plan
-from attnopt.planning import checked_goal, search
+from attnopt.planning import checked_goal, foreseen
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program, State
 from attnopt.rewriting import apply, settled
+from attnopt.search.rules import Rule
 from attnopt.verifying import in_float32, verify
 from attnopt.weights import described
 
@@ -36,10 +37,14 @@ def optimize(
     tier: int = 0,
     command: str = "",
     passes: Sequence[str] | None = None,
+    rules: Sequence[Rule] = (),
+    tensor_parallel: int = 1,
+    tokens: int | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Rewrite a model to meet a goal (or as a plan says), measure it, and save it to `out`.
 
-    `tier` and `passes`: see `plan`. `data` is a Source or its name
+    `tier` to `work`: see `plan`. `data` is a Source or its name
     ("stdlib:48x256"), a Split, rows, or an iterable of calls; its held-out part judges. A result
     that fails its gate is saved beside, as `out`.rejected, and says so.
     """
@@ -49,9 +54,13 @@ def optimize(
         refuse_foreign(Path(out).absolute(), program)
     exact = apply(program, "exact")
     if plan is None:
-        search(exact, wanted, passes)
+        foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
     split = split_for(program, data, held_out)
-    made = _plan(exact, wanted, plan, split, tier, passes)
+    if plan is None:
+        terms = {"rules": rules, "tensor_parallel": tensor_parallel, "tokens": tokens}
+        made = _made(exact, wanted, split, passes, tier=tier, work=work, **terms)
+    else:
+        made = _given(exact, wanted, plan, split)
     rewritten = apply(exact, made)
     report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
     measured = measure(rewritten, exact, split.held_out)
@@ -67,21 +76,23 @@ def target(out: str | os.PathLike[str], result: Result) -> Path:
     return place if result.accepted else place.with_name(f"{place.name}.rejected")
 
 
-def _plan(
+def _made(
     exact: Program,
     goal: Mapping[str, Any],
-    plan: Plan | str | None,
     split: Split,
-    tier: int,
     passes: Sequence[str] | None,
+    **terms: Any,
 ) -> Plan:
+    told = {"data": split.source, "data_sha256": split.digest}
+    return make_plan(exact, goal, split, passes, provenance=told, **terms)
+
+
+def _given(exact: Program, goal: Mapping[str, Any], plan: Plan | str, split: Split) -> Plan:
+    """Return a plan that needs no search, with the statistics that it needs."""
     if plan == "exact":
         return Plan((), dict(goal))
     if isinstance(plan, str):
         plan = Plan.load(plan)
-    if plan is None:
-        told = {"data": split.source, "data_sha256": split.digest}
-        return make_plan(exact, goal, split, passes, tier=tier, provenance=told)
     needs = any(c.rewrite != "exact" for c in plan.choices)
     if needs and plan.statistics is None and plan.source is None:
         return settled(exact, replace(plan, statistics=calibrate(exact, split)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,18 @@ from typing import Any
 import torch
 
 from attnopt import passes as registry
-from attnopt.budgets import cache_budget
 from attnopt.calibrating import Statistics, calibrate
 from attnopt.costs import default_workload, parameters
+from attnopt.goals import GOALS as GOALS
+from attnopt.goals import budgets_of
+from attnopt.goals import checked_goal as checked_goal
+from attnopt.goals import fraction as fraction
 from attnopt.heads import removable
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.program import Program
 from attnopt.refusals import NothingToDoError as NothingToDoError
 from attnopt.refusals import shared
-
-GOALS = ("kv_cache", "params", "max_drop")
-_LATER = ("flops", "latency")
+from attnopt.search.rules import Rule
 
 
 @torch.no_grad()
@@ -32,29 +34,38 @@ def plan(
     tier: int = 0,
     statistics: Statistics | None = None,
     provenance: Mapping[str, Any] | None = None,
+    rules: Sequence[Rule] = (),
+    tensor_parallel: int = 1,
+    tokens: int | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Choose a rewrite for every site so that the goal is met with the least change.
 
-    In tier 0 all layers are treated alike, so that a stock class holds the result. Of the passes
-    that meet the goal, the one that is predicted to damage least is taken; one whose result needs a
-    higher tier only where no other meets it. In tier 1 every layer has its own numbers of heads, in
-    tier 2 keys and values have numbers of their own: then the damage of each is measured on
-    calibration rows.
+    In tier 0 all layers are treated alike, so that a stock class holds the result; for a budget of
+    the cache or of parameters alone, the pass is taken that is predicted to damage least, and one
+    whose result needs a higher tier only where no other meets it. In tiers 1 and 2, and for other
+    goals, every pass is measured at every site, and the best mixture is solved for
+    (`attnopt.search`). `rules` keep sites out of it or say what is tried there, head counts divide
+    among `tensor_parallel` devices, `tokens` is the length of text that the plan is for (that of
+    the rows), and `work` is a directory that keeps statistics and scores for another time.
     """
     wanted = checked_goal(goal or {})
-    spread = _spreading(passes) if "kv_cache" in wanted else None
-    found = search(program, wanted, passes)
+    told = dict(provenance or {})
+    found = foreseen(program, wanted, passes, tier, rules, tensor_parallel)
+    if found is None:
+        from attnopt.search.preparing import Terms, searched
+
+        terms = Terms(tier, tuple(passes or ()), tuple(rules), tensor_parallel, tokens)
+        return searched(program, wanted, data, terms, statistics=statistics, told=told, work=work)
     if statistics is None:
         statistics = calibrate(program, data)
-    fusing = any(options[0].rewrite == "dha" for options in found)
+    spread = _spreading(passes) if "kv_cache" in wanted else None
     if spread is not None:
-        tokens = default_workload(program).sequence
-        choices = spread.allocate(program, statistics, wanted["kv_cache"], tokens=tokens)
-    elif tier and "kv_cache" in wanted and fusing:
-        choices = cache_budget(program, statistics, wanted["kv_cache"], decoupled=tier > 1)
+        length = default_workload(program).sequence
+        choices = spread.allocate(program, statistics, wanted["kv_cache"], tokens=length)
     else:
         choices = tuple(o.choice for o in _least_damage(found, statistics, tier))
-    return Plan(choices, wanted, dict(provenance or {}), statistics=statistics)
+    return Plan(choices, wanted, told, statistics=statistics)
 
 
 def _spreading(passes: Sequence[str] | None) -> Any:
@@ -63,49 +74,37 @@ def _spreading(passes: Sequence[str] | None) -> Any:
     return module if hasattr(module, "allocate") else None
 
 
-def search(
-    program: Program, goal: Mapping[str, float], passes: Sequence[str] | None = None
-) -> list[list["_Option"]]:
-    """List uniform settings that meet a goal, a pass each, from what the sites are without data."""
-    budgets = [name for name in ("kv_cache", "params") if name in goal]
-    if len(budgets) != 1:
+def foreseen(
+    program: Program,
+    goal: Mapping[str, float],
+    passes: Sequence[str] | None = None,
+    tier: int = 0,
+    rules: Sequence[Rule] = (),
+    tensor_parallel: int = 1,
+) -> "list[list[_Option]] | None":
+    """List uniform settings that meet a goal, a pass each, from what the sites are without data.
+
+    None where that does not do, and every site has to be measured.
+    """
+    budgets = tuple(budgets_of(goal))
+    if not budgets:
         raise ValueError(
-            "a goal needs one budget, such as {'kv_cache': 0.5} (half of the cache) or "
-            "{'params': 0.8}; for several, optimize the result of the first for the second"
+            "a goal needs one budget at least, such as {'kv_cache': 0.5} (half of the cache) or "
+            "{'params': 0.8}"
         )
-    if "params" in goal:
-        return [_fewer_parameters(program, goal["params"], passes)]
-    if _spreading(passes) is not None:
+    if len(budgets) > 1 and not tier:
+        raise ValueError(
+            f"in tier 0, where all layers are alike, a goal has one budget, not "
+            f"{' and '.join(budgets)}; ask for tier 1 or 2, or for one after the other"
+        )
+    plain = not rules and tensor_parallel == 1 and budgets in (("kv_cache",), ("params",))
+    if plain and budgets == ("kv_cache",) and _spreading(passes) is not None:
         return []
+    if not plain or tier:
+        return None
+    if "params" in goal:
+        return [fewer_parameters(program, goal["params"], passes)]
     return _uniform(program.sites, _options(program, passes), goal["kv_cache"])
-
-
-def checked_goal(goal: Mapping[str, Any]) -> dict[str, float]:
-    """Return the goal as fractions; an unknown or impossible one is a ValueError."""
-    for name in goal:
-        if name in _LATER:
-            raise ValueError(f"goal {name!r} is not served yet; there is {', '.join(GOALS)}")
-        if name not in GOALS:
-            raise ValueError(f"unknown goal {name!r}; there is {', '.join(GOALS)}")
-    found = {name: fraction(value, name) for name, value in goal.items() if value is not None}
-    for name in ("kv_cache", "params"):
-        if not 0 < found.get(name, 1.0) <= 1:
-            raise ValueError(f"{name} {goal[name]!r} must be above 0 and at most 100%")
-    if found.get("max_drop", 0.0) < 0:
-        raise ValueError(f"max_drop {goal['max_drop']!r} must not be negative")
-    return found
-
-
-def fraction(value: Any, name: str) -> float:
-    """Read 0.5 or "50%"."""
-    text = str(value).strip()
-    try:
-        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError as error:
-        raise ValueError(f"{name} {value!r} is no fraction; write 50% or 0.5") from error
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} {value!r} is no fraction; write 50% or 0.5")
-    return number
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _same(wanted: _Option, held: Sequence[_Option]) -> _Option | None:
     )
 
 
-def _fewer_parameters(program: Program, share: float, names: Sequence[str] | None) -> list[_Option]:
+def fewer_parameters(program: Program, share: float, names: Sequence[str] | None) -> list[_Option]:
     """Remove the same share of every layer's heads and neurons, to meet the budget exactly.
 
     Key heads go with their readers, as many as the share says; neurons make up the difference.

@@ -1,19 +1,15 @@
 """A plan as a YAML file: written in full, read back strictly."""
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from attnopt.nouns import Choice, Plan
+from attnopt.strict import Free, Items, Key, Keys, Plain, Spot, opened
 
 FORMAT = 1
-_LARGEST = 2**20
-_TOP = ("attnopt", "goal", "provenance", "choices")
-_CHOICE = ("site", "pass", "config", "why")
 
 
 def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -47,73 +43,68 @@ def statistics_path(path: str | os.PathLike[str]) -> Path:
 def read_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan; whatever a plan does not have is an error with its line."""
     place = Path(path)
-    if not place.is_file():
-        raise ValueError(f"no plan at {place}")
-    if place.stat().st_size > _LARGEST:
-        raise ValueError(f"{place} is larger than any plan (1 MiB)")
-    try:
-        text = place.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=_NoAliases)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{place} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(tree, yaml.MappingNode):
-        raise ValueError(f"{place} holds no plan: a mapping with {', '.join(_TOP)}")
-    _check_keys(tree, _TOP, place)
-    if content.get("attnopt") != FORMAT:
-        raise ValueError(f"{place} has format {content.get('attnopt')!r}; this attnopt reads 1")
-    listed = _mappings(content, tree, "choices", place)
-    choices = tuple(_choice(c, node, place) for c, node in listed)
-    goal, provenance = (content.get(k) or {} for k in ("goal", "provenance"))
-    for name, value in (("goal", goal), ("provenance", provenance)):
-        if not isinstance(value, dict):
-            raise ValueError(f"{place}: {name} must be a mapping")
+    found = SHAPE.read(opened(place, "plan"))
+    choices = tuple(
+        Choice(c["site"], c["pass"], c.get("config") or {}, str(c.get("why") or ""))
+        for c in found["choices"]
+    )
+    goal, provenance = (found.get(k) or {} for k in ("goal", "provenance"))
     stored = statistics_path(place)
     return Plan(choices, goal, provenance, source=str(stored) if stored.is_file() else None)
 
 
-class _NoAliases(yaml.SafeLoader):
-    """A loader that refuses aliases, which can make a small file huge."""
+class _Format:
+    """The version of the format."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose a node that is no alias."""
-        if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"line {mark.line + 1}: aliases are not allowed in a plan")
-        return super().compose_node(parent, index)
+    def read(self, spot: Spot) -> int:
+        """Return the version; ValueError for another than this attnopt's."""
+        value = Plain().read(spot)
+        if value != FORMAT or isinstance(value, bool):
+            raise spot.wrong(f"has format {value!r}; this attnopt reads {FORMAT}")
+        return FORMAT
 
-
-def _mappings(
-    content: Mapping[str, Any], tree: yaml.MappingNode, key: str, place: Path
-) -> Iterable[tuple[dict[str, Any], yaml.MappingNode]]:
-    listed = content.get(key)
-    node = next((v for k, v in tree.value if k.value == key), None)
-    if not isinstance(listed, list) or not isinstance(node, yaml.SequenceNode):
-        raise ValueError(f"{place}: {key} must be a list")
-    for value, inner in zip(listed, node.value, strict=True):
-        if not isinstance(value, dict):
-            raise ValueError(f"{place}:{inner.start_mark.line + 1} must be a mapping")
-        yield value, inner
+    def schema(self) -> dict[str, Any]:
+        """Describe the number."""
+        return {"const": FORMAT}
 
 
-def _choice(given: dict[str, Any], node: yaml.MappingNode, place: Path) -> Choice:
-    _check_keys(node, _CHOICE, place)
-    line = node.start_mark.line + 1
-    site, rewrite = given.get("site"), given.get("pass")
-    config = given.get("config") or {}
-    if not isinstance(site, str) or not isinstance(rewrite, str) or not isinstance(config, dict):
-        raise ValueError(f"{place}:{line} a choice names a site, a pass and its config")
-    return Choice(site, rewrite, config, str(given.get("why") or ""))
+class _Choices:
+    """A choice: a site, a pass, its settings, and why."""
+
+    keys = Keys(
+        (
+            Key("site", Plain(), "the name of a site of `attnopt inspect`", required=True),
+            Key("pass", Plain(), "what is done there, of `attnopt passes`", required=True),
+            Key("config", Plain(), "the settings of the pass"),
+            Key("why", Plain(), "why this was chosen; nothing reads it"),
+        )
+    )
+
+    def read(self, spot: Spot) -> dict[str, Any]:
+        """Return the choice by key; passes and settings must be there."""
+        if not isinstance(spot.node, yaml.MappingNode):
+            raise spot.wrong("must be a mapping: a choice names a site, a pass and its config")
+        found = self.keys.read(spot)
+        if not all(isinstance(found[name], str) for name in ("site", "pass")):
+            raise spot.wrong("a choice names a site, a pass and its config")
+        config = found.get("config") or {}
+        if not isinstance(config, dict):
+            raise spot.wrong("a choice names a site, a pass and its config, a mapping")
+        return found
+
+    def schema(self) -> dict[str, Any]:
+        """Describe the mapping."""
+        found = self.keys.schema()
+        found["properties"]["site"]["type"] = found["properties"]["pass"]["type"] = "string"
+        found["properties"]["config"]["type"] = ["object", "null"]
+        return found
 
 
-def _check_keys(node: yaml.MappingNode, allowed: tuple[str, ...], place: Path) -> None:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if key.value in seen:
-            raise ValueError(f"{place}:{line} has {key.value!r} twice")
-        seen.add(key.value)
-        if key.value not in allowed:
-            near = difflib.get_close_matches(key.value, allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(allowed)}"
-            raise ValueError(f"{place}:{line} unknown key {key.value!r}{hint}")
+SHAPE = Keys(
+    (
+        Key("attnopt", _Format(), "the version of this format", required=True),
+        Key("goal", Free(twice=True), "the goal that the plan was made for"),
+        Key("provenance", Free(twice=True), "what the plan was made from"),
+        Key("choices", Items(_Choices()), "what is done at each site, in order", required=True),
+    )
+)

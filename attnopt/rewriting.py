@@ -61,13 +61,49 @@ def _exact(program: Program) -> Program:
 
 @torch.no_grad()
 def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Program:
-    """Convert the weights and edit the graphs, choice by choice, then refit what asks for it."""
+    """Convert the weights and edit the graphs, then refit what asks for it.
+
+    Several choices for one site are carried out one after the other, each on what the one before
+    it has left; all sites get their first choice before any gets its second.
+    """
     main = program.main
-    known = _things(main)
-    reads = _reads_statistics(choices) or _open(choices, known)
+    reads = _reads_statistics(choices) or _open(choices, _things(main))
     stats = statistics_of(plan, main) if reads else None
     choices = _settled(main, stats, choices)
-    _must_be_single(choices)
+    _must_follow(choices)
+    refitted: dict[str, int] = {}
+    result = program
+    for turn in _turns(choices):
+        seen = stats and replace(stats, weights=result.main.weights, memo={})
+        result, more = _edited(result, turn, seen)
+        refitted |= more
+    debug.dump(40, "plan", result.graph_module)
+    if not refitted:
+        return result
+    assert stats is not None
+    solved = refit(main, result.main, refitted, stats, _digest(choices))
+    return reweighted(result, solved)
+
+
+def _turns(choices: Sequence[Choice]) -> list[list[Choice]]:
+    """Deal choices so that each site has one a turn, in the order in which they are said."""
+    seen: Counter[str] = Counter()
+    turns: list[list[Choice]] = []
+    for choice in choices:
+        number = seen[choice.site]
+        seen[choice.site] += 1
+        if number == len(turns):
+            turns.append([])
+        turns[number].append(choice)
+    return turns
+
+
+def _edited(
+    program: Program, choices: Sequence[Choice], stats: Statistics | None
+) -> tuple[Program, dict[str, int]]:
+    """Carry out one choice a site; return what asks to be refitted, too."""
+    main = program.main
+    known = _things(main)
     not_alone = shared(main)
     edits = {n: GraphEdit.of(p, stats) for n, p in (program.parts or {"": program}).items()}
     changed = Spool()
@@ -90,13 +126,7 @@ def _carry_out(program: Program, plan: Plan, choices: Sequence[Choice]) -> Progr
     for edit in edits.values():
         edit.reshape_weights(changed)
     made = {n: edit.finish(changed, note=note) for n, edit in edits.items()}
-    result = replace(_joined(program, made, changed, note), tier=lowest)
-    debug.dump(40, "plan", result.graph_module)
-    if not refitted:
-        return result
-    assert stats is not None
-    solved = refit(main, result.main, refitted, stats, _digest(choices))
-    return reweighted(result, solved)
+    return replace(_joined(program, made, changed, note), tier=lowest), refitted
 
 
 def reweighted(program: Program, weights: Mapping[str, Tensor]) -> Program:
@@ -212,11 +242,19 @@ def _must(answer: Any) -> None:
         raise ValueError(f"the plan cannot be carried out: {answer}")
 
 
-def _must_be_single(choices: Sequence[Choice]) -> None:
-    """Refuse two choices for one site: each would start from what the other changes."""
-    for name, count in Counter(c.site for c in choices).items():
-        if count > 1:
-            raise ValueError(f"the plan has {count} choices for site {name!r}; keep one of them")
+def _must_follow(choices: Sequence[Choice]) -> None:
+    """Refuse a second choice for a site whose pass does not say that it may follow the first's."""
+    before: dict[str, list[str]] = {}
+    for choice in choices:
+        done = before.setdefault(choice.site, [])
+        allowed = getattr(registry.load(choice.rewrite), "follows", ())
+        beside = next((name for name in done if name not in allowed), None)
+        done.append(choice.rewrite)
+        if beside is not None:
+            raise ValueError(
+                f"the plan has {len(done)} choices for site {choice.site!r}, and pass "
+                f"{choice.rewrite!r} cannot follow {beside!r} there; keep one of them"
+            )
 
 
 def _digest(choices: Sequence[Choice]) -> str:

@@ -6,7 +6,7 @@ what the whole site writes; its mass is the attention that the window leaves out
 log-sum-exps say: 1 - exp(windowed - whole).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,17 @@ class Streaming:
 
 @torch.no_grad()
 def streaming(
-    program: Program, statistics: Statistics, window: int, first: int
+    program: Program,
+    statistics: Statistics,
+    window: int,
+    first: int,
+    *,
+    names: Collection[str] | None = None,
 ) -> dict[str, Streaming]:
-    """Measure every site whose heads can be told apart, on the rows of the calibration."""
+    """Measure every site whose heads can be told apart, on the rows of the calibration.
+
+    `names` are the sites that are measured, where that is not all of them.
+    """
     if not statistics.batches:
         raise ValueError(
             "the statistics came without their rows, which windows are measured on; calibrate "
@@ -49,7 +57,10 @@ def streaming(
     sites = {
         groups[0].anchor: site
         for site, groups in zip(found.sites, found.groups, strict=True)
-        if len(groups) == 1 and isinstance(groups[0], Match) and "o" in site.projections
+        if (names is None or site.name in names)
+        and len(groups) == 1
+        and isinstance(groups[0], Match)
+        and "o" in site.projections
     }
     sums = {site.name: _Sums.of(site, statistics.weights) for site in sites.values()}
     for batch in statistics.batches:

@@ -13,71 +13,30 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnopt.cli import _source
+from attnopt.cli import _source, _wanted
 from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output, shown
 
 if TYPE_CHECKING:
     from attnopt.artifacts.saving import Result
-
-_LATER = {"flops": "operations", "latency": "time"}
-_BUDGETS = ("kv_cache", "params")
-DATA = "stdlib:48x256"
+    from attnopt.recipes import Recipe
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the goal, the data and the place of the result."""
     _source.configure(parser)
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the result goes")
-    parser.add_argument(
-        "--kv-cache", metavar="SHARE", help="how much of the cache may stay, such as 50%%"
-    )
-    parser.add_argument(
-        "--params", metavar="SHARE", help="how many of the parameters may stay, such as 80%%"
-    )
-    parser.add_argument(
-        "--tier",
-        type=int,
-        choices=(0, 1, 2),
-        default=0,
-        help="what may hold the result: 0 a stock checkpoint, all layers alike (default); 1 one "
-        "whose layers differ, 2 a saved program; both load after `import attnopt`",
-    )
-    parser.add_argument(
-        "--passes",
-        metavar="NAME",
-        nargs="+",
-        help="choose among these rewrites only; `--passes window` keeps some heads whole and gives "
-        "the others a window (tier 2); `attnopt passes` lists all",
-    )
-    parser.add_argument(
-        "--max-drop",
-        metavar="SHARE",
-        help="how much the held-out loss may rise, such as 1%%; the upper bound of its 95 %% "
-        "confidence interval is compared",
-    )
+    _wanted.configure(parser)
     parser.add_argument("--plan", metavar="FILE", help="carry out a plan.yaml instead of searching")
-    parser.add_argument(
-        "--data",
-        metavar="NAME[:ROWSxTOKENS]",
-        default=DATA,
-        help="text to calibrate with and to judge by: stdlib (Python's own library), a file, a "
-        f"folder, or a .safetensors of input_ids (default {DATA})",
-    )
-    parser.add_argument(
-        "--held-out", metavar="ROWS", type=int, default=96, help="held-out rows (default 96)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="order of the text (default 0)")
-    for name, what in _LATER.items():
-        parser.add_argument(f"--{name}", metavar="SHARE", help=f"(not yet) a budget of {what}")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Optimize, print the summary, and say with the status whether the gate was passed."""
-    goal = _goal(arguments)
+    _one_goal(arguments)
+    recipe = _wanted.wanted(arguments, planned=arguments.plan is not None)
     source = _source.resolve(arguments)
     with output.progress() as stages, stages.stage("optimize"):
-        result = _optimize(arguments, source, goal)
+        result = _optimize(arguments, source, recipe)
     place = _place(arguments, result)
     if output.json:
         output.document("attnopt.optimize/1", _document(result, place))
@@ -86,37 +45,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return Exit.ACCEPTED if result.accepted else Exit.GATE
 
 
-def _goal(arguments: argparse.Namespace) -> dict[str, str]:
-    for name, what in _LATER.items():
-        if getattr(arguments, name) is not None:
-            raise CommandError(
-                "AO110",
-                f"--{name} (a budget of {what}) is not served yet; there are --kv-cache, --params",
-            )
-    named = [n for n in (*_BUDGETS, "plan") if getattr(arguments, n) is not None]
-    if not named:
-        raise CommandError(
-            "AO111", "nothing to reach: name a goal, such as --kv-cache 50% or --params 80%"
-        )
-    if len(named) > 1:
-        first, second = (f"--{n.replace('_', '-')}" for n in named[:2])
-        raise CommandError("AO111", f"{first} and {second} exclude each other: one at a time")
-    if arguments.held_out < 2:
-        raise CommandError("AO111", "--held-out needs at least 2 rows for a confidence interval")
-    given = {name: getattr(arguments, name) for name in (*_BUDGETS, "max_drop")}
-    goal = {name: value for name, value in given.items() if value is not None}
-    from attnopt.planning import checked_goal
-
-    try:
-        checked_goal(goal)
-    except ValueError as error:
-        raise CommandError("AO111", str(error)) from error
-    return goal
+def _one_goal(arguments: argparse.Namespace) -> None:
+    """Refuse a plan beside a goal: a plan has its own."""
+    named = [n for n in (*_wanted.BUDGETS, "recipe") if getattr(arguments, n) is not None]
+    if arguments.plan is not None and named:
+        flag = f"--{named[0].replace('_', '-')}"
+        raise CommandError("AO111", f"{flag} and --plan exclude each other: one at a time")
 
 
-def _optimize(
-    arguments: argparse.Namespace, source: _source.Source, goal: dict[str, str]
-) -> "Result":
+def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Recipe") -> "Result":
     from attnopt import passes as registry
     from attnopt.artifacts.saving import refuse_foreign
     from attnopt.data import Source, checked
@@ -126,14 +63,13 @@ def _optimize(
 
     try:
         refuse_foreign(Path(arguments.out).absolute())
-        for name in arguments.passes or ():
+        for name in recipe.passes:
             registry.load(name)
-        data = checked(Source.parse(arguments.data, seed=arguments.seed))
+        data = checked(Source.parse(recipe.data, seed=recipe.seed))
         plan = None if arguments.plan is None else Plan.load(arguments.plan)
     except ValueError as error:
         raise CommandError("AO112", str(error)) from error
-    if plan is not None:
-        goal = {**plan.goal, **goal}
+    goal = {**plan.goal, **recipe.goal} if plan is not None else recipe.goal
     program = _source.capture(source)
     with told(arguments.out, "AO113"), _source.quiet_libraries():
         try:
@@ -143,25 +79,25 @@ def _optimize(
                 plan,
                 data,
                 arguments.out,
-                held_out=arguments.held_out,
-                tier=arguments.tier,
-                command=_command(arguments),
-                passes=arguments.passes,
+                held_out=recipe.held_out,
+                tier=recipe.tier,
+                command=_command(arguments, recipe),
+                passes=recipe.passes or None,
+                rules=recipe.rules,
+                tensor_parallel=recipe.tensor_parallel,
+                tokens=recipe.tokens,
+                work=_wanted.work_of(arguments, arguments.out),
             )
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
 
 
-def _command(arguments: argparse.Namespace) -> str:
+def _command(arguments: argparse.Namespace, recipe: "Recipe") -> str:
     """Return the command that makes the same again."""
     words = ["attnopt", "optimize", arguments.model, "-o", arguments.out]
-    for name in (*_BUDGETS, "max_drop", "plan"):
-        value = getattr(arguments, name)
-        words += [] if value is None else [f"--{name.replace('_', '-')}", value]
-    words += ["--data", arguments.data, "--held-out", str(arguments.held_out)]
-    words += ["--seed", str(arguments.seed)]
-    words += ["--tier", str(arguments.tier)] if arguments.tier else []
-    words += ["--passes", *arguments.passes] if arguments.passes else []
+    words += _wanted.words(arguments, "plan")
+    words += ["--data", recipe.data, "--held-out", str(recipe.held_out)]
+    words += ["--seed", str(recipe.seed)]
     return shlex.join(words)
 
 

@@ -52,6 +52,28 @@ def fits(site: Site | Mlp, config: Config) -> Literal[True] | No:
     return next((r for r in refusals if r is not None), True)
 
 
+def proposals(thing: Site | Mlp, asked: Any) -> tuple[Config, ...]:
+    """List the numbers of heads or of neurons worth removing, the fewest first."""
+    if isinstance(thing, Mlp):
+        counts = sorted({round(thing.neurons * part / _PARTS) for part in range(1, _PARTS)})
+        return tuple(Config(neurons=n, refit=True) for n in counts if 0 < n < thing.neurons)
+    found = [Config(groups=n, refit=True) for n in _few(thing.kv_heads)]
+    if asked.goals != ("kv_cache",) and thing.heads % thing.kv_heads == 0:
+        found += [Config(queries=n, refit=True) for n in _few(thing.heads // thing.kv_heads)]
+    return tuple(found)
+
+
+def _few(units: int) -> list[int]:
+    """Return how many of some units may go, at most so many numbers of them."""
+    step = max(units / _FEW, 1)
+    return sorted({round(step * i) for i in range(1, units) if 0 < round(step * i) < units})
+
+
+# MLPs lose so many sixteenths, attentions their heads in at most so many steps.
+_PARTS = 16
+_FEW = 8
+
+
 def _fits_neurons(mlp: Mlp, config: Config) -> Literal[True] | No:
     if config.groups or config.queries:
         return No("an MLP has neurons and no heads", mlp.name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from attnopt.heads import first_heads
 from attnopt.layers import TINY, Layer, joint_components, output_metric, principal, query_metric
 from attnopt.moments import Statistics
-from attnopt.nouns import No, Site
+from attnopt.nouns import Mlp, No, Site
 from attnopt.refusals import cached_elsewhere, unreadable
 from attnopt.surgery import GraphEdit, Kept, narrow
 
@@ -87,6 +87,28 @@ def decoupled(site: Site) -> tuple[Config, ...]:
     return tuple(
         Config(max(k, v), k_heads=k, v_heads=v) for k in keys for v in _divisors(site.kv_heads)
     )
+
+
+def proposals(site: Site, asked: Any) -> tuple[Config, ...]:
+    """List the settings worth trying for a plan, those of keys and values apart where tiers allow.
+
+    Heads are fused for what they weigh, whether a cache keeps them or not.
+    """
+    if isinstance(site, Mlp) or site.kv_heads == 1:
+        return ()
+    counts = _divisors(site.kv_heads)
+    if asked.tier < tier_of(site, Config(2, v_heads=1)):
+        return tuple(Config(n) for n in counts[1:])
+    keys = counts[:1] if site.qk_norm else counts
+    both = [(k, v) for k in keys for v in counts]
+    return tuple(
+        Config(k) if k == v else Config(max(k, v), k_heads=k, v_heads=v) for k, v in both[1:]
+    )
+
+
+def alike(config: Config) -> tuple[int, int]:
+    """Return what is the same where another site is treated alike."""
+    return config.keys, config.values
 
 
 def _divisors(heads: int) -> tuple[int, ...]:

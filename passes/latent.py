@@ -16,14 +16,16 @@ from torch import Tensor
 from attnopt.heads import first_channels
 from attnopt.layers import Layer, joint_components, output_metric, principal, query_metric
 from attnopt.moments import Statistics
-from attnopt.nouns import No, Site
+from attnopt.nouns import Mlp, No, Site
 from attnopt.refusals import cached_elsewhere, unreadable
 from attnopt.surgery import GraphEdit, Kept, narrow
 
 exact = False
 tier = 2
+follows = ("dha", "amp")
 
 _MULTIPLE = 8
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,25 @@ def candidates(site: Site) -> tuple[Config, ...]:
     if not site.cached:
         return ()
     return tuple(Config(width) for width in range(site.v_head_dim, 0, -_MULTIPLE))
+
+
+def proposals(site: Site, asked: Any) -> tuple[Config, ...]:
+    """List the widths worth trying for a plan, the widest first."""
+    if isinstance(site, Mlp):
+        return ()
+    values = _widths_below(site.v_head_dim)
+    found = [Config(v) for v in values]
+    if site.rope is None and site.qk_norm is None:
+        keys = _widths_below(site.head_dim)
+        found += [Config(None, k) for k in keys]
+        found += [Config(v, k) for v, k in zip(values, keys, strict=False)]
+    return tuple(found)
+
+
+def _widths_below(whole: int) -> list[int]:
+    """Return narrower widths, at most so many of them."""
+    step = _MULTIPLE * max(round(whole / _MULTIPLE / _FEW), 1)
+    return [n for n in range(whole - step, 0, -step) if n % _MULTIPLE == 0]
 
 
 def _width(site: Site, name: str, width: int | None, whole: int) -> No | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from attnopt.finder.emit import fake_mode_of, insert_call
 from attnopt.layers import Layer
 from attnopt.moments import Statistics
-from attnopt.nouns import Choice, No, Site
+from attnopt.nouns import Choice, Mlp, No, Site
 from attnopt.ops import attention
 from attnopt.ops.structure import OPTIONS
 from attnopt.program import Program
@@ -27,6 +27,8 @@ from attnopt.surgery import GraphEdit
 
 exact = False
 tier = 2
+far = True
+follows = ("dha", "amp", "latent")
 
 aten = torch.ops.aten
 
@@ -61,6 +63,68 @@ def fits(site: Site, config: Config) -> Literal[True] | No:
             if refusal is not None:
                 return refusal
     return True
+
+
+def proposals(site: Site, asked: Any) -> tuple[Config, ...]:
+    """List windows of two sizes, each with more and more heads that have one.
+
+    Heads get a window in the order of what it would spoil, the least first.
+    """
+    if isinstance(site, Mlp) or not site.cached or site.kind != "self" or not asked.tokens:
+        return ()
+    found: list[Config] = []
+    for part in _PARTS:
+        window = max(asked.tokens // part, _LEAST)
+        base = Config(window, window // 4)
+        if window + base.first >= asked.tokens or fits(site, base) is not True:
+            continue
+        found += [dataclasses.replace(base, full=full) for full in _whole(site, base, asked)]
+    return tuple(found)
+
+
+def _whole(site: Site, base: Config, asked: Any) -> list[tuple[int, ...]]:
+    """Return the heads that stay whole: fewer and fewer, at last none."""
+    if isinstance(_may_choose(site, base), No):
+        return [()]
+    alone = bool(asked.before)
+    key = f"window/streaming/{base.window}/{base.first}"
+    if key not in asked.statistics.memo:
+        names = {site.name} if alone else None
+        rows = dataclasses.replace(asked.statistics, batches=_few_rows(asked.statistics.batches))
+        asked.statistics.memo[key] = streaming(
+            asked.program, rows, base.window, base.first, names=names
+        )
+    known = asked.statistics.memo[key].get(site.name)
+    if known is None:
+        return [()]
+    order = known.damage.argsort(descending=True, stable=True).tolist()
+    step = max(site.kv_heads / _STEPS, 1)
+    counts = {round(step * i) for i in range(_STEPS) if round(step * i) < site.kv_heads}
+    return [tuple(sorted(order[:n])) for n in sorted(counts, reverse=True)]
+
+
+def _few_rows(batches: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
+    """Return as many batches as heads are told apart by."""
+    found: list[Mapping[str, Any]] = []
+    tokens = 0
+    for batch in batches:
+        found.append(batch)
+        tokens += batch["input_ids"].numel()
+        if tokens >= _ROWS:
+            break
+    return tuple(found)
+
+
+def alike(config: Config) -> tuple[int, int, int]:
+    """Return what is the same where another site is treated alike: how many heads stay whole."""
+    return config.window, config.first, len(config.full)
+
+
+# Windows are these parts of the text; heads are told apart in at most so many steps.
+_PARTS = (16, 4)
+_LEAST = 8
+_STEPS = 4
+_ROWS = 4096
 
 
 def _sizes(site: Site, config: Config) -> No | None:

@@ -9,7 +9,10 @@ import pytest
 from attnopt.cli import Exit, main
 
 CONFIG = '{"model_type": "llama"}'
-COMMANDS = "bench, diff, doctor, explain, export, generate, heal, inspect, optimize, passes, verify"
+COMMANDS = (
+    "bench, diff, doctor, explain, export, generate, heal, inspect, optimize, passes, plan, "
+    "recipes, verify"
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

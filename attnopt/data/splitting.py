@@ -21,6 +21,8 @@ from attnopt.data.sources import STDLIB, Source, checked
 
 Rows = Tensor | Mapping[str, Tensor] | tuple[Mapping[str, Any], ...]
 HELD_OUT = 96
+SCORING = 32
+_DOCUMENTS_OF_A_ROW = 2
 _HELD_OUT_OF = 20
 # More than a token has, so that a piece of a text has the tokens that are wanted.
 _CHARACTERS = 8
@@ -29,13 +31,17 @@ _PICTURES_HELD_OUT_OF = 4
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to calibrate with, and others to judge by: token ids, or tensors by their names."""
+    """Rows to calibrate with, and others to judge by: token ids, or tensors by their names.
+
+    `scoring` are rows of the half to calibrate with that nothing is solved on, to choose by.
+    """
 
     calibration: Rows
     held_out: Rows
     source: str
     digest: str
     documents: int | None = None
+    scoring: Rows | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -67,7 +73,10 @@ def split_of(
     rows = source.rows if held_out is None else held_out
     first, _ = _spread(calibration, tokenizer, source.rows, source.length, source.seed)
     second, used = _spread(held, tokenizer, rows, source.length)
-    return Split(first, second, str(source), _digest({"ids": first}, {"ids": second}), used)
+    told = _digest({"ids": first}, {"ids": second})
+    return Split(
+        first, second, str(source), told, used, _unused(calibration, first, source, tokenizer)
+    )
 
 
 def cut(documents: Sequence[str], tokenizer: Any, *, rows: int, length: int, seed: int) -> Tensor:
@@ -105,6 +114,22 @@ def _spread(
     if len(found) < rows:
         return cut(documents, tokenizer, rows=rows, length=length, seed=seed), None
     return torch.stack(found), used
+
+
+def _unused(
+    documents: Sequence[str], used: Tensor, source: Source, tokenizer: Any
+) -> Tensor | None:
+    """Cut rows from documents that none of the used ones are from; None where those are few."""
+    seed = source.seed
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    # The first of this order have been used, one a row, but for those that are too short.
+    left = [documents[i] for i in order[_DOCUMENTS_OF_A_ROW * len(used) :]]
+    if len(left) < SCORING:
+        return None
+    rows, _ = _spread(left, tokenizer, SCORING, source.length, seed)
+    seen = {row.numpy().tobytes() for row in used}
+    fresh = [row for row in rows if row.numpy().tobytes() not in seen]
+    return torch.stack(fresh) if len(fresh) >= SCORING // 2 else None
 
 
 def _piece(text: str, size: int, random: torch.Generator) -> str:

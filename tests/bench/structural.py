@@ -131,7 +131,8 @@ def _budgeted(ratio: int, tier: int) -> Setting:
     """Give every layer its own numbers of heads, at the bytes of a uniform plan."""
 
     def planned(draw: Draw) -> Tensor:
-        plan = attnopt.plan(draw.program, {"kv_cache": 1 / ratio}, statistics=draw.stats, tier=tier)
+        goal = {"kv_cache": 1 / ratio}
+        plan = attnopt.plan(draw.program, goal, None, ["dha"], statistics=draw.stats, tier=tier)
         return measured(draw, attnopt.apply(draw.program, plan))
 
     return Setting(f"kv {ratio}:1", LOOSER[tier], planned)
