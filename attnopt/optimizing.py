@@ -20,6 +20,7 @@ from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, search
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program, State
+from attnopt.reporting import samples
 from attnopt.rewriting import apply
 from attnopt.verifying import in_float32, verify
 from attnopt.weights import described
@@ -55,6 +56,8 @@ def optimize(
     rewritten = apply(exact, made)
     report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
     measured = measure(rewritten, exact, split.held_out)
+    if out is not None:
+        measured["samples"] = samples(rewritten, exact, split.held_out)
     result = Result(rewritten, exact, made, report, measured, command)
     if out is not None:
         save(result, target(out, result))
