@@ -20,6 +20,7 @@ from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, foreseen
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program, State
+from attnopt.reporting import samples
 from attnopt.rewriting import apply, settled
 from attnopt.search.rules import Rule
 from attnopt.verifying import in_float32, verify
@@ -64,6 +65,8 @@ def optimize(
     rewritten = apply(exact, made)
     report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
     measured = measure(rewritten, exact, split.held_out)
+    if out is not None:
+        measured["samples"] = samples(rewritten, exact, split.held_out)
     result = Result(rewritten, exact, made, report, measured, command)
     if out is not None:
         save(result, target(out, result))

@@ -110,7 +110,7 @@ def _place(arguments: argparse.Namespace, result: "Result") -> Path:
 def _document(result: "Result", place: Path) -> dict[str, Any]:
     from attnopt.artifacts.saving import report_of
 
-    content = report_of(result)
+    content = report_of(result, place)
     kept = {k: v for k, v in content.items() if k != "schema"}
     return {**kept, "out": str(place), "tier": _tier(result)}
 

@@ -52,6 +52,8 @@ def _lines(result: "Result", environment: Mapping[str, Any], tier: int) -> Itera
     packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items())
     yield f"Python {environment['python']}, {packages}; {environment['platform']}."
     yield from ("", *_made_again(result))
+    if result.report is not None:
+        yield "`attnopt/report.html` shows what was found, changed and measured."
     yield "`attnopt/manifest.json` has the sha256 of every file."
 
 

@@ -24,6 +24,7 @@ from attnopt.artifacts.streaming import write_checkpoint
 from attnopt.nouns import No, Plan
 from attnopt.perlayer import UNDERSTANDS as PER_LAYER
 from attnopt.program import Program
+from attnopt.reporting import content_of, page
 from attnopt.untrusted import leaves, runs_code
 from attnopt.verifying import Report
 
@@ -158,30 +159,30 @@ def write(result: Result, model: Any, staging: Path, shard: int = SHARD) -> None
     folder = staging / FOLDER
     folder.mkdir(exist_ok=True)
     result.plan.save(folder / "plan.yaml")
-    _write_json(folder / "report.json", report_of(result))
-    _write_json(folder / "env.json", environment(result))
+    report, made_with = report_of(result, staging), environment(result)
+    _write_json(folder / "report.json", report)
+    _write_json(folder / "env.json", made_with)
+    if "found" in report:
+        (folder / "report.html").write_text(page(report, made_with), encoding="utf-8")
     tier = 2 if model is None else tier_of(model.config)
-    text = card(result, environment(result), tier)
+    text = card(result, made_with, tier)
     (staging / "README.md").write_text(text, encoding="utf-8")
     _mark(staging / "config.json", result, tier)
     write_manifest(staging)
 
 
-def report_of(result: Result) -> dict[str, Any]:
-    """Return what was measured, as JSON values."""
-    sites = [
-        {"site": c.site, "pass": c.rewrite, "config": dict(c.config), "why": c.why}
-        for c in result.plan.choices
-    ]
-    return {
-        "schema": "attnopt.report/1",
-        "accepted": result.accepted,
-        "goal": dict(result.plan.goal),
-        "quality": None if result.report is None else result.report.content(),
-        "measured": dict(result.measured or {}),
-        "changed": sites,
-        "refused": [str(no) for no in result.program.refused],
-    }
+def report_of(result: Result, place: Path | None = None) -> dict[str, Any]:
+    """Return what was measured, as JSON values, of an artifact whose weights lie in `place`."""
+    source = source_folder(result.reference)
+    if source is None or place is None:
+        return content_of(result)
+    return content_of(result, (_weight_bytes(source), _weight_bytes(place)))
+
+
+def _weight_bytes(root: Path) -> int:
+    """Return the size of the weight files of a checkpoint or an artifact."""
+    names = (*root.glob("*.safetensors"), *(root / FOLDER).glob("weights-*.safetensors"))
+    return sum(place.stat().st_size for place in names)
 
 
 def environment(result: Result) -> dict[str, Any]:
