@@ -53,6 +53,7 @@ class GraphEdit:
     statistics: Any = None
     states: dict[str, State] = field(default_factory=dict)
     added: dict[str, Binding] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, statistics: Any = None) -> "GraphEdit":
@@ -72,15 +73,16 @@ class GraphEdit:
             return No("not in its exact form, which every other rewrite starts from", site.name)
         return first
 
-    def parameter(self, name: str, like: Tensor) -> fx.Node:
-        """Return a new parameter of the program; `finish` takes its value by its name."""
+    def parameter(self, name: str, value: Tensor) -> fx.Node:
+        """Return a new parameter of the program, with its first value."""
         placeholder = "p_" + "".join(c if c.isalnum() else "_" for c in name)
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(placeholder)
         with fake_mode_of(self.program.placeholders):
-            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
         self.added[node.name] = Binding("parameter", name)
+        self.values[name] = value
         return node
 
     def reshape_weights(self, changed: Mapping[str, Tensor]) -> None:
@@ -103,7 +105,8 @@ class GraphEdit:
         module = fx.GraphModule(self.program.graph_module, self.graph)
         result = self.program.with_graph(module, note=note).with_weights(changed)
         if self.added:
-            result = replace(result, bindings={**result.bindings, **self.added})
+            bindings = {**result.bindings, **self.added}
+            result = replace(result.with_weights(self.values), bindings=bindings)
         if not self.states:
             return result
         return result.with_states(tuple(self.states.get(s.name, s) for s in result.states))
