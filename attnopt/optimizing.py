@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attnopt import debug
 from attnopt.artifacts.saving import Result, needed_tier, refuse_foreign, save, stock_model
+from attnopt.branches import branches, has_branches
 from attnopt.calibrating import calibrate
 from attnopt.data import Split, batches_of, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
@@ -67,6 +68,10 @@ def optimize(
     measured = measure(rewritten, exact, split.held_out)
     if out is not None:
         measured["samples"] = samples(rewritten, exact, split.held_out)
+    if isinstance(split.held_out, Tensor) and rewritten.states and has_branches(rewritten):
+        linear = branches(rewritten, split.held_out)
+        measured["linear"] = linear.content()
+        rewritten = replace(rewritten, history=(*rewritten.history, *linear.told))
     result = Result(rewritten, exact, made, report, measured, command)
     if out is not None:
         save(result, target(out, result))

@@ -1,14 +1,15 @@
 """Attend by way of a matrix that holds what was seen: linear attention, behind a window or alone.
 
-`hybrid` takes the softmax over a window, and learned features for everything older, under one
-denominator; with a window as long as the text it is softmax attention. `pure` has no window,
-`gated` none either, but a decay for each head. The cache is the window and a matrix of constant
-size. Without healing the features stand for little: `heal=True` says that it follows, and lets
-`pure` and `gated` replace a softmax. The state is a matrix for each query head. A window slides key
-by key, so that padding on the left changes nothing.
+`hybrid` takes the softmax over a window, and features for everything older, under one denominator;
+with a window as long as the text it is softmax attention. `pure` has no window, `gated` none
+either, but a decay for each head; `heal=True` says that healing follows, and lets these two replace
+a softmax. The cache is the window and a matrix of constant size for each query head. Features are
+centres of the keys that calibration saw (`attnopt.centroids`), or maps that are to be learned. A
+window slides key by key, so that padding on the left changes nothing.
 https://arxiv.org/abs/2410.10254, https://arxiv.org/abs/2405.17381, https://arxiv.org/abs/2510.05901
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -16,21 +17,23 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from attnopt.centroids import centroid_maps, sampled
 from attnopt.finder.emit import insert_call
-from attnopt.nouns import No, Site
+from attnopt.finder.match import Match
+from attnopt.moments import Statistics
+from attnopt.nouns import Choice, No, Plan, Site
 from attnopt.ops import linear_attention
-from attnopt.ops.features import FEATURES, width
-from attnopt.refusals import cached_elsewhere
+from attnopt.ops.features import CENTROIDS, FEATURES
+from attnopt.program import Program
+from attnopt.refusals import NothingToDoError, cached_elsewhere
 from attnopt.surgery import GraphEdit
 
 exact = False
 tier = 2
-weightless = True
 
 KINDS: Final = ("hybrid", "pure", "gated")
 _PARAMETERS: Final = ("map_q", "map_k", "gate", "decay")
-# What a hybrid gives the window at first, and how much of its state a head keeps over a token.
-_GATE: Final = 0.1
+# How much of its state a head keeps over a token, at first.
 _DECAYS: Final = (0.9, 0.999)
 _KEPT: Final = ("padding", "scale", "k_map", "v_map")
 
@@ -39,14 +42,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Config:
-    """The `window` of a hybrid counts a query's own key; `features` are the columns of a map.
+    """The `window` of a hybrid counts a query's own key; `features` are those of a head.
 
-    None of them is as many as a head has channels; `hedgehog` makes two of each.
+    None of them is twice as many as it has channels.
     """
 
     kind: Literal["hybrid", "pure", "gated"] = "hybrid"
     window: int = 64
-    feature: str = "hedgehog"
+    feature: str = CENTROIDS
     features: int | None = None
     heal: bool = False
 
@@ -78,8 +81,8 @@ def _settings(site: Site, config: Config) -> No | None:
         return No(f"feature {config.feature!r}: it is {named}", site.name)
     if config.kind == "hybrid" and config.window < 1:
         return No(f"window {config.window}: it has the query's own key at least", site.name)
-    if config.features is not None and config.features < 1:
-        return No(f"features {config.features}: a map has one column at least", site.name)
+    if config.features is not None and (config.features < 2 or config.features % 2):
+        return No(f"features {config.features}: an even number from 2", site.name)
     return None
 
 
@@ -117,23 +120,38 @@ def _unhealed(site: Site, config: Config) -> No | None:
     )
 
 
+def weightless(config: Config) -> bool:
+    """Tell whether the features come without calibration."""
+    return config.feature != CENTROIDS
+
+
 def convert(site: Site, stats: Any, config: Config) -> dict[str, Tensor]:
-    """Return the feature maps and factors of the heads; the projections stay as they are."""
-    return {_name(site, name): x for name, x in _initial(site, config).items()}
+    """Return no other projections; what is added is made where the graph is at hand."""
+    return {}
 
 
-def _initial(site: Site, config: Config) -> dict[str, Tensor]:
-    """Return the parameters as they begin: maps that leave channels as they are, scaled."""
-    count = site.head_dim if config.features is None else config.features
-    eye = torch.eye(site.head_dim, count).repeat(site.heads, 1, 1)
-    scale = site.head_dim**-0.5 if site.scale is None else site.scale
-    eye = eye * math.sqrt(abs(scale))
-    found = {"map_q": eye, "map_k": eye.clone()}
-    if config.kind == "hybrid":
-        found["gate"] = torch.full((site.heads,), _GATE).logit()
+def _initial(edit: GraphEdit, site: Site, config: Config, match: Match) -> dict[str, Tensor]:
+    """Return the new parameters as they begin."""
+    count = _features(site, config)
+    causal = site.mask.kind == "causal"
+    found: dict[str, Tensor] = {}
+    if config.feature == CENTROIDS:
+        sample = sampled(edit.program, match.anchor, edit.statistics.batches, match.scale)
+        found |= centroid_maps(sample, count, window=config.near, causal=causal)
+    else:
+        columns = count // 2 if config.feature == "hedgehog" else count
+        eye = torch.eye(site.head_dim, columns).repeat(site.heads, 1, 1)
+        eye = eye * math.sqrt(abs(match.scale))
+        found |= {"map_q": eye, "map_k": eye.clone()}
+        if config.kind == "hybrid":
+            found["gate"] = torch.full((site.heads,), math.log(count))
     if config.kind == "gated":
         found["decay"] = torch.linspace(*_DECAYS, site.heads).logit()
     return found
+
+
+def _features(site: Site, config: Config) -> int:
+    return 2 * site.head_dim if config.features is None else config.features
 
 
 def _name(site: Site, parameter: str) -> str:
@@ -149,10 +167,17 @@ def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
     given = {n: x for n, x in node.kwargs.items() if x is not None}
     if "mask" in given:
         return No("a mask hides some of its keys from some queries only", site.name)
-    made = {n: edit.parameter(_name(site, n), x) for n, x in _initial(site, config).items()}
-    for name in ("gate", "decay"):
+    if config.feature == CENTROIDS and not getattr(edit.statistics, "batches", ()):
+        return No(
+            "its centres are those of keys on calibration rows, and the statistics came without "
+            "their rows; calibrate again, or choose another feature",
+            site.name,
+        )
+    initial = _initial(edit, site, config, match)
+    made = {n: edit.parameter(_name(site, n), x) for n, x in initial.items()}
+    for name, function in (("gate", aten.exp.default), ("decay", aten.sigmoid.default)):
         if name in made:
-            made[name] = insert_call(node, aten.sigmoid.default, made[name])
+            made[name] = insert_call(node, function, made[name])
     node.target = linear_attention
     node.args = (*node.args[:3], *(made.get(name) for name in _PARAMETERS))
     node.kwargs = {
@@ -166,8 +191,7 @@ def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
 
 def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
     """Return the elements that a cache keeps once; for a workload, the operations of a call."""
-    count = width(site.head_dim if config.features is None else config.features, config.feature)
-    matrix = count * (site.v_head_dim + 1)
+    matrix = _features(site, config) * (site.v_head_dim + 1)
     window = config.near * site.kv_heads * (site.head_dim + site.v_head_dim)
     found = {"kv_elements_per_token": 0.0, "kv_elements": float(window + site.heads * matrix)}
     if workload is None:
@@ -179,3 +203,84 @@ def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
 
 # A chunk of queries weighs its own keys one by one.
 _CHUNK: Final = 64
+
+
+# ------------------------------------------------------------------------------------- allocation
+
+
+def allocate(
+    program: Program, stats: Statistics, share: float, *, tokens: int, **settings: Any
+) -> tuple[Choice, ...]:
+    """Convert the layers that lose least, as few as leave the cache its `share`.
+
+    The cache is that of a text of so many `tokens`.
+    """
+    base = Config(**settings)
+    cached = [s for s in program.main.sites if s.cached]
+    able = _able(program, base)
+    sizes = {s.name: float(s.kv_heads * (s.head_dim + s.v_head_dim) * tokens) for s in cached}
+    saved = {s.name: sizes[s.name] - cost(s, base, None)["kv_elements"] for s in able}
+    goal = (1 - share) * sum(sizes.values())
+    order = _order(program, stats, base, [s for s in able if saved[s.name] > 0])
+    chosen: list[tuple[str, float]] = []
+    for name, lost in order:
+        if goal > 1e-9:
+            goal -= saved[name]
+            chosen.append((name, lost))
+    if goal > 1e-9 or not chosen:
+        least = 1 - sum(max(x, 0.0) for x in saved.values()) / sum(sizes.values())
+        raise NothingToDoError(
+            f"windows of {base.near} and matrices leave {least:.4g} of a cache of {tokens:,} "
+            f"tokens, not {share:.4g}; ask for more, or set a smaller window or fewer features"
+        )
+    return _choices(base, chosen)
+
+
+def choose(
+    program: Program, stats: Statistics, layers: float, **settings: Any
+) -> tuple[Choice, ...]:
+    """Convert so many layers, or a share of all below 1, those that lose least."""
+    base = Config(**settings)
+    able = _able(program, base)
+    count = round(layers * len(program.main.sites)) if 0 < layers < 1 else int(layers)
+    if not 0 <= count <= len(able):
+        raise NothingToDoError(f"layers {layers!r}: {len(able)} attentions can be linear")
+    return _choices(base, _order(program, stats, base, able)[:count]) if count else ()
+
+
+def _able(program: Program, base: Config) -> list[Site]:
+    """List the attentions that can be linear; the reasons why none can are an error."""
+    answers = {s.name: fits(s, base) for s in program.main.sites}
+    found = [s for s in program.main.sites if answers[s.name] is True]
+    if not found:
+        why = next((str(no) for no in answers.values()), "there is no attention")
+        raise NothingToDoError(f"no attention can be linear: {why}")
+    return found
+
+
+def _order(
+    program: Program, stats: Statistics, base: Config, able: list[Site]
+) -> list[tuple[str, float]]:
+    """Return the attentions with what each loses of its output alone, the least first."""
+    from attnopt.healing.comparing import site_losses
+    from attnopt.rewriting import apply
+
+    if not able:
+        return []
+    plan = Plan(_choices(base, [(s.name, 0.0) for s in able]), statistics=stats)
+    exact_form = apply(program.main, "exact").growing
+    converted = apply(exact_form, plan).growing
+    batch = {n: x[:_ROWS] for n, x in stats.batches[-1].items()}
+    lost = site_losses(converted, exact_form, batch)
+    return sorted(((s.name, lost[s.name]) for s in able), key=lambda item: (item[1], item[0]))
+
+
+def _choices(base: Config, chosen: list[tuple[str, float]]) -> tuple[Choice, ...]:
+    settings = dataclasses.asdict(base)
+    return tuple(
+        Choice(name, "linear", settings, f"loses {lost:.2%} of its output before healing")
+        for name, lost in sorted(chosen)
+    )
+
+
+_ROWS: Final = 8

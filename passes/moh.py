@@ -103,14 +103,10 @@ def _site(site: Site, config: Config) -> Iterable[No | None]:
 
 
 def convert(site: Site, stats: Statistics, config: Config) -> dict[str, Tensor]:
-    """Return routers of zeros, or the output projection that is solved anew."""
-    output = site.projections["o"].parameter
-    if config.mode == "trained":
-        like = stats.weights[output]
-        shapes = _routers(site, config, _width(site, stats))
-        return {_named(site, n): like.new_zeros(shape) for n, shape in shapes.items()}
-    if _is_whole(site, config) or not config.refit:
+    """Return the output projection, which is then solved anew, where it is."""
+    if config.mode == "trained" or _is_whole(site, config) or not config.refit:
         return {}
+    output = site.projections["o"].parameter
     return {output: stats.weights[output]}
 
 
@@ -188,7 +184,7 @@ def _learned_gates(
         return source
     shapes = _routers(site, config, int(value(source).shape[-1]))
     like = edit.program.weights[site.projections["o"].parameter]
-    made = {n: edit.parameter(_named(site, n), like.new_empty(s)) for n, s in shapes.items()}
+    made = {n: edit.parameter(_named(site, n), like.new_zeros(s)) for n, s in shapes.items()}
     options = {"count": _count(site, config) - config.shared, "heads": _order(edit, site, config)}
     routers = [made[n] for n in ("routed", "pair", "shared") if n in made]
     return writer.call(router_gates, edit.mapping[source], *routers, **options)
@@ -222,10 +218,3 @@ def _routers(site: Site, config: Config, width: int) -> dict[str, tuple[int, int
 
 def _named(site: Site, router: str) -> str:
     return f"{site.module}.router.{router}".removeprefix(".")
-
-
-def _width(site: Site, stats: Statistics) -> int:
-    """Return how many channels the queries are made of."""
-    made = site.projections["q"]
-    weight = stats.weights[made.parameter]
-    return weight.numel() // weight.shape[made.axis]

@@ -17,10 +17,11 @@ def distance(
 ) -> Tensor:
     """Return the mean over regions of the squared error of the output, relative to its energy."""
     kept = kept_tokens(inputs)
-    return torch.stack([_relative(a, b, kept) for a, b in zip(ours, theirs, strict=True)]).mean()
+    return torch.stack([relative(a, b, kept) for a, b in zip(ours, theirs, strict=True)]).mean()
 
 
-def _relative(ours: Tensor, theirs: Tensor, kept: Tensor | None) -> Tensor:
+def relative(ours: Tensor, theirs: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the mean over rows of the squared error over the energy, of the tokens kept."""
     ours, theirs = ours.float(), theirs.float()
     if kept is not None and ours.shape[:2] == kept.shape:
         where = kept.unsqueeze(-1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnopt.branches import Branches, branches, has_branches
 from attnopt.frontend import capture
 from attnopt.healing import checkpoints
 from attnopt.healing.functional import Functional, wide_weights
@@ -47,6 +48,7 @@ class Healing:
     learned: int
     skipped: tuple[str, ...] = ()
     leads: bool = True
+    linear: Branches | None = None
 
     @property
     def left(self) -> float:
@@ -55,7 +57,9 @@ class Healing:
 
     def content(self) -> dict[str, Any]:
         """Return the numbers as JSON values."""
+        linear = {} if self.linear is None else {"linear": self.linear.content()}
         return {
+            **linear,
             "before": self.before.content(),
             "after": self.after.content(),
             "looks": [dict(look) for look in self.looks],
@@ -156,8 +160,10 @@ def _measured(run: Run, result: Program, before: Tensor) -> Healing:
         f"heal: {progress.steps} steps, {progress.tokens} tokens, "
         f"loss {lost.nll.mean():.4f} to {left.nll.mean():.4f} (teacher {left.base:.4f})"
     )
+    linear = branches(result, judged["input_ids"]) if _reads_far(result, judged) else None
+    notes = () if linear is None else linear.told
     return Healing(
-        replace(result, history=(*result.history, note)),
+        replace(result, history=(*result.history, note, *notes)),
         lost,
         left,
         looks=progress.looks,
@@ -169,7 +175,13 @@ def _measured(run: Run, result: Program, before: Tensor) -> Healing:
         learned=sum(x.numel() for x in task.learner.leaves.values()),
         skipped=() if task.cut is None else tuple(map(str, task.cut.skipped)),
         leads=task.workers.leads,
+        linear=linear,
     )
+
+
+def _reads_far(program: Program, rows: Mapping[str, Tensor]) -> bool:
+    """Tell whether there is linear attention over texts."""
+    return "input_ids" in rows and bool(program.states) and has_branches(program)
 
 
 def _scored(rows: Mapping[str, Tensor]) -> Tensor:

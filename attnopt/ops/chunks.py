@@ -22,8 +22,8 @@ from attnopt.ops.opaque_linear import opaque
 from attnopt.ops.window import held_sides, positions_of, ring_of
 
 _CHUNK: Final = 64
-# Elements of the states of a segment: more of them leave the cache.
-_MOST: Final = 2**21
+# Weights of a segment: more of them leave the cache.
+_MOST: Final = 2**19
 
 
 def attend_linear(
@@ -102,7 +102,8 @@ def _begin(
     tokens = q.shape[2]
     left = max(tokens - mixing.window, 0)
     hidden = None if padding is None else padding[..., :left]
-    after = _folded(mixing, keys[:, :, :left], values[:, :, :left], hidden)
+    of_key = mixing.of_keys(keys[:, :, :left], hidden)
+    after = _folded(mixing, of_key, values[:, :, :left])
     rings = [ring_of(x, tokens, past_k.shape[2], 0) for x in (k, v)]
     return mixing.divided(sums, v.dtype), rings[0], rings[1], after.to(state.dtype)
 
@@ -144,15 +145,14 @@ def _one(
     return found, past_k, past_v, now.to(state.dtype)
 
 
-def _folded(mixing: Mixing, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+def _folded(mixing: Mixing, of_key: Tensor, v: Tensor) -> Tensor:
     """Return the state of some keys, decayed to the last of them."""
-    found = mixing.of_keys(k, padding)
     if mixing.decay is not None:
-        age = torch.arange(k.shape[2] - 1, -1, -1, device=k.device)
-        weight = mixing.powers(age, k)
+        age = torch.arange(v.shape[2] - 1, -1, -1, device=v.device)
+        weight = mixing.powers(age, v)
         assert weight is not None
-        found = found * weight.unsqueeze(-1)
-    return found.transpose(-1, -2) @ v
+        of_key = of_key * weight.unsqueeze(-1)
+    return of_key.transpose(-1, -2) @ v
 
 
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor | None) -> Tensor:
@@ -162,26 +162,24 @@ def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor 
     size, reach = bands.size, bands.reach
     chunks = -(-tokens // size)
     early = max(keys - tokens - reach, 0)
-    state = _folded(
-        mixing, k[:, :, :early], v[:, :, :early], None if padding is None else padding[..., :early]
-    )
+    of_key = mixing.of_keys(k, padding)
+    state = _folded(mixing, of_key[:, :, :early], v[:, :, :early])
     missing = max(reach - (keys - tokens), 0)
     ends = (missing, chunks * size - tokens)
     shown = None
-    if padding is not None or missing:
+    if mixing.window and (padding is not None or missing):
         shown = q.new_ones(1, 1, 1, keys, dtype=torch.bool) if padding is None else padding
         shown = F.pad(shown[..., early:], ends, value=False)
-    k, v = (F.pad(x[:, :, early:], (0, 0, *ends)) for x in (k, v))
     q = F.pad(q, (0, 0, 0, ends[1]))
-    per_segment = max(1, _MOST // max(state.numel(), 1)) * size
-    if tokens <= per_segment:
-        return bands.attend(q, k, v, shown, state)[0][:, :, :tokens]
+    k, v, of_key = (F.pad(x[:, :, early:], (0, 0, *ends)) for x in (k, v, of_key))
+    together = max(1, _MOST // (q.shape[0] * q.shape[1] * size * (reach + size))) * size
     found: list[Tensor] = []
-    for first in range(0, chunks * size, per_segment):
-        stop = min(first + per_segment, chunks * size)
+    for first in range(0, chunks * size, together):
+        stop = min(first + together, chunks * size)
         cut = slice(first, stop + reach)
         part = None if shown is None else shown[..., cut]
-        sums, state = bands.attend(q[:, :, first:stop], k[:, :, cut], v[:, :, cut], part, state)
+        read = (x[:, :, cut] for x in (k, v, of_key))
+        sums, state = bands.attend(q[:, :, first:stop], *read, part, state)
         found.append(sums)
     return torch.cat(found, dim=2)[:, :, :tokens]
 
@@ -210,39 +208,38 @@ class _Bands:
         return column[self.reach :].unsqueeze(1) - column
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None, state: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, of_key: Tensor, shown: Tensor | None, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the sums of whole chunks of queries, and the state after the last.
 
         Before the keys of the queries stand those that their windows reach into.
         """
         mixing, size = self.mixing, self.size
-        marks = None if shown is None else shown[:, :, 0].unflatten(2, (-1, size)).unsqueeze(-1)
-        key, value = k.unflatten(2, (-1, size)), v.unflatten(2, (-1, size))
-        query = q.unflatten(2, (-1, size))
-        count, distance = query.shape[2], self.distance()
-        near: Tensor | None = None
-        top: Tensor | None = None
+        query, key, value, of_key = (x.unflatten(2, (-1, size)) for x in (q, k, v, of_key))
+        count, top, sums = query.shape[2], None, None
+        values = self._spread(value, count)
         if mixing.window:
+            marks = None if shown is None else shown[:, :, 0].unflatten(2, (-1, size))
             near, top = self._near(query, self._spread(key, count), marks)
-            top = top.flatten(2, 3)
+            sums, top = near @ values, top.flatten(2, 3)
         of_query = mixing.of_queries(q, top).unflatten(2, (-1, size))
-        of_key = mixing.of_keys(k, shown).unflatten(2, (-1, size))
-        near_values, near_features = (self._spread(x, count) for x in (value, of_key))
-        weights = of_query @ near_features.transpose(-1, -2)
+        # Keys of a query's own chunk are far only where the window ends within it.
+        last = self.reach if mixing.window >= size else self.reach + size
+        distance = self.distance()[:, :last]
+        weights = of_query @ self._spread(of_key, count)[..., :last, :].transpose(-1, -2)
         age = mixing.powers(distance.clamp(min=0), q)
         if age is not None:
             weights = weights * age.unsqueeze(1)
-        weights = weights.masked_fill(distance < mixing.window, 0.0)
-        weights = weights if near is None else weights + near
+        far = weights.masked_fill_(distance < mixing.window, 0.0) @ values[..., :last, :]
         states = self._states(of_key[:, :, :count], value[:, :, :count], state)
-        far = of_query @ states[:, :, :-1]
+        before = of_query @ states[:, :, :-1]
         if mixing.decay is not None:
             row = torch.arange(size, device=q.device) + self.reach + 1
             weight = mixing.powers(row, q)
             assert weight is not None
-            far = far * weight.view(-1, 1, size, 1)
-        return (weights @ near_values + far).flatten(2, 3), states[:, :, -1]
+            before = before * weight.view(-1, 1, size, 1)
+        sums = far + before if sums is None else sums + far + before
+        return sums.flatten(2, 3), states[:, :, -1]
 
     def _spread(self, x: Tensor, count: int) -> Tensor:
         """Put beside each chunk (B, H, n, c, .) those that its window reaches into."""
@@ -253,11 +250,12 @@ class _Bands:
     def _near(self, query: Tensor, key: Tensor, marks: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the weights of the keys in the windows, and the largest scores."""
         distance = self.distance()
-        near = (distance >= 0) & (distance < self.mixing.window)
+        hidden = (distance < 0) | (distance >= self.mixing.window)
         if marks is not None:
-            near = near & self._spread(marks, query.shape[2]).transpose(-1, -2)
+            shown = self._spread(marks.unsqueeze(-1), query.shape[2])
+            hidden = hidden | ~shown.transpose(-1, -2)
         scores = self.mixing.scaled(query) @ key.transpose(-1, -2)
-        return self.mixing.near(scores.masked_fill(~near, -torch.inf))
+        return self.mixing.near(scores.masked_fill_(hidden, -torch.inf))
 
     def _states(self, of_key: Tensor, value: Tensor, state: Tensor) -> Tensor:
         """Return the state before each chunk and after the last (B, H, n + 1, F, E + 1)."""

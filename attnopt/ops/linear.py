@@ -67,7 +67,7 @@ class Mixing:
         top = top.masked_fill(top == -torch.inf, 0.0)
         if self.feature == features.CENTROIDS:
             top = top.detach()  # a factor of all weights alike
-        weights = torch.exp(scores - top)
+        weights = (scores - top).exp_()
         if self.gate is not None:
             weights = weights * self.gate.to(scores.dtype).view(-1, *[1] * (scores.dim() - 2))
         return weights, top

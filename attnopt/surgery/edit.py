@@ -1,6 +1,6 @@
 """A copy of a program's graph under change, and what of a site's heads and channels stays in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class GraphEdit:
     statistics: Any = None
     states: dict[str, State] = field(default_factory=dict)
     added: dict[str, Binding] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, statistics: Any = None) -> "GraphEdit":
@@ -72,27 +73,16 @@ class GraphEdit:
             return No("not in its exact form, which every other rewrite starts from", site.name)
         return first
 
-    def parameter(self, name: str, like: Tensor) -> fx.Node:
-        """Return a new parameter of the program; `finish` takes its value by its name."""
+    def parameter(self, name: str, value: Tensor) -> fx.Node:
+        """Return a new parameter of the program, with its first value."""
         placeholder = "p_" + "".join(c if c.isalnum() else "_" for c in name)
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(placeholder)
         with fake_mode_of(self.program.placeholders):
-            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
         self.added[node.name] = Binding("parameter", name)
-        return node
-
-    def add_parameter(self, name: str, shape: Sequence[int]) -> fx.Node:
-        """Insert an input that reads a new parameter, of the dtype that the others have."""
-        last = self.graph.find_nodes(op="placeholder")[-1]
-        kinds = self.program.bindings
-        like = next(n for n in self.program.placeholders if kinds[n.name].kind == "parameter")
-        with self.graph.inserting_after(last):
-            node = self.graph.placeholder(f"p_{name.replace('.', '_')}")
-        with fake_mode_of((like,)):
-            node.meta["val"] = value(like).new_empty(tuple(shape))
-        self.added[node.name] = Binding("parameter", name)
+        self.values[name] = value
         return node
 
     def shared_call(self, target: Any, *args: Any) -> fx.Node:
@@ -122,7 +112,8 @@ class GraphEdit:
         drop_unused(self.graph)
         self.graph.lint()
         module = fx.GraphModule(self.program.graph_module, self.graph)
-        result = self.program.with_graph(module, note=note).with_weights(changed)
+        result = self.program.with_graph(module, note=note)
+        result = result.with_weights(self.values).with_weights(changed)
         result = replace(result, bindings={**result.bindings, **self.added})
         if not self.states:
             return result
