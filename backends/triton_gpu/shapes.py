@@ -33,7 +33,7 @@ FORWARD: Final = {
     (100, 256): Shape(64, 32, 4, 2),
 }
 
-ROUTED: Final = FORWARD | {(80, 128): Shape(64, 32, 4, 3)}
+ROUTED: Final = FORWARD | {(80, 128): Shape(64, 32, 8, 3)}
 """For packed rows, each of which has a place of its own to be read from."""
 
 QUERIES: Final = {
