@@ -14,7 +14,7 @@ SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What a block may have, in bytes: an A100 has 163 KB, but its kin whose shapes are the same 99."""
 KERNELS = {
     "forward_kernel", "delta_kernel", "queries_kernel", "keys_kernel", "decode_kernel",
-    "join_kernel",
+    "join_kernel", "routed_kernel",
 }  # fmt: skip
 
 

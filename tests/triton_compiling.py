@@ -28,6 +28,7 @@ from attnopt.backends.triton_gpu.decoding import decode_launches
 from attnopt.backends.triton_gpu.forward import forward_launch
 from attnopt.backends.triton_gpu.launching import Launch
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
+from attnopt.backends.triton_gpu.routed import routed_launch
 from attnopt.ops.options import Options
 from attnopt.ops.plans import plan_of_structure
 
@@ -124,6 +125,9 @@ def launches(width: int, case: str, chip: int, tokens: int = 1024) -> Iterator[L
     options.pop("sinks")
     yield from backward_launches(q, k, k, q, lse, lse, plan, hidden, rules, chip=chip, **options)[0]
     if case != "grid":
+        gates = torch.ones(1, 8, tokens, dtype=torch.bfloat16)
+        options["sinks"] = more.get("sinks")
+        yield routed_launch(q, k, k, gates, hidden, rules, chip=chip, **options)[0]
         rules, hidden, more = call_of(case, 1, 8, 1, tokens)
         options = {"sinks": None, "softcap": None, "scale": scale, **more}
         yield from decode_launches(q[:, :, -1:], k, k, hidden, rules, splits=4, **options)[0]

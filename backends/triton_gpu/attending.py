@@ -16,11 +16,14 @@ from attnopt.backends.triton_gpu.backward import backward_launches, delta_launch
 from attnopt.backends.triton_gpu.decoding import decode_launches
 from attnopt.backends.triton_gpu.forward import forward_launch
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
+from attnopt.backends.triton_gpu.routed import routed_launch
 from attnopt.ops.attention import attention
 from attnopt.ops.blocks import TILE, block_attention, reads_plan
 from attnopt.ops.blockwise import attend_blocks as attend_blocks_anywhere
 from attnopt.ops.options import Options
+from attnopt.ops.packed import attend_routed as attend_routed_anywhere
 from attnopt.ops.plans import BlockPlan, plan_of_mask, plan_of_structure
+from attnopt.ops.routed import gated, routed_attention
 from attnopt.ops.sdpa import Memo
 from attnopt.ops.sdpa import attend as attend_anywhere
 from attnopt.ops.structure import visible_keys
@@ -31,7 +34,11 @@ _REMEMBERED = 16
 
 def kernel_of(node: fx.Node) -> Fast | None:
     """Return what a node of a graph is run by: a kernel, or the fast copy of any machine."""
-    own: dict[Any, Fast] = {attention: attend, block_attention: attend_blocks}
+    own: dict[Any, Fast] = {
+        attention: attend,
+        block_attention: attend_blocks,
+        routed_attention: attend_routed,
+    }
     return own.get(node.target) or fast_copy(node)
 
 
@@ -96,6 +103,33 @@ def attend_blocks(
     return _blind(*found, given.heads_of(k, v)[1], given)
 
 
+def attend_routed(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *, memo: Memo | None = None, **options: Any
+) -> Tensor:
+    """Return what `routed_attention_reference` returns; gradients go another way."""
+    given = Options.read(options)
+    keys, values = given.heads_of(k, v)
+    trained = routing.wants_gradients(q, k, v, gates)
+    if trained or keys.shape[1] != values.shape[1] or not routing.fits(q, k, v, given):
+        return attend_routed_anywhere(q, k, v, gates, memo=memo, **options)
+    gates = gates.expand(q.shape[:3])
+    if routing.splits_keys(q, keys, values):
+        live = (gates != 0).unflatten(1, (keys.shape[1], -1)).flatten(2).any(-1)
+        out, lse = attend_few(q, k, v, live=live.to(torch.uint8), **options)
+        return gated(_blind(out, lse, values, given), gates)
+    hidden = Hidden.of(given, (*q.shape[:3], keys.shape[2]))
+    launch, out, lse = routed_launch(
+        q, keys, values, gates, hidden, Rules.of(**given.structure), sinks=given.sinks,
+        scale=_scale(q, given), softcap=given.softcap,
+    )  # fmt: skip
+    launch.run()
+    if not given.mean_if_blind or given.sinks is not None:
+        return out
+    return torch.where(
+        lse.isneginf().unsqueeze(-1), gated(_blind(out, lse, values, given), gates), out
+    )
+
+
 def attend_by_plan(
     q: Tensor,
     k: Tensor,
@@ -131,19 +165,21 @@ def attend_few(
     positions: Tensor | None = None,
     place: int | None = None,
     splits: int | None = None,
+    live: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp of few queries over many keys, without gradients.
 
     The first query stands at `place`: by default, the queries are the last of the keys. Keys stand
-    where `positions` (S,), int32, says; -1 says that a place holds no key.
+    where `positions` (S,), int32, says; -1 says that a place holds no key. Keys of heads that are
+    not `live`, (B, key heads) bytes, are not read; key heads are then as many as value heads.
     """
     given = Options.read(options)
     k, v = given.heads_of(k, v)
     hidden = Hidden.of(given, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     launches, out, lse = decode_launches(
         q, k, v, hidden, Rules.of(**given.structure), sinks=given.sinks, scale=_scale(q, given),
-        softcap=given.softcap, positions=positions, place=place, splits=splits,
+        softcap=given.softcap, positions=positions, place=place, splits=splits, live=live,
     )  # fmt: skip
     for launch in launches:
         launch.run()

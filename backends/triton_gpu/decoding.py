@@ -27,7 +27,7 @@ LEAST_BLOCKS = 4
 @triton.jit
 def decode_kernel(
     q, k, v, positions, part, part_lse, q_strides, k_strides, v_strides, hidden, rules, sizes,
-    scale, cap, place, members, head_blocks, tail, count, per, splits, M: tl.constexpr,
+    scale, cap, place, members, head_blocks, tail, count, per, splits, live, M: tl.constexpr,
     N: tl.constexpr, WIDTH: tl.constexpr, SPACE: tl.constexpr, V_WIDTH: tl.constexpr,
     V_SPACE: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,10 @@ def decode_kernel(
     total = tl.full([M], 0.0, tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
     found = tl.full([M, V_SPACE], 0.0, tl.float32)
-    for step in tl.range(split * per, tl.minimum((split + 1) * per, count)):
+    stop = tl.minimum((split + 1) * per, count)
+    if live is not None:
+        stop = tl.where(tl.load(live + b * groups + head // members) != 0, stop, 0)
+    for step in tl.range(split * per, stop):
         start = tl.where(step < head_blocks, step * N, tail + (step - head_blocks) * N)
         column = start + tl.arange(0, N)
         holds = column < sizes.keys
@@ -169,10 +172,12 @@ def decode_launches(
     positions: Tensor | None = None,
     place: int | None = None,
     splits: int | None = None,
+    live: Tensor | None = None,
 ) -> tuple[tuple[Launch, Launch], Tensor, Tensor]:
     """Return what to run, and the output and the log-sum-exp that it fills.
 
-    The first query stands at `place`: by default, the queries are the last of the keys.
+    The first query stands at `place`: by default, the queries are the last of the keys. Of `live`,
+    (B, groups) bytes, a zero says that nobody reads the keys of a group: its heads see nothing.
     """
     batch, heads, queries, _ = q.shape
     sizes = sizes_of(q, k, v)
@@ -200,6 +205,7 @@ def decode_launches(
             "hidden": hidden, "rules": rules, "sizes": sizes, "scale": factor, "cap": cap,
             "place": place, "members": members, "head_blocks": stretch.head_blocks,
             "tail": stretch.tail, "count": stretch.blocks, "per": per, "splits": splits,
+            "live": live,
             "M": rows_for(members * queries, 1 << 30), "N": block, **spaces,
         },
         4,

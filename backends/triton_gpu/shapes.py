@@ -33,6 +33,9 @@ FORWARD: Final = {
     (100, 256): Shape(64, 32, 4, 2),
 }
 
+ROUTED: Final = FORWARD | {(80, 128): Shape(64, 32, 8, 3)}
+"""For packed rows, each of which has a place of its own to be read from."""
+
 QUERIES: Final = {
     (chip, width): shape
     for chip in (80, 90, 100)
@@ -67,6 +70,11 @@ IN_FLOAT32: Final = {
 def forward_shape(width: int, dtype: torch.dtype, chip: int) -> Shape:
     """Return the shape of attention for heads so wide."""
     return _chosen(FORWARD, "forward", width, dtype, chip)
+
+
+def routed_shape(width: int, dtype: torch.dtype, chip: int) -> Shape:
+    """Return the shape of routed attention."""
+    return _chosen(ROUTED, "forward", width, dtype, chip)
 
 
 def query_shape(width: int, dtype: torch.dtype, chip: int) -> Shape:

@@ -1,0 +1,247 @@
+"""What it costs and saves that each token uses some heads only: pass moh.
+
+    python tests/bench/moh.py
+    python tests/bench/moh.py --only quality --rows 24 --draws 1
+    python tests/bench/moh.py --only times --tokens 1024 --rounds 7
+
+`quality`: excess held-out loss of a bundled model with 6 and 4 of 8 heads on, without training, by
+mode, beside static pruning of as many heads (pass amp with a ridge; the best of its scores).
+`healing`: what is left of that at 4 of 8 after distillation. `times`: the op with half of the heads
+on, beside all of them, and beside the masked form that computes all and hides half; compared after
+the results were. Exit status 1 where a point of acceptance fails.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from harness import as_row, compare, write
+from torch import Tensor
+
+import attnopt
+from attnopt.calibrating import Statistics
+from attnopt.data import Source, Split, split_of
+from attnopt.healing import Recipe, healed
+from attnopt.nouns import Choice, Plan
+from attnopt.ops.packed import attend_routed
+from attnopt.ops.routed import gated
+from attnopt.ops.sdpa import attend
+from attnopt.program import Program
+from attnopt.verifying import losses
+
+MODEL: Final = Path(__file__).parents[2] / "examples" / "models" / "code-llama"
+HEADS: Final = (6, 4)
+LENGTHS: Final = (1024, 2048, 4096)
+# Of a call that is timed: query heads, key heads, channels. The first is judged.
+SHAPES: Final = ((32, 8, 128), (8, 8, 64), (8, 8, 128))
+SCORES: Final = ("obs", "amp", "flap", "l2")
+MODES: Final = {
+    "norm": {"scaled": False, "refit": False},
+    "scaled norm": {"refit": False},
+    "scaled norm + refit": {},
+    "group": {"mode": "group"},
+}
+OURS: Final = "scaled norm + refit"
+LARGEST_EXCESS: Final = 0.75
+LARGEST_LEFT: Final = 1 / 3
+LARGEST_TIME: Final = 0.62
+RECIPE: Final = {"site_steps": 120, "site_lr": 4e-3, "lr": 5e-4, "train": "sites", "every": 40}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of acceptance, and whether it is met."""
+
+    what: str
+    found: str
+    met: bool
+
+
+# ----------------------------------------------------------------------------------------- quality
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A program, what calibration saw of it with one draw of the text, and its held-out loss."""
+
+    program: Program
+    stats: Statistics
+    split: Split
+    base: Tensor
+
+    def excess(self, rewrite: str, **config: Any) -> float:
+        """Return the excess loss of one setting at every attention."""
+        made = losses(self.applied(rewrite, **config), self.split.held_out, "rewritten")
+        return float((made - self.base).mean())
+
+    def applied(self, rewrite: str, **config: Any) -> Program:
+        """Carry one setting out at every attention."""
+        choices = tuple(Choice(s.name, rewrite, config) for s in self.program.sites)
+        return attnopt.apply(self.program, Plan(choices, statistics=self.stats))
+
+
+def draw(program: Program, seed: int, rows: int) -> Draw:
+    """Calibrate with a draw of the text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    split = split_of(Source("stdlib", 48, 256, seed=seed), tokenizer, held_out=rows)
+    base = losses(program, split.held_out, "source")
+    return Draw(program, attnopt.calibrate(program, split), split, base)
+
+
+def quality(rows: int, draws: int) -> Iterator[dict[str, Any]]:
+    """Measure excess losses without training."""
+    program = attnopt.apply(attnopt.capture(MODEL), "exact")
+    found: dict[tuple[int, str], list[float]] = {}
+    for seed in range(draws):
+        now = draw(program, seed, rows)
+        if not seed:
+            yield {"what": "source", "loss": round(float(now.base.mean()), 4), "rows": rows}
+        for heads in HEADS:
+            for name, config in MODES.items():
+                excess = now.excess("moh", heads=heads, **config)
+                found.setdefault((heads, name), []).append(excess)
+            for score in SCORES:
+                for refit in (False, True):
+                    name = f"static, {score}{' + refit' if refit else ''}"
+                    pruned = {"groups": 8 - heads, "score": score, "refit": refit}
+                    found.setdefault((heads, name), []).append(now.excess("amp", **pruned))
+    for (heads, name), each in found.items():
+        yield {
+            "what": "quality",
+            "heads": heads,
+            "method": name,
+            "excess": round(sum(each) / len(each), 4),
+            "draws": [round(x, 4) for x in each],
+        }
+
+
+def healing(rows: int, steps: int, learned: int) -> Iterator[dict[str, Any]]:
+    """Heal at half of the heads, both ways of choosing them."""
+    program = attnopt.apply(attnopt.capture(MODEL), "exact")
+    now = draw(program, 0, rows)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    text = split_of(Source("stdlib", learned, 256, seed=1), tokenizer, held_out=2 * rows)
+    for name, config in (("dynamic", {}), ("trained", {"mode": "trained", "shared": 1})):
+        result = healed(
+            now.applied("moh", heads=4, **config), program, text, Recipe(steps, **RECIPE)
+        )
+        yield {
+            "what": "healing",
+            "mode": name,
+            "before": round(result.before.delta_nll.mean, 4),
+            "after": round(result.after.delta_nll.mean, 4),
+            "ci95": [round(x, 4) for x in result.after.delta_nll.ci95],
+            "steps": result.steps,
+            "tokens": result.tokens,
+        }
+
+
+# ------------------------------------------------------------------------------------------- times
+
+
+def times(shape: tuple[int, int, int], tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Time a causal prefill, and a step after it."""
+    heads, key_heads, width = shape
+    chance = torch.Generator().manual_seed(0)
+    q = torch.randn(1, tokens, heads, width, generator=chance).transpose(1, 2)
+    k, v = (torch.randn(1, key_heads, tokens, width, generator=chance) for _ in range(2))
+    # Heads are not used alike: the least of them by half as many tokens as the most.
+    liked = (
+        torch.rand(1, heads, tokens, generator=chance) * torch.linspace(0.7, 1.3, heads)[:, None]
+    )
+    gates = torch.zeros_like(liked).scatter(1, liked.topk(heads // 2, dim=1).indices, 1.0)
+    groups = torch.zeros(1, key_heads, 1)
+    groups[:, ::2] = 1.0
+    groups = groups.repeat_interleave(heads // key_heads, dim=1)
+    one = q[:, :, -1:]
+    for what, queries, mask in (("prefill", q, gates), ("step", one, groups)):
+        calls: dict[str, Callable[[], Tensor]] = {
+            "all": lambda x=queries: attend(x, k, v, {}, causal=True),
+            "half": lambda x=queries, m=mask: attend_routed(x, k, v, m, memo={}, causal=True),
+            "masked": lambda x=queries, m=mask: gated(attend(x, k, v, {}, causal=True), m),
+        }
+        torch.testing.assert_close(calls["half"](), calls["masked"](), rtol=1e-3, atol=1e-4)
+        timing = compare(calls, base="all", most=rounds)
+        yield {
+            "what": what,
+            "shape": list(shape),
+            "tokens": tokens,
+            "all milliseconds": round(1e3 * timing.median("all"), 2),
+            "half over all": as_row(timing.speedup("all", "half")),
+            "masked over all": as_row(timing.speedup("all", "masked")),
+        }
+
+
+# ------------------------------------------------------------------------------------------ points
+
+
+def points(rows: list[dict[str, Any]]) -> list[Point]:
+    """Judge what was measured."""
+    judged: list[Point] = []
+    for heads in HEADS:
+        found = {r["method"]: r["excess"] for r in rows if r.get("heads") == heads}
+        if found:
+            best = min((m for m in found if m.startswith("static")), key=lambda m: found[m])
+            ratio = found[OURS] / found[best]
+            what = f"{heads} of 8 heads on: at most {LARGEST_EXCESS} of {best}"
+            judged.append(Point(what, f"{ratio:.3f}", ratio <= LARGEST_EXCESS))
+    free = [r["excess"] for r in rows if r.get("heads") == 4 and r["method"] == OURS]
+    for row in rows:
+        if row["what"] == "healing" and row["mode"] == "dynamic":
+            left = row["after"] / (free[0] if free else row["before"])
+            what = f"healed at 4 of 8: at most {LARGEST_LEFT:.2f} of the excess is left"
+            judged.append(Point(what, f"{left:.3f}", left <= LARGEST_LEFT))
+        if row["what"] == "prefill" and tuple(row["shape"]) == SHAPES[0]:
+            ratio = row["half over all"]["ratio"]
+            what = f"half of the heads at {row['tokens']:,} tokens: at most {LARGEST_TIME} of all"
+            judged.append(Point(what, f"{ratio:.3f}", ratio <= LARGEST_TIME))
+    return judged
+
+
+@torch.no_grad()
+def timed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time all shapes at all lengths."""
+    for shape in SHAPES:
+        for tokens in options.tokens:
+            yield from times(shape, tokens, options.rounds)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print a line a row, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["quality", "healing", "times"])
+    parser.add_argument("--rows", type=int, default=96, help="held-out rows of 256 tokens")
+    parser.add_argument("--draws", type=int, default=3, help="of the calibration text")
+    parser.add_argument("--steps", type=int, default=400, help="of healing")
+    parser.add_argument("--learned", type=int, default=4096, help="rows to heal with")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    parts = {
+        "quality": lambda: quality(options.rows, options.draws),
+        "healing": lambda: healing(options.rows, options.steps, options.learned),
+        "times": lambda: timed(options),
+    }
+    found: list[dict[str, Any]] = []
+    for name, part in parts.items():
+        for row in part() if options.only in (None, name) else ():
+            print(row, flush=True)
+            found.append(row)
+    judged = points(found)
+    write("moh", [*found, *({"point": p.what, "found": p.found, "met": p.met} for p in judged)])
+    for point in judged:
+        print(f"{'met ' if point.met else 'FAIL'} {point.what}: {point.found}")
+    return 0 if all(point.met for point in judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
