@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import vision_models
-from agent_models import SAID, block, distance, rewritten
 from vision_models import noise
 
 import attnopt
@@ -20,6 +19,7 @@ from attnopt.ops import agent_attention, attention
 from attnopt.passes import agent
 from attnopt.passes.agent import Config
 from attnopt.rewriting import settled
+from tests.agent_models import SAID, block, distance, rewritten
 
 DIGITS = Path(__file__).parents[1] / "examples" / "models" / "vit-digits"
 

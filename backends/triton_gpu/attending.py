@@ -16,6 +16,7 @@ from attnopt.backends.triton_gpu.backward import backward_launches, delta_launch
 from attnopt.backends.triton_gpu.decoding import decode_launches
 from attnopt.backends.triton_gpu.forward import forward_launch
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
+from attnopt.ops.agent import agent_attention
 from attnopt.ops.attention import attention
 from attnopt.ops.blocks import TILE, block_attention, reads_plan
 from attnopt.ops.blockwise import attend_blocks as attend_blocks_anywhere
@@ -24,6 +25,7 @@ from attnopt.ops.plans import BlockPlan, plan_of_mask, plan_of_structure
 from attnopt.ops.sdpa import Memo
 from attnopt.ops.sdpa import attend as attend_anywhere
 from attnopt.ops.structure import visible_keys
+from attnopt.ops.through_agents import Call, by_schedule
 from attnopt.ops.variants import Fast, fast_copy
 
 _REMEMBERED = 16
@@ -31,7 +33,11 @@ _REMEMBERED = 16
 
 def kernel_of(node: fx.Node) -> Fast | None:
     """Return what a node of a graph is run by: a kernel, or the fast copy of any machine."""
-    own: dict[Any, Fast] = {attention: attend, block_attention: attend_blocks}
+    own: dict[Any, Fast] = {
+        attention: attend,
+        block_attention: attend_blocks,
+        agent_attention: attend_agents,
+    }
     return own.get(node.target) or fast_copy(node)
 
 
@@ -94,6 +100,29 @@ def attend_blocks(
         )
     found = attend_by_plan(q, k, v, plan, **options)
     return _blind(*found, given.heads_of(k, v)[1], given)
+
+
+def attend_agents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    active: Tensor | None = None,
+    memo: Memo | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return what `agent_attention_reference` returns.
+
+    Agents are few queries over many keys, which are split among processors, and then few keys.
+    """
+    return by_schedule(q, k, v, Call(**options), active, _collect, attend)
+
+
+def _collect(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attend with the queries of agents."""
+    if routing.fits(q, k, v, Options.read(options)) and routing.splits_keys(q, k, v):
+        return attend_few(q, k, v, **options)[0]
+    return attend(q, k, v, **options)
 
 
 def attend_by_plan(
