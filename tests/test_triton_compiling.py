@@ -43,7 +43,9 @@ def test_the_kernels_of_a_window_fit_a_chip():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dense", "causal", "window", "capped", "masked", "grid"])
+@pytest.mark.parametrize(
+    "case", ["dense", "causal", "window", "capped", "masked", "grid", "agents"]
+)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_fit_every_chip(case, capability):
     check(compiled("--capability", capability, "--case", case))

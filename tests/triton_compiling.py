@@ -82,7 +82,8 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
     return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), spilled
 
 
-CASES = ("dense", "causal", "window", "capped", "masked", "grid")
+CASES = ("dense", "causal", "window", "capped", "masked", "grid", "agents")
+AGENTS = 64
 
 
 def call_of(case: str, batch: int, heads: int, queries: int, keys: int) -> tuple[Any, Any, Any]:
@@ -113,6 +114,9 @@ def call_of(case: str, batch: int, heads: int, queries: int, keys: int) -> tuple
 
 def launches(width: int, case: str, chip: int, tokens: int = 1024) -> Iterator[Launch]:
     """Yield all kernels of a call in bfloat16."""
+    if case == "agents":
+        yield from agent_launches(width, chip, tokens)
+        return
     q = torch.empty(1, 8, tokens, width, dtype=torch.bfloat16)
     k = torch.empty(1, 2, tokens, width, dtype=torch.bfloat16)
     rules, hidden, more = call_of(case, 1, 8, tokens, tokens)
@@ -131,6 +135,20 @@ def launches(width: int, case: str, chip: int, tokens: int = 1024) -> Iterator[L
         rules, hidden, more = call_of(case, 1, 8, 1, tokens)
         options = {"sinks": None, "softcap": None, "scale": scale, **more}
         yield from decode_launches(q[:, :, -1:], k, k, hidden, rules, splits=4, **options)[0]
+
+
+def agent_launches(width: int, chip: int, tokens: int) -> Iterator[Launch]:
+    """Yield the kernels of agents in bfloat16, with biases: what they collect, and who reads it."""
+    x = torch.empty(1, 8, tokens, width, dtype=torch.bfloat16)
+    agents = torch.empty(1, 8, AGENTS, width, dtype=torch.bfloat16)
+    bias = torch.zeros(1, 8, AGENTS, tokens, dtype=torch.bfloat16)
+    options: dict[str, Any] = {"sinks": None, "softcap": None, "scale": width**-0.5}
+    for given in (Options(), Options(bias=bias)):
+        hidden = Hidden.of(given, tuple(bias.shape))
+        yield from decode_launches(agents, x, x, hidden, Rules(), splits=4, **options)[0]
+    hidden = Hidden.of(Options(bias=bias.mT.contiguous()), (1, 8, tokens, AGENTS))
+    plan = plan_of_structure(tokens, AGENTS)
+    yield forward_launch(x, agents, agents, plan, hidden, Rules(), chip=chip, **options)[0]
 
 
 def main() -> None:

@@ -134,14 +134,14 @@ def undone(core: Tensor, ridge: float, steps: int) -> Tensor:
     """Return the pseudo-inverse of square maps, by iteration: Z <- (13 - P(15 - P(7 - P))) Z / 4.
 
     P = Z M, from Z = M^T / (largest row sum x largest column sum). The ridge, a share of the mean
-    squared size of the columns, is rows of its own, so that no small number is squared.
+    squared size of the columns, is rows of its own, so that no small number is squared; below the
+    precision of the numbers the iteration would lose its way.
     """
     size = core.shape[-1]
     eye = torch.eye(size, dtype=core.dtype, device=core.device)
-    whole = core
-    if ridge:
-        weight = (ridge * core.square().sum((-1, -2), keepdim=True) / size).sqrt()
-        whole = torch.cat([core, weight * eye], dim=-2)
+    share = max(ridge, torch.finfo(core.dtype).eps) / size
+    weight = (share * core.square().sum((-1, -2), keepdim=True)).sqrt()
+    whole = torch.cat([core, weight * eye], dim=-2)
     rows, columns = (whole.abs().sum(d).amax(-1)[..., None, None] for d in (-1, -2))
     found = whole.mT / (rows * columns)
     for _ in range(steps):

@@ -162,7 +162,8 @@ def by_agents(q: Tensor, k: Tensor, v: Tensor, call: Call, few: Attend, many: At
     if call.nystrom:
         collected = _undone(agents, collected, sharp, call)
     bias = spreading_bias(call.spread, call.grid)
-    bias = None if bias is None else bias.to(dtype)
+    # Rows side by side: read across, they cost kernels registers.
+    bias = None if bias is None else bias.to(dtype).contiguous()
     found = many(on_grid, agents, collected, bias=bias, scale=sharp)
     if call.shortcut or call.filter is not None:
         found = found + near(v[:, :, leading:], call.grid, call.shortcut, call.filter)

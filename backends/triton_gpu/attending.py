@@ -17,6 +17,7 @@ from attnopt.backends.triton_gpu.decoding import decode_launches
 from attnopt.backends.triton_gpu.forward import forward_launch
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
 from attnopt.backends.triton_gpu.routed import routed_launch
+from attnopt.ops.agent import agent_attention
 from attnopt.ops.attention import attention
 from attnopt.ops.blocks import TILE, block_attention, reads_plan
 from attnopt.ops.blockwise import attend_blocks as attend_blocks_anywhere
@@ -27,6 +28,7 @@ from attnopt.ops.routed import gated, routed_attention
 from attnopt.ops.sdpa import Memo
 from attnopt.ops.sdpa import attend as attend_anywhere
 from attnopt.ops.structure import visible_keys
+from attnopt.ops.through_agents import Call, by_schedule
 from attnopt.ops.variants import Fast, fast_copy
 
 _REMEMBERED = 16
@@ -38,6 +40,7 @@ def kernel_of(node: fx.Node) -> Fast | None:
         attention: attend,
         block_attention: attend_blocks,
         routed_attention: attend_routed,
+        agent_attention: attend_agents,
     }
     return own.get(node.target) or fast_copy(node)
 
@@ -128,6 +131,29 @@ def attend_routed(
     return torch.where(
         lse.isneginf().unsqueeze(-1), gated(_blind(out, lse, values, given), gates), out
     )
+
+
+def attend_agents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    active: Tensor | None = None,
+    memo: Memo | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return what `agent_attention_reference` returns.
+
+    Agents are few queries over many keys, which are split among processors, and then few keys.
+    """
+    return by_schedule(q, k, v, Call(**options), active, _collect, attend)
+
+
+def _collect(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attend with the queries of agents."""
+    if routing.fits(q, k, v, Options.read(options)) and routing.splits_keys(q, k, v):
+        return attend_few(q, k, v, **options)[0]
+    return attend(q, k, v, **options)
 
 
 def attend_by_plan(
