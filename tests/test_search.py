@@ -196,8 +196,8 @@ def test_another_budget_measures_little(known: tuple[Program, Statistics], tmp_p
 
 def test_a_plan_is_replayed_bit_for_bit(known: tuple[Program, Statistics], tmp_path: Path):
     plan = planned(known, {"kv_cache": 0.4}, passes=["dha", "window"])
-    result = attnopt.apply(known[0], plan)
     plan.save(tmp_path / "plan.yaml")
+    result = attnopt.apply(known[0], plan)
     again = attnopt.apply(known[0], Plan.load(tmp_path / "plan.yaml"))
     for name in again.weights:
         assert torch.equal(result.weights[name], again.weights[name]), name
