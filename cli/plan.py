@@ -56,8 +56,7 @@ def _planned(
     arguments: argparse.Namespace, source: _source.Source, recipe: "Recipe"
 ) -> tuple["Program", "Program", "Plan"]:
     """Return the program, what the plan makes of it, and the plan."""
-    from attnopt.data import Source, checked
-    from attnopt.optimizing import split_for
+    from attnopt.data import Source, checked, split_for
     from attnopt.planning import NothingToDoError, foreseen, plan
     from attnopt.rewriting import apply
 

@@ -156,7 +156,7 @@ def test_a_search_goes_on_where_it_stopped(
     program, data = known[0], ids(16, TOKENS)
     terms = {"passes": ["dha"], "tier": 1}
     whole = attnopt.plan(program, {"kv_cache": 0.5}, data, work=tmp_path / "whole", **terms)
-    get, left_over = Scores.get, iter(range(5, 10**6, 7))
+    get, left_over = Scores.get, iter(range(2, 10**6, 4))
     limit = [0]
 
     def stopping(self: Scores, name: str, make: Any) -> Any:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from torch._C import _LinAlgError as LinAlgError
 
 from attnopt.costs import Workload
 from attnopt.moments import Refits, Statistics
@@ -126,7 +127,7 @@ class Measuring:
         plan = Plan(candidate.choices(refit=False), statistics=self._fresh())
         try:
             made = apply(self.program, plan)
-        except (ValueError, NotImplementedError, torch.linalg.LinAlgError) as error:
+        except (ValueError, NotImplementedError, LinAlgError) as error:
             return str(error)
         self._applied = candidate.key, made
         return made

@@ -88,7 +88,7 @@ def _check(program: Program, terms: Terms) -> None:
     for name in (*terms.passes, *(n for r in terms.rules for n in r.passes or ())):
         registry.load(name)
     main = program.main
-    names = [t.name for t in (*main.sites, *main.mlps)]
+    names = [*(s.name for s in main.sites), *(m.name for m in main.mlps)]
     idle = unused(terms.rules, names)
     if idle:
         raise ValueError(
