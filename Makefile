@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test slow fuzz zoo deploy large lint types demo readme build bench batteries clean
+.PHONY: help setup test slow fuzz mutants zoo deploy large lint types demo readme build bench batteries clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,6 +43,9 @@ slow: $(STAMP)  ## run the slow tests
 
 zoo: $(STAMP)  ## run every test of the model zoo
 	$(PYTEST) -q -n $(JOBS) --dist worksteal -k zoo -m "not gpu"
+
+mutants: $(STAMP)  ## read 10,000 recipes with one word changed
+	$(PYTEST) -q tests/test_recipes.py -m slow
 
 fuzz: $(STAMP)  ## compose random attention spellings and look-alikes (CASES, SEED)
 	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)

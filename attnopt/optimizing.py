@@ -43,10 +43,11 @@ def optimize(
     tensor_parallel: int = 1,
     tokens: int | None = None,
     work: str | os.PathLike[str] | None = None,
+    recipe: str = "",
 ) -> Result:
     """Rewrite a model to meet a goal (or as a plan says), measure it, and save it to `out`.
 
-    `tier` to `work`: see `plan`. `data` is a Source or its name
+    `tier` to `work`: see `plan`; `recipe` is kept in the artifact. `data` is a Source or its name
     ("stdlib:48x256"), a Split, rows, or an iterable of calls; its held-out part judges. A result
     that fails its gate is saved beside, as `out`.rejected, and says so.
     """
@@ -72,7 +73,7 @@ def optimize(
         linear = branches(rewritten, split.held_out)
         measured["linear"] = linear.content()
         rewritten = replace(rewritten, history=(*rewritten.history, *linear.told))
-    result = Result(rewritten, exact, made, report, measured, command)
+    result = Result(rewritten, exact, made, report, measured, command, recipe)
     if out is not None:
         save(result, target(out, result))
     return result

@@ -60,6 +60,7 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
     from attnopt.nouns import Plan
     from attnopt.optimizing import optimize
     from attnopt.planning import NothingToDoError
+    from attnopt.recipes import recipe_text
 
     try:
         refuse_foreign(Path(arguments.out).absolute())
@@ -87,6 +88,7 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
                 tensor_parallel=recipe.tensor_parallel,
                 tokens=recipe.tokens,
                 work=_wanted.work_of(arguments, arguments.out),
+                recipe=recipe_text(recipe) if plan is None else "",
             )
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error

@@ -38,14 +38,14 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     recipe = _wanted.wanted(arguments)
     source = _source.resolve(arguments)
     with output.progress() as stages, stages.stage("plan"):
-        program, plan = _planned(arguments, source, recipe)
+        program, after, plan = _planned(arguments, source, recipe)
     if arguments.out is not None:
         with told(arguments.out, "AO113"):
             plan.save(arguments.out)
     if output.json:
-        output.document("attnopt.plan/1", _document(program, plan))
+        output.document("attnopt.plan/1", _document(program, after, plan))
     else:
-        _print(output, program, plan, verbose=arguments.verbose)
+        _print(output, program, after, plan, verbose=arguments.verbose)
         if arguments.out is not None:
             output.line(f"saved as {shown(Path(arguments.out).absolute())}; carry it out with")
             output.line(f"  attnopt optimize {arguments.model} -o OUT --plan {arguments.out}")
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _planned(
     arguments: argparse.Namespace, source: _source.Source, recipe: "Recipe"
-) -> tuple["Program", "Plan"]:
-    from attnopt.data import Source, checked
-    from attnopt.optimizing import split_for
+) -> tuple["Program", "Program", "Plan"]:
+    """Return the program, what the plan makes of it, and the plan."""
+    from attnopt.data import Source, checked, split_for
     from attnopt.planning import NothingToDoError, foreseen, plan
     from attnopt.rewriting import apply
 
@@ -73,7 +73,7 @@ def _planned(
                 program, recipe.goal, passes, recipe.tier, recipe.rules, recipe.tensor_parallel
             )
             split = split_for(captured, data, recipe.held_out)
-            return program, plan(
+            made = plan(
                 program,
                 recipe.goal,
                 split,
@@ -85,17 +85,19 @@ def _planned(
                 tokens=recipe.tokens,
                 work=_wanted.work_of(arguments, arguments.out),
             )
+            # That fills in what its statistics need to give the same weights without data.
+            return program, apply(program, made), made
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
 
 
-def _document(program: "Program", plan: "Plan") -> dict[str, Any]:
+def _document(program: "Program", after: "Program", plan: "Plan") -> dict[str, Any]:
     found = plan.search
     return {
         "model": program.name,
         "goal": dict(plan.goal),
         "provenance": dict(plan.provenance),
-        "costs": _costs(program, plan),
+        "costs": _costs(program, after, plan),
         "choices": [
             {"site": c.site, "pass": c.rewrite, "config": dict(c.config), "why": c.why}
             for c in plan.choices
@@ -104,27 +106,27 @@ def _document(program: "Program", plan: "Plan") -> dict[str, Any]:
     }
 
 
-def _costs(program: "Program", plan: "Plan") -> dict[str, list[float]]:
+def _costs(program: "Program", after: "Program", plan: "Plan") -> dict[str, list[float]]:
     """Return what the source takes and what the plan leaves, by budget."""
     from attnopt.costs import Workload, default_workload
-    from attnopt.rewriting import apply
     from attnopt.search.weighing import weights_of
 
     usual = default_workload(program)
     tokens = int(plan.provenance.get("tokens", 0)) or usual.sequence
     workload = Workload(1, tokens if usual.sequence else 0, 0)
-    after = apply(program, plan) if plan.choices else program
     both = [weights_of(p, workload) for p in (program, after)]
     return {name: [w[name] for w in both] for name in both[0]}
 
 
-def _print(output: Output, program: "Program", plan: "Plan", *, verbose: bool) -> None:
+def _print(
+    output: Output, program: "Program", after: "Program", plan: "Plan", *, verbose: bool
+) -> None:
     things = {c.site for c in plan.choices}
     output.line(f"{program.name}: {len(things)} sites would be rewritten")
     output.line()
     rows = [
-        (_NAMES[name], f"{before:,.0f}", f"{after:,.0f}", _change(before, after))
-        for name, (before, after) in _costs(program, plan).items()
+        (_NAMES[name], f"{before:,.0f}", f"{left:,.0f}", _change(before, left))
+        for name, (before, left) in _costs(program, after, plan).items()
         if before
     ]
     output.table(("", "before", "after", "change"), rows, foldable={""})
@@ -143,8 +145,8 @@ _NAMES = {
 }
 
 
-def _change(before: float, after: float) -> str:
-    return f"{after / before - 1:+.1%}"
+def _change(before: float, left: float) -> str:
+    return f"{left / before - 1:+.1%}"
 
 
 def _said(rewrite: str, config: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import canaries
 import harms
 import hostile_paths
 import kills
+import planning
 import pytest
 import resuming
 import writers
@@ -64,3 +65,8 @@ def test_two_writers_end_with_one_whole_artifact(points: int, subjects: Subjects
 @few_and_a_tenth(0, resuming.FULL)
 def test_resuming_is_running_it_again(points: int, subjects: Subjects) -> None:
     without_failures(resuming.battery(subjects, points, seed=points))
+
+
+@few_and_a_tenth(0, planning.FULL)
+def test_a_killed_search_is_gone_on_with(points: int, subjects: Subjects) -> None:
+    without_failures(planning.battery(subjects, points, seed=points))

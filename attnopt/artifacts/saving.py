@@ -41,7 +41,10 @@ _CARRIED = re.compile(
 
 @dataclass(frozen=True)
 class Result:
-    """What `optimize` hands back: the rewritten program, how it was made, and what was measured."""
+    """What `optimize` hands back: the rewritten program, how it was made, and what was measured.
+
+    `recipe` is the text of what was wanted, where that was said as a recipe.
+    """
 
     program: Program
     reference: Program
@@ -49,6 +52,7 @@ class Result:
     report: Report | None = None
     measured: Mapping[str, Any] | None = None
     command: str = ""
+    recipe: str = ""
 
     @property
     def accepted(self) -> bool:
@@ -159,6 +163,8 @@ def write(result: Result, model: Any, staging: Path, shard: int = SHARD) -> None
     folder = staging / FOLDER
     folder.mkdir(exist_ok=True)
     result.plan.save(folder / "plan.yaml")
+    if result.recipe:
+        (folder / "recipe.yaml").write_text(result.recipe, encoding="utf-8")
     report, made_with = report_of(result, staging), environment(result)
     _write_json(folder / "report.json", report)
     _write_json(folder / "env.json", made_with)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from torch._C import _LinAlgError as LinAlgError
 
 from attnopt.costs import Workload
 from attnopt.moments import Refits, Statistics
@@ -50,6 +51,7 @@ class Measuring:
         self._calls = calls
         self._judges: dict[int, Judge] = {}
         self._clock = Clock(scores, _first_rows(calls, 1)[0])
+        self._refits: dict[str, Refits] = {}
         self._applied: tuple[str, Program] | None = None
 
     def judge(self, rows: int | None = None) -> Judge:
@@ -91,12 +93,25 @@ class Measuring:
     def whole(self, choices: Sequence[Choice]) -> Look:
         """Look at a plan, carried out as it would be, on all rows."""
 
-        def make() -> list[float]:
-            plan = Plan(tuple(choices), statistics=self._fresh())
-            return self.judge().look(apply(self.program, plan)).content()
+        name = _named(choices)
 
-        said = [[c.site, c.rewrite, sorted(c.config.items())] for c in choices]
-        return Look(*self.scores.get(f"whole {said}", make))
+        def make() -> list[float]:
+            made, self._refits[name] = self._carried_out(choices)
+            return self.judge().look(made).content()
+
+        return Look(*self.scores.get(f"whole {name}", make))
+
+    def refits(self, choices: Sequence[Choice]) -> Refits:
+        """Return the moments that a plan is refitted with, so that it needs no data any more."""
+        name = _named(choices)
+        if name not in self._refits:
+            self._refits[name] = self._carried_out(choices)[1]
+        return self._refits[name]
+
+    def _carried_out(self, choices: Sequence[Choice]) -> tuple[Program, Refits]:
+        statistics = self._fresh()
+        made = apply(self.program, Plan(tuple(choices), statistics=statistics))
+        return made, statistics.refits
 
     def heads(self, candidate: Candidate, module: str) -> list[tuple[int, int]]:
         """Return the heads of the ops that a candidate leaves at a site."""
@@ -112,7 +127,7 @@ class Measuring:
         plan = Plan(candidate.choices(refit=False), statistics=self._fresh())
         try:
             made = apply(self.program, plan)
-        except (ValueError, NotImplementedError, torch.linalg.LinAlgError) as error:
+        except (ValueError, NotImplementedError, LinAlgError) as error:
             return str(error)
         self._applied = candidate.key, made
         return made
@@ -144,6 +159,10 @@ class Measuring:
     def _fresh(self) -> Statistics:
         """Return the statistics without what other plans have left in them."""
         return replace(self.statistics, memo={}, refits=Refits())
+
+
+def _named(choices: Sequence[Choice]) -> str:
+    return str([[c.site, c.rewrite, sorted(c.config.items())] for c in choices])
 
 
 def _first_rows(calls: Sequence[Call], rows: int) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from attnopt.calibrating import Statistics, calibrate
 from attnopt.costs import Workload, default_workload
 from attnopt.data import Split, batches_of
 from attnopt.goals import BUDGETS, budgets_of
-from attnopt.moments import Refits
 from attnopt.nouns import Plan
 from attnopt.program import Program
 from attnopt.refusals import NothingToDoError
@@ -63,8 +62,7 @@ def searched(
     lister = _lister(exact, goal, data, terms, statistics, place)
     found = search(lister, goal, extra=_budgeted(exact, goal, terms))
     provenance = {**(told or {}), **_provenance(found, lister)}
-    # Refits of plans that were only tried are none of this plan's.
-    own = replace(statistics, memo={}, refits=Refits())
+    own = replace(statistics, memo={}, refits=lister.measuring.refits(found.best.choices))
     return Plan(found.best.choices, dict(goal), provenance, statistics=own, search=found)
 
 
@@ -90,7 +88,7 @@ def _check(program: Program, terms: Terms) -> None:
     for name in (*terms.passes, *(n for r in terms.rules for n in r.passes or ())):
         registry.load(name)
     main = program.main
-    names = [t.name for t in (*main.sites, *main.mlps)]
+    names = [*(s.name for s in main.sites), *(m.name for m in main.mlps)]
     idle = unused(terms.rules, names)
     if idle:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from attnopt.costs import Workload, count_costs, parameters, uncounted
 from attnopt.program import Program, State
@@ -49,6 +50,8 @@ def heads_of(program: Program, module: str) -> Iterator[tuple[int, int]]:
         name = str(getattr(node.target, "name", lambda: "")()) if callable(node.target) else ""
         if not name.startswith("attnopt::") or module_path(node) != module:
             continue
-        shapes = [getattr(a.meta.get("val"), "shape", ()) for a in node.all_input_nodes[:2]]
+        shapes: list[Any] = [
+            getattr(a.meta.get("val"), "shape", ()) for a in node.all_input_nodes[:2]
+        ]
         if all(len(s) == 4 and isinstance(s[1], int) for s in shapes):
             yield shapes[0][1], shapes[1][1]

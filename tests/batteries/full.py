@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 import transformers
 
-NAMES: Final = ("harms", "hostile_paths", "canaries", "kills", "writers", "resuming")
+NAMES: Final = ("harms", "hostile_paths", "canaries", "kills", "writers", "resuming", "planning")
 _HOME: Final = Path(__file__).parent
 _RESULTS: Final = _HOME.parent / "bench" / "results" / "batteries.json"
 
