@@ -15,6 +15,7 @@ from attnopt.artifacts.saving import Result, needed_tier, refuse_foreign, save, 
 from attnopt.calibrating import calibrate
 from attnopt.data import Split, batches_of, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
+from attnopt.estimating import Estimate, estimate, refuse_too_large
 from attnopt.frontend import capture
 from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, search
@@ -48,19 +49,32 @@ def optimize(
     program = model if isinstance(model, Program) else capture(model)
     if out is not None:
         refuse_foreign(Path(out).absolute(), program)
-    exact = apply(program, "exact")
-    if plan is None:
-        search(exact, wanted, passes)
+    with debug.stage("prove"):
+        exact = apply(program, "exact")
+        if plan is None:
+            search(exact, wanted, passes)
     split = split_for(program, data, held_out)
-    made = _plan(exact, wanted, plan, split, tier, passes)
-    rewritten = apply(exact, made)
-    report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
-    measured = measure(rewritten, exact, split.held_out)
-    if out is not None:
-        measured["samples"] = samples(rewritten, exact, split.held_out)
+    with debug.stage("estimate"):
+        expected = estimate(exact, split, wanted, plan if isinstance(plan, Plan) else None)
+    if isinstance(expected, Estimate):
+        debug.announce(f"takes {expected}")
+        refuse_too_large(expected, None if out is None else Path(out).absolute())
+    with debug.stage("plan"):
+        made = _plan(exact, wanted, plan, split, tier, passes)
+    with debug.stage("rewrite"):
+        rewritten = apply(exact, made)
+    with debug.stage("verify"):
+        report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
+    with debug.stage("measure"):
+        measured = measure(rewritten, exact, split.held_out)
+        if out is not None:
+            measured["samples"] = samples(rewritten, exact, split.held_out)
+    if isinstance(expected, Estimate):
+        measured["estimate"] = expected.content()
     result = Result(rewritten, exact, made, report, measured, command)
     if out is not None:
-        save(result, target(out, result))
+        with debug.stage("save"):
+            save(result, target(out, result))
     return result
 
 

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnopt.cli import _source
+from attnopt.cli import _source, _trial
 from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output, shown
 
@@ -67,6 +67,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", metavar="ROWS", type=int, default=96, help="held-out rows (default 96)"
     )
+    parser.add_argument(
+        "--test",
+        action="store_true",
+        help="run everything on a random twin of two layers in a temporary directory, in less than "
+        "a minute, and leave OUT alone",
+    )
     parser.add_argument("--seed", type=int, default=0, help="order of the text (default 0)")
     for name, what in _LATER.items():
         parser.add_argument(f"--{name}", metavar="SHARE", help=f"(not yet) a budget of {what}")
@@ -76,6 +82,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Optimize, print the summary, and say with the status whether the gate was passed."""
     goal = _goal(arguments)
     source = _source.resolve(arguments)
+    if arguments.test:
+        return _trial.run(arguments, output, source, goal)
     with output.progress() as stages, stages.stage("optimize"):
         result = _optimize(arguments, source, goal)
     place = _place(arguments, result)
