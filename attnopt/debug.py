@@ -31,10 +31,15 @@ _DEFAULT_FOLDER = Path("attnopt-dump")
 _GRAPHS, _TIMES = 5, 2
 
 Listener = Callable[[str, int, int], None]
+# Hears of a stage when it begins, without a time, and when it ends, with its seconds.
+StageListener = Callable[[str, float | None], None]
+Reader = Callable[[str], None]
 
 _level: ContextVar[int | None] = ContextVar("level", default=None)
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_reader: ContextVar[Reader | None] = ContextVar("reader", default=None)
+_stages: ContextVar[StageListener | None] = ContextVar("stages", default=None)
 
 
 @contextmanager
@@ -81,6 +86,27 @@ def timed(name: str) -> Generator[None]:
     log(_TIMES, f"{name}: {time.perf_counter() - start:.3f} s")
 
 
+@contextmanager
+def stage(name: str) -> Generator[None]:
+    """Tell whoever listens that a stage begins and that it is over, and log how long it took."""
+    listener = _stages.get()
+    if listener is not None:
+        listener(name, None)
+    start = time.perf_counter()
+    with timed(name):
+        yield
+    if listener is not None:
+        listener(name, time.perf_counter() - start)
+
+
+def announce(message: str) -> None:
+    """Tell whoever reads along something worth knowing before the work is done."""
+    log(_TIMES, message)
+    reader = _reader.get()
+    if reader is not None:
+        reader(message)
+
+
 def advance(stage: str, done: int, total: int) -> None:
     """Tell whoever listens that `done` of `total` steps of a stage are finished."""
     listener = _listener.get()
@@ -96,6 +122,26 @@ def listening(listener: Listener) -> Generator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def reading(reader: Reader) -> Generator[None]:
+    """Pass every `announce` inside the block to a reader, such as a terminal."""
+    token = _reader.set(reader)
+    try:
+        yield
+    finally:
+        _reader.reset(token)
+
+
+@contextmanager
+def hearing(listener: StageListener) -> Generator[None]:
+    """Tell a listener of every stage inside the block."""
+    token = _stages.set(listener)
+    try:
+        yield
+    finally:
+        _stages.reset(token)
 
 
 def _dump_folder() -> Path | None:

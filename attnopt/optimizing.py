@@ -16,6 +16,7 @@ from attnopt.branches import branches, has_branches
 from attnopt.calibrating import calibrate
 from attnopt.data import Split, batches_of, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
+from attnopt.estimating import Estimate, estimate, refuse_too_large
 from attnopt.frontend import capture
 from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, foreseen
@@ -55,27 +56,40 @@ def optimize(
     program = model if isinstance(model, Program) else capture(model)
     if out is not None:
         refuse_foreign(Path(out).absolute(), program)
-    exact = apply(program, "exact")
-    if plan is None:
-        foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
+    with debug.stage("prove"):
+        exact = apply(program, "exact")
+        if plan is None:
+            foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
     split = split_for(program, data, held_out)
-    if plan is None:
-        terms = {"rules": rules, "tensor_parallel": tensor_parallel, "tokens": tokens}
-        made = _made(exact, wanted, split, passes, tier=tier, work=work, **terms)
-    else:
-        made = _given(exact, wanted, plan, split)
-    rewritten = apply(exact, made)
-    report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
-    measured = measure(rewritten, exact, split.held_out)
-    if out is not None:
-        measured["samples"] = samples(rewritten, exact, split.held_out)
-    if isinstance(split.held_out, Tensor) and rewritten.states and has_branches(rewritten):
-        linear = branches(rewritten, split.held_out)
-        measured["linear"] = linear.content()
-        rewritten = replace(rewritten, history=(*rewritten.history, *linear.told))
+    with debug.stage("estimate"):
+        expected = estimate(exact, split, wanted, plan if isinstance(plan, Plan) else None)
+    if isinstance(expected, Estimate):
+        debug.announce(f"takes {expected}")
+        refuse_too_large(expected, None if out is None else Path(out).absolute())
+    with debug.stage("plan"):
+        if plan is None:
+            terms = {"rules": rules, "tensor_parallel": tensor_parallel, "tokens": tokens}
+            made = _made(exact, wanted, split, passes, tier=tier, work=work, **terms)
+        else:
+            made = _given(exact, wanted, plan, split)
+    with debug.stage("rewrite"):
+        rewritten = apply(exact, made)
+    with debug.stage("verify"):
+        report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
+    with debug.stage("measure"):
+        measured = measure(rewritten, exact, split.held_out)
+        if out is not None:
+            measured["samples"] = samples(rewritten, exact, split.held_out)
+        if isinstance(split.held_out, Tensor) and rewritten.states and has_branches(rewritten):
+            linear = branches(rewritten, split.held_out)
+            measured["linear"] = linear.content()
+            rewritten = replace(rewritten, history=(*rewritten.history, *linear.told))
+    if isinstance(expected, Estimate):
+        measured["estimate"] = expected.content()
     result = Result(rewritten, exact, made, report, measured, command, recipe)
     if out is not None:
-        save(result, target(out, result))
+        with debug.stage("save"):
+            save(result, target(out, result))
     return result
 
 

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnopt.cli import _source, _wanted
+from attnopt.cli import _source, _trial, _wanted
 from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output, shown
 
@@ -28,6 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="where the result goes")
     _wanted.configure(parser)
     parser.add_argument("--plan", metavar="FILE", help="carry out a plan.yaml instead of searching")
+    parser.add_argument(
+        "--test",
+        action="store_true",
+        help="run everything on a random twin of two layers in a temporary directory, in less than "
+        "a minute, and leave OUT alone",
+    )
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -35,6 +41,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     _one_goal(arguments)
     recipe = _wanted.wanted(arguments, planned=arguments.plan is not None)
     source = _source.resolve(arguments)
+    if arguments.test:
+        return _trial.run(arguments, output, source, recipe)
     with output.progress() as stages, stages.stage("optimize"):
         result = _optimize(arguments, source, recipe)
     place = _place(arguments, result)

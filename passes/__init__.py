@@ -1,7 +1,8 @@
 """What can be done to an attention: one file per rewrite, named for it.
 
 The folder is the registry: a new file is a new pass. Other distributions add theirs through the
-entry-point group `attnopt.passes`, whose entries name modules with the same attributes.
+entry-point group `attnopt.passes`, whose entries name modules with the same attributes; a script
+takes a module of its own along for a while with `extended`.
 """
 
 import ast
@@ -9,11 +10,14 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
@@ -79,14 +83,38 @@ class Description:
     origin: str
 
 
+_own: ContextVar[Mapping[str, Any]] = ContextVar("own", default=MappingProxyType({}))
+
+
+@contextmanager
+def extended(**modules: Any) -> Generator[None]:
+    """Know further passes by name inside the block, such as a script's own module.
+
+    No file that names such a pass can bring it along: the code is that of the caller.
+    """
+    for name, module in modules.items():
+        if name in (*_files(), *_foreign()):
+            raise ValueError(f"there is a pass {name!r} already; give yours another name")
+        _check(name, module)
+    token = _own.set({**_own.get(), **modules})
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
 def names() -> tuple[str, ...]:
     """Return the names of all passes, the files of this folder first."""
-    return (*_files(), *sorted(_foreign()))
+    return (*_files(), *sorted({*_foreign(), *_own.get()}))
 
 
 def load(name: str) -> Pass:
     """Import a pass by name; an unknown name is a ValueError that suggests the nearest one."""
-    module = importlib.import_module(_module_name(name))
+    own = _own.get().get(name)
+    return _check(name, importlib.import_module(_module_name(name)) if own is None else own)
+
+
+def _check(name: str, module: Any) -> Pass:
     missing = [attribute for attribute in ATTRIBUTES if not hasattr(module, attribute)]
     if missing:
         raise ValueError(f"pass {name!r} ({module.__name__}) lacks {', '.join(missing)}")
@@ -112,6 +140,10 @@ def tier_of(rewrite: Any, site: Any, config: Any) -> int:
 
 def describe(name: str) -> Description:
     """Read a pass's one-line summary and its constants from its source."""
+    own = _own.get().get(name)
+    if own is not None:
+        summary = (own.__doc__ or "").split("\n", 1)[0]
+        return Description(name, summary, own.exact, own.tier, own.__name__)
     spec = importlib.util.find_spec(_module_name(name))
     if spec is None or spec.origin is None:
         raise ValueError(f"pass {name!r} has no source file")

@@ -159,6 +159,18 @@ def open_checkpoint(
     )
 
 
+def class_of(place: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Return the class and the config of a checkpoint; its weights are not looked at."""
+    directory = _directory(place)
+    described = read_json(directory / "config.json")
+    if holds_program(directory) or code_of(described):
+        raise ValueError(
+            f"{directory} names no class of Transformers: it holds a program, or code of its own"
+        )
+    config = _config_of(directory, described, trust_remote_code=False)
+    return _model_class(directory, config, described, trust_remote_code=False), config
+
+
 def holds_program(place: str | os.PathLike[str]) -> bool:
     """Tell whether a directory is one of attnopt's that holds a program (tier 2)."""
     config = Path(place) / "config.json"
@@ -285,16 +297,9 @@ def _header(path: Path) -> list[str]:
 def _hollow_model(
     directory: Path, described: Mapping[str, Any], trust_remote_code: bool
 ) -> nn.Module:
-    import transformers
-    from transformers import AutoConfig, initialization
+    from transformers import initialization
 
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{directory / 'config.json'} describes no model of transformers "
-            f"{transformers.__version__} (model_type {described.get('model_type')!r})"
-        ) from error
+    config = _config_of(directory, described, trust_remote_code)
     cls = _model_class(directory, config, described, trust_remote_code)
     with TURN, initialization.no_init_weights():
         model: Any = cls._from_config(config)
@@ -304,6 +309,19 @@ def _hollow_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def _config_of(directory: Path, described: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    import transformers
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{directory / 'config.json'} describes no model of transformers "
+            f"{transformers.__version__} (model_type {described.get('model_type')!r})"
+        ) from error
 
 
 def _read_generation(model: Any, path: Path) -> None:

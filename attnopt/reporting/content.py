@@ -41,7 +41,7 @@ def content_of(result: "Result", sizes: tuple[int, int] | None = None) -> dict[s
     What was found is told of a result that was judged, or rewritten by a plan.
     """
     measured = dict(result.measured or {})
-    samples = measured.pop("samples", [])
+    samples, estimate = measured.pop("samples", []), measured.pop("estimate", None)
     pareto = measured.pop("pareto", None) or result.plan.provenance.get("pareto")
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -63,6 +63,7 @@ def content_of(result: "Result", sizes: tuple[int, int] | None = None) -> dict[s
     if result.report is not None:
         table = [list(row) for row in result.report.scores.rows()]
         content["shown"] = {"table": table, "verdict": result.report.verdict}
+    content["estimate"] = estimate
     content["found"] = _found(result.reference)
     content["importance"] = _importance(result)
     content["costs"] = list(_costs(result, measured, sizes))

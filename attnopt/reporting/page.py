@@ -42,9 +42,13 @@ def _opening(report: Mapping[str, Any]) -> list[Markup]:
     kind = "verdict" if report["accepted"] else "verdict rejected"
     state = "Accepted" if report["accepted"] else "Rejected by its quality gate"
     told = [tag("p", line) for line in lines]
-    goal = ", ".join(f"{name} {value}" for name, value in report["goal"].items())
+    goal = ", ".join(f"{name} {_share(value)}" for name, value in report["goal"].items())
     asked = [tag("p", f"Asked for: {goal}", class_="faint")] if goal else []
     return [tag("div", tag("p", tag("b", state)), *told, class_=kind), *asked]
+
+
+def _share(value: Any) -> str:
+    return f"{100 * value:.4g} %" if isinstance(value, int | float) else str(value)
 
 
 def _section(name: str, content: list[Markup]) -> Markup:

@@ -48,23 +48,26 @@ def _costs(report: Report) -> list[Markup]:
 def _cost(row: Report) -> Markup:
     before, after, unit = row["before"], row["after"], row["unit"]
     change = f" ({after / before - 1:+.1%})" if before else ""
-    told = f"{_number(before, unit)} → {_number(after, unit)}{change}"
+    told = f"{' → '.join(_numbers(unit, before, after))}{change}"
     words = joined([tag("b", row["name"]), tag("br"), told])
     return tag("figure", words, pictures.pair(before, after, f"{row['name']}: {told}"))
 
 
-def _number(value: float, unit: str) -> str:
-    if unit == "bytes":
-        for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-            if value >= 10 * size:
-                return f"{value / size:,.1f} {name}"
-        return f"{value:,} B"
+def _numbers(unit: str, *values: float) -> list[str]:
+    """Say several values in the one unit that suits the largest."""
     if unit == "seconds":
-        return f"{value * 1000:,.2f} ms"
-    for name, size in (("T", 10**12), ("G", 10**9), ("M", 10**6)):
-        if value >= size:
-            return f"{value / size:,.2f} {name}"
-    return f"{value:,}"
+        return [f"{value * 1000:,.2f} ms" for value in values]
+    for name, size, least in _SIZES[unit]:
+        if max(values) >= least * size:
+            return [f"{value / size:,.2f} {name}" for value in values]
+    last = " B" if unit == "bytes" else ""
+    return [f"{value:,}{last}" for value in values]
+
+
+_SIZES: Final = {
+    "bytes": (("GiB", 2**30, 1), ("MiB", 2**20, 1), ("KiB", 2**10, 10)),
+    "": (("T", 10**12, 1), ("G", 10**9, 1), ("M", 10**6, 1)),
+}
 
 
 def _choices(report: Report) -> list[Markup]:
@@ -77,7 +80,7 @@ def _choices(report: Report) -> list[Markup]:
         (
             c["site"],
             c["pass"],
-            ", ".join(f"{k}={v}" for k, v in c["config"].items()),
+            ", ".join(f"{k}={v}" for k, v in c["config"].items() if v is not None),
             _error(errors.get(c["site"])),
             c["why"],
         )
@@ -234,11 +237,13 @@ def _table(
     texts: Any = frozenset(),
 ) -> Markup:
     """Return a table that scrolls by itself where the page is narrow."""
-    head = tag("tr", *(tag("th", name) for name in names))
 
-    def cell(place: int, value: Any) -> Markup:
-        kind = "number" if place in numbers else "text" if place in texts else None
-        return tag("td", value, class_=kind)
+    def line(kind: str, values: Sequence[Any]) -> Markup:
+        classes = [
+            "number" if i in numbers else "text" if i in texts else None for i in range(len(values))
+        ]
+        cells = (tag(kind, v, class_=c) for v, c in zip(values, classes, strict=True))
+        return tag("tr", *cells)
 
-    body = [tag("tr", *(cell(i, value) for i, value in enumerate(row))) for row in rows]
+    head, body = line("th", names), [line("td", row) for row in rows]
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll")
