@@ -27,6 +27,7 @@ from attnopt.backends.triton_gpu.backward import backward_launches, delta_launch
 from attnopt.backends.triton_gpu.decoding import decode_launches
 from attnopt.backends.triton_gpu.forward import forward_launch
 from attnopt.backends.triton_gpu.launching import Launch
+from attnopt.backends.triton_gpu.linear import far_launches
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
 from attnopt.ops.options import Options
 from attnopt.ops.plans import plan_of_structure
@@ -81,7 +82,7 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
     return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), spilled
 
 
-CASES = ("dense", "causal", "window", "capped", "masked", "grid")
+CASES = ("dense", "causal", "window", "capped", "masked", "grid", "linear")
 
 
 def call_of(case: str, batch: int, heads: int, queries: int, keys: int) -> tuple[Any, Any, Any]:
@@ -112,6 +113,9 @@ def call_of(case: str, batch: int, heads: int, queries: int, keys: int) -> tuple
 
 def launches(width: int, case: str, chip: int, tokens: int = 1024) -> Iterator[Launch]:
     """Yield all kernels of a call in bfloat16."""
+    if case == "linear":
+        yield from linear_launches(width, tokens)
+        return
     q = torch.empty(1, 8, tokens, width, dtype=torch.bfloat16)
     k = torch.empty(1, 2, tokens, width, dtype=torch.bfloat16)
     rules, hidden, more = call_of(case, 1, 8, tokens, tokens)
@@ -127,6 +131,20 @@ def launches(width: int, case: str, chip: int, tokens: int = 1024) -> Iterator[L
         rules, hidden, more = call_of(case, 1, 8, 1, tokens)
         options = {"sinks": None, "softcap": None, "scale": scale, **more}
         yield from decode_launches(q[:, :, -1:], k, k, hidden, rules, splits=4, **options)[0]
+
+
+def linear_launches(width: int, tokens: int) -> Iterator[Launch]:
+    """Yield the kernels of linear attention, both ways and for all roles of their operands."""
+    features, values = (
+        torch.empty(1, 8, tokens, n, dtype=torch.bfloat16) for n in (width, width + 1)
+    )
+    decay = torch.ones(8)
+    for shift, of_heads in ((0, decay), (64, None)):
+        yield from far_launches(features, features, values, of_heads, shift=shift)[0]
+        yield from far_launches(values, values, features, of_heads, shift=shift)[0]
+        yield from far_launches(features, features, values, of_heads, shift=shift, backwards=True)[
+            0
+        ]
 
 
 def main() -> None:
