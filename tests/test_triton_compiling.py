@@ -42,10 +42,17 @@ def test_the_kernels_of_a_window_fit_a_chip():
     check(rows)
 
 
+def test_the_kernels_of_linear_attention_fit_a_chip():
+    rows = compiled("--capability", 90, "--width", 64, "--case", "linear")
+    assert {row["kernel"] for row in rows} == {"linear_states_kernel", "linear_output_kernel"}
+    check(rows)
+
+
+CASES = ["dense", "causal", "window", "capped", "masked", "grid", "agents", "linear"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["dense", "causal", "window", "capped", "masked", "grid", "agents"]
-)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_fit_every_chip(case, capability):
     check(compiled("--capability", capability, "--case", case))

@@ -27,6 +27,7 @@ from attnopt.backends.triton_gpu.backward import backward_launches, delta_launch
 from attnopt.backends.triton_gpu.decoding import decode_launches
 from attnopt.backends.triton_gpu.forward import forward_launch
 from attnopt.backends.triton_gpu.launching import Launch
+from attnopt.backends.triton_gpu.linear import far_launches
 from attnopt.backends.triton_gpu.masking import Hidden, Rules
 from attnopt.backends.triton_gpu.routed import routed_launch
 from attnopt.ops.options import Options
@@ -82,7 +83,7 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
     return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), spilled
 
 
-CASES = ("dense", "causal", "window", "capped", "masked", "grid", "agents")
+CASES = ("dense", "causal", "window", "capped", "masked", "grid", "agents", "linear")
 AGENTS = 64
 
 
@@ -117,6 +118,9 @@ def launches(width: int, case: str, chip: int, tokens: int = 1024) -> Iterator[L
     if case == "agents":
         yield from agent_launches(width, chip, tokens)
         return
+    if case == "linear":
+        yield from linear_launches(width, tokens)
+        return
     q = torch.empty(1, 8, tokens, width, dtype=torch.bfloat16)
     k = torch.empty(1, 2, tokens, width, dtype=torch.bfloat16)
     rules, hidden, more = call_of(case, 1, 8, tokens, tokens)
@@ -149,6 +153,20 @@ def agent_launches(width: int, chip: int, tokens: int) -> Iterator[Launch]:
     hidden = Hidden.of(Options(bias=bias.mT.contiguous()), (1, 8, tokens, AGENTS))
     plan = plan_of_structure(tokens, AGENTS)
     yield forward_launch(x, agents, agents, plan, hidden, Rules(), chip=chip, **options)[0]
+
+
+def linear_launches(width: int, tokens: int) -> Iterator[Launch]:
+    """Yield the kernels of linear attention, both ways and for all roles of their operands."""
+    features, values = (
+        torch.empty(1, 8, tokens, n, dtype=torch.bfloat16) for n in (width, width + 1)
+    )
+    decay = torch.ones(8)
+    for shift, of_heads in ((0, decay), (64, None)):
+        yield from far_launches(features, features, values, of_heads, shift=shift)[0]
+        yield from far_launches(values, values, features, of_heads, shift=shift)[0]
+        yield from far_launches(features, features, values, of_heads, shift=shift, backwards=True)[
+            0
+        ]
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from attnopt.ops.agent import agent_attention
 from attnopt.ops.attention import attention
 from attnopt.ops.blocks import TILE, block_attention, reads_plan
 from attnopt.ops.blockwise import attend_blocks as attend_blocks_anywhere
+from attnopt.ops.linear import linear_attention
 from attnopt.ops.options import Options
 from attnopt.ops.packed import attend_routed as attend_routed_anywhere
 from attnopt.ops.plans import BlockPlan, plan_of_mask, plan_of_structure
@@ -36,11 +37,14 @@ _REMEMBERED = 16
 
 def kernel_of(node: fx.Node) -> Fast | None:
     """Return what a node of a graph is run by: a kernel, or the fast copy of any machine."""
+    from attnopt.backends.triton_gpu.mixing import attend_linear
+
     own: dict[Any, Fast] = {
         attention: attend,
         block_attention: attend_blocks,
         routed_attention: attend_routed,
         agent_attention: attend_agents,
+        linear_attention: attend_linear,
     }
     return own.get(node.target) or fast_copy(node)
 
