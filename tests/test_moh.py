@@ -18,9 +18,11 @@ from transformers import (
 import attnopt
 from attnopt.contributing import norm_scales
 from attnopt.costs import Workload, count_costs
+from attnopt.graphs import copied_module
 from attnopt.healing import Recipe, healed
 from attnopt.healing.functional import Functional, wide_weights
 from attnopt.healing.pace import Pace
+from attnopt.inlining import inline_attention
 from attnopt.nouns import Choice, No, Plan
 from attnopt.ops import norm_gates, routed_attention
 from attnopt.passes import moh
@@ -110,8 +112,12 @@ def test_steps_are_the_whole_text(source, config):
     torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=0, atol=2e-6)
 
 
+# Exporting takes seconds.
+EXPORTED = (MODES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in MODES[2:]))
+
+
 @only_llama
-@pytest.mark.parametrize("config", MODES, ids=str)
+@pytest.mark.parametrize("config", EXPORTED, ids=str)
 def test_a_result_generates_and_is_saved_and_exported(source, config, tmp_path):
     _, program, stats = source
     rewritten = stirred(routed(program, stats, **config))
@@ -128,6 +134,24 @@ def test_a_result_generates_and_is_saved_and_exported(source, config, tmp_path):
     export = attnopt.export_onnx(attnopt.capture(tmp_path / "kept"), tmp_path / "onnx")
     assert export.accepted
     assert export.operators == {"Attention": 2}
+
+
+@only_llama
+@pytest.mark.parametrize("config", [MODES[0], MODES[3]], ids=str)
+def test_a_compiler_takes_the_whole_graph(source, config):
+    _, program, stats = source
+    rewritten = stirred(routed(program, stats, **config))
+    module = copied_module(rewritten.graph_module)
+    inline_attention(module, remember=False)
+    compiled = torch.compile(module.forward, backend="aot_eager", fullgraph=True)
+    values = rewritten.form.flatten((ids(),), {})
+    given = [
+        values[n.name] if n.name in values else rewritten.weights[rewritten.bindings[n.name].name]
+        for n in rewritten.placeholders
+    ]
+    with torch.no_grad():
+        found = rewritten.form.unflatten(tuple(compiled(*given)), values).logits
+    torch.testing.assert_close(found, rewritten(ids()).logits, rtol=0, atol=2e-6)
 
 
 @only_llama

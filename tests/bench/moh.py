@@ -97,28 +97,28 @@ def draw(program: Program, seed: int, rows: int) -> Draw:
 def quality(rows: int, draws: int) -> Iterator[dict[str, Any]]:
     """Measure excess losses without training."""
     program = attnopt.apply(attnopt.capture(MODEL), "exact")
-    found: dict[tuple[int, str], list[float]] = {}
-    for seed in range(draws):
-        now = draw(program, seed, rows)
-        if not seed:
-            yield {"what": "source", "loss": round(float(now.base.mean()), 4), "rows": rows}
-        for heads in HEADS:
-            for name, config in MODES.items():
-                excess = now.excess("moh", heads=heads, **config)
-                found.setdefault((heads, name), []).append(excess)
-            for score in SCORES:
-                for refit in (False, True):
-                    name = f"static, {score}{' + refit' if refit else ''}"
-                    pruned = {"groups": 8 - heads, "score": score, "refit": refit}
-                    found.setdefault((heads, name), []).append(now.excess("amp", **pruned))
-    for (heads, name), each in found.items():
-        yield {
-            "what": "quality",
-            "heads": heads,
-            "method": name,
-            "excess": round(sum(each) / len(each), 4),
-            "draws": [round(x, 4) for x in each],
-        }
+    known = [draw(program, seed, rows) for seed in range(draws)]
+    yield {"what": "source", "loss": round(float(known[0].base.mean()), 4), "rows": rows}
+    for heads in HEADS:
+        for name, (rewrite, config) in settings(heads).items():
+            each = [now.excess(rewrite, **config) for now in known]
+            yield {
+                "what": "quality",
+                "heads": heads,
+                "method": name,
+                "excess": round(sum(each) / len(each), 4),
+                "draws": [round(x, 4) for x in each],
+            }
+
+
+def settings(heads: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """List the ways to have so many of 8 heads on, or left."""
+    found = {name: ("moh", {"heads": heads, **config}) for name, config in MODES.items()}
+    for score in SCORES:
+        for refit in (False, True):
+            pruned = {"groups": 8 - heads, "score": score, "refit": refit}
+            found[f"static, {score}{' + refit' if refit else ''}"] = ("amp", pruned)
+    return found
 
 
 def healing(rows: int, steps: int, learned: int) -> Iterator[dict[str, Any]]:
