@@ -268,9 +268,10 @@ def _agents(node: fx.Node, sizes: _Sizes) -> int:
     """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
     given: dict[str, Any] = dict(node.kwargs)
     cells, agents = math.prod(given["grid"]), math.prod(given["agents"])
-    leading = given.get("leading", 0)
-    pairs = (leading + agents) * (leading + cells) + cells * agents
-    return _attention(node, sizes) * pairs // (leading + cells) ** 2
+    leading = int(given.get("leading", 0))
+    tokens = leading + cells
+    pairs = (leading + agents) * tokens + cells * agents
+    return _attention(node, sizes) * pairs // (tokens * tokens)
 
 
 _COUNTS: Mapping[str, Count] = {

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from attnopt.finder.ops import value
+from attnopt.finder.ops import args, value
 from attnopt.fitting import Fit, Trial, fit_agents
 from attnopt.nouns import Choice, No, Site
 from attnopt.ops import agent_attention
@@ -281,7 +281,7 @@ def _other_tokens(node: fx.Node, site: Site) -> No | None:
     """Say why the tokens of an op are not those of its grid."""
     assert site.grid is not None
     wanted = site.grid.leading + site.grid.height * site.grid.width
-    counts = [value(x).shape[2] for x in node.args[:2]]
+    counts = [value(x).shape[2] for x in args(node)[:2]]
     if any(not isinstance(n, int) for n in counts):
         return No("its number of tokens varies from call to call; a grid has one size", site.name)
     if counts != [wanted, wanted]:
