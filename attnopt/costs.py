@@ -267,7 +267,7 @@ def _neighborhood(node: fx.Node, sizes: _Sizes) -> int:
 def _agents(node: fx.Node, sizes: _Sizes) -> int:
     """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
     given: dict[str, Any] = dict(node.kwargs)
-    cells, agents = math.prod(given["grid"]), math.prod(given["agents"])
+    cells, agents = (int(math.prod(given[n])) for n in ("grid", "agents"))
     leading = int(given.get("leading", 0))
     tokens = leading + cells
     pairs = (leading + agents) * tokens + cells * agents
