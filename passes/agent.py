@@ -96,10 +96,7 @@ def convert(site: Site, stats: Any, config: Config) -> dict[str, Tensor]:
     """Return the new parameters of the trained form: biases of zero, a convolution that copies."""
     if config.agents is None or config.mode != "trained":
         return {}
-    made = {name: torch.zeros(shape) for name, shape in _shapes(site, config).items()}
-    middle = made[_named(site, "filter")][:, 0, _FILTER // 2, _FILTER // 2]
-    middle.copy_(torch.tensor(_shortcuts(site, config)).repeat_interleave(site.v_head_dim))
-    return made
+    return _values(site, config)
 
 
 def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
@@ -242,9 +239,17 @@ def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
     return {_named(site, name): shape for name, shape in found.items()}
 
 
+def _values(site: Site, config: Config) -> dict[str, Tensor]:
+    """Return the new parameters of the trained form as they start."""
+    made = {name: torch.zeros(shape) for name, shape in _shapes(site, config).items()}
+    middle = made[_named(site, "filter")][:, 0, _FILTER // 2, _FILTER // 2]
+    middle.copy_(torch.tensor(_shortcuts(site, config)).repeat_interleave(site.v_head_dim))
+    return made
+
+
 def _parameters(edit: GraphEdit, site: Site, config: Config) -> dict[str, Any]:
     """Insert inputs for the new parameters; return the options that read them."""
-    made = {name: edit.add_parameter(name, shape) for name, shape in _shapes(site, config).items()}
+    made = {name: edit.parameter(name, x) for name, x in _values(site, config).items()}
     found: dict[str, Any] = {
         stage: [made[_named(site, f"{stage}_{part}")] for part in ("table", "rows", "columns")]
         for stage in ("collect", "spread")

@@ -1,6 +1,6 @@
 """A copy of a program's graph under change, and what of a site's heads and channels stays in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,15 +72,14 @@ class GraphEdit:
             return No("not in its exact form, which every other rewrite starts from", site.name)
         return first
 
-    def add_parameter(self, name: str, shape: Sequence[int]) -> fx.Node:
-        """Insert an input that reads a new parameter, of the dtype that the others have."""
-        last = self.graph.find_nodes(op="placeholder")[-1]
-        kinds = self.program.bindings
-        like = next(n for n in self.program.placeholders if kinds[n.name].kind == "parameter")
+    def parameter(self, name: str, like: Tensor) -> fx.Node:
+        """Return a new parameter of the program; `finish` takes its value by its name."""
+        placeholder = "p_" + "".join(c if c.isalnum() else "_" for c in name)
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
-            node = self.graph.placeholder(f"p_{name.replace('.', '_')}")
-        with fake_mode_of((like,)):
-            node.meta["val"] = value(like).new_empty(tuple(shape))
+            node = self.graph.placeholder(placeholder)
+        with fake_mode_of(self.program.placeholders):
+            node.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
         self.added[node.name] = Binding("parameter", name)
         return node
 
@@ -113,7 +112,8 @@ class GraphEdit:
         self.graph.lint()
         module = fx.GraphModule(self.program.graph_module, self.graph)
         result = self.program.with_graph(module, note=note).with_weights(changed)
-        result = replace(result, bindings={**result.bindings, **self.added})
+        if self.added:
+            result = replace(result, bindings={**result.bindings, **self.added})
         if not self.states:
             return result
         return result.with_states(tuple(self.states.get(s.name, s) for s in result.states))
