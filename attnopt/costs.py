@@ -288,10 +288,11 @@ def _routed(node: fx.Node, sizes: _Sizes) -> int:
 def _agents(node: fx.Node, sizes: _Sizes) -> int:
     """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
     given: dict[str, Any] = dict(node.kwargs)
-    cells, agents = math.prod(given["grid"]), math.prod(given["agents"])
-    leading = given.get("leading", 0)
-    pairs = (leading + agents) * (leading + cells) + cells * agents
-    return _attention(node, sizes) * pairs // (leading + cells) ** 2
+    cells, agents = (int(math.prod(given[n])) for n in ("grid", "agents"))
+    leading = int(given.get("leading", 0))
+    tokens = leading + cells
+    pairs = (leading + agents) * tokens + cells * agents
+    return _attention(node, sizes) * pairs // (tokens * tokens)
 
 
 _COUNTS: Mapping[str, Count] = {

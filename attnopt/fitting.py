@@ -6,6 +6,7 @@ of both, the best shortcut of that head is closed form: c = <V, O - A> / <V, V> 
 What is tried beside it are the cores and the exponents given; the least error left decides.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,4 +154,4 @@ class _Sums:
         """Return the share of the output that is lost with the best shortcut, or the one given."""
         gained = 0.0 if given else (self.cross**2 / self.value.clamp_min(1e-30)).sum()
         left = float((self.gap.sum() - gained) / self.whole.sum().clamp_min(1e-30))
-        return max(left, 0.0) ** 0.5
+        return math.sqrt(max(left, 0.0))

@@ -189,7 +189,8 @@ def settled(program: Program, plan: Plan) -> Plan:
 
 def _things(program: Program) -> dict[str, Site | Mlp]:
     """Return all that a choice can name."""
-    return {x.name: x for x in (*program.mlps, *program.sites)}
+    things: tuple[Site | Mlp, ...] = (*program.mlps, *program.sites)
+    return {x.name: x for x in things}
 
 
 def _settled(program: Program, stats: Any, choices: Sequence[Choice]) -> list[Choice]:

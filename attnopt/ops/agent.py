@@ -99,8 +99,8 @@ def sharpened(scale: float, width: int, exponent: float) -> float:
 def pooled(q: Tensor, grid: Sequence[int], agents: Sequence[int]) -> Tensor:
     """Return the mean of each of the cells of a grid of queries, (B, H, A, D)."""
     image = q.mT.flatten(0, 1).unflatten(2, list(grid))
-    mean = F.adaptive_avg_pool2d(image, list(agents)).flatten(2).mT
-    return mean.unflatten(0, q.shape[:2])
+    mean: Tensor = F.adaptive_avg_pool2d(image, (agents[0], agents[1])).flatten(2).mT
+    return mean.reshape(*q.shape[:2], *mean.shape[1:])
 
 
 def collecting_bias(

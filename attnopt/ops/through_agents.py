@@ -110,8 +110,8 @@ def by_schedule(
         return many(q, k, v, scale=call.scale)
     through, dense = rows.nonzero().flatten(), (~rows).nonzero().flatten()
     parts = [
-        by_agents(*(x[through] for x in (q, k, v)), call, few, many),
-        many(*(x[dense] for x in (q, k, v)), scale=call.scale),
+        by_agents(q[through], k[through], v[through], call, few, many),
+        many(q[dense], k[dense], v[dense], scale=call.scale),
     ]
     return torch.cat(parts)[torch.argsort(torch.cat([through, dense]))]
 
