@@ -20,7 +20,7 @@ from attnopt.search.candidates import Asked, Candidate, Step, following, steps_a
 from attnopt.search.scores import Scores
 from attnopt.search.solving import Measured, Model, Scored, damages_of, solve
 from attnopt.search.uniform import uniform_plans
-from attnopt.search.weighing import cache_bytes, weights_of
+from attnopt.search.weighing import cache_bytes, flops_of, weights_of
 
 TOKENS = 24
 
@@ -316,3 +316,20 @@ def test_proposals_fit_what_is_asked(known: tuple[Program, Statistics]):
     found = window.proposals(site, high)
     assert {len(c.full) for c in found} == {0, 1, 2, 3}
     json.dumps([Step("window", c).settings for c in found])
+
+
+def test_what_only_moves_tokens_is_no_operation():
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.ViTConfig(**sizes, intermediate_size=48, image_size=32, patch_size=4)
+    model = transformers.ViTForImageClassification(config).eval()
+    program = attnopt.capture(model, (), {"pixel_values": torch.randn(2, 3, 32, 32)})
+    (site,) = program.sites
+    whole = flops_of(program, Workload(sequence=0))
+    for settings in ({"window": 4, "tile": [2, 2]}, {"window": 4}):
+        plan = Plan((Choice(site.name, "neighborhood", settings),))
+        flops = flops_of(attnopt.apply(program, plan), Workload(sequence=0))
+        assert flops is not None
+        assert whole is not None
+        assert flops < whole
