@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch._C import _LinAlgError as LinAlgError
 
 from attnopt.costs import Workload
 from attnopt.moments import Refits, Statistics
@@ -18,6 +17,9 @@ from attnopt.search.judging import Judge, Look
 from attnopt.search.scores import Scores
 from attnopt.search.weighing import flops_of, heads_of, weights_of
 from attnopt.verifying.calling import Call
+
+# Not all of torch says what it exports.
+_Unsolvable: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 # Rows, of all those that plans are judged on, for a first look and for a second one.
 FIRST: Final = 4
@@ -130,7 +132,7 @@ class Measuring:
         plan = Plan(candidate.choices(refit=False), statistics=self._fresh())
         try:
             made = apply(self.program, plan)
-        except (ValueError, NotImplementedError, LinAlgError) as error:
+        except (ValueError, NotImplementedError, _Unsolvable) as error:
             return str(error)
         self._applied = candidate.key, made
         return made
