@@ -93,11 +93,14 @@ def cache_bytes(site: Site, element_size: int) -> int:
 
 
 def uncounted(program: Program) -> Iterator[str]:
-    """Name attnopt's own ops in a program whose operations are not counted."""
+    """Name attnopt's own ops in a program whose operations are not counted.
+
+    What reads one tensor only moves it, and is free.
+    """
     for leaf in _leaves(program):
         for node in leaf.graph.nodes:
             ours = node.op == "call_function" and str(node.target).startswith("attnopt.")
-            if ours and _op_name(node) not in _COUNTS:
+            if ours and len(node.all_input_nodes) > 1 and _op_name(node) not in _COUNTS:
                 yield _op_name(node)
 
 

@@ -3,7 +3,8 @@
 attnopt optimize examples/models/code-llama -o out --kv-cache 50% --max-drop 10%
 
 Exit status: 0 accepted, 2 usage, 3 nothing to do, 4 the quality gate failed (the best candidate is
-kept as OUT.rejected), 5 refused for safety, 6 resources, 130 interrupted (OUT is what it was).
+kept as OUT.rejected), 5 refused for safety, 6 resources, 130 interrupted (OUT is what it was, and
+the same command goes on where a search stopped).
 """
 
 import argparse

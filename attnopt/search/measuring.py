@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch._C import _LinAlgError as LinAlgError
 
 from attnopt.costs import Workload
 from attnopt.moments import Refits, Statistics
@@ -18,6 +17,9 @@ from attnopt.search.judging import Judge, Look
 from attnopt.search.scores import Scores
 from attnopt.search.weighing import flops_of, heads_of, weights_of
 from attnopt.verifying.calling import Call
+
+# Not all of torch says what it exports.
+_Unsolvable: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 # Rows, of all those that plans are judged on, for a first look and for a second one.
 FIRST: Final = 4
@@ -51,7 +53,7 @@ class Measuring:
         self._calls = calls
         self._judges: dict[int, Judge] = {}
         self._clock = Clock(scores, _first_rows(calls, 1)[0])
-        self._refits: dict[str, Refits] = {}
+        self._refits: tuple[float, str, Refits] | None = None
         self._applied: tuple[str, Program] | None = None
 
     def judge(self, rows: int | None = None) -> Judge:
@@ -96,17 +98,20 @@ class Measuring:
         name = _named(choices)
 
         def make() -> list[float]:
-            made, self._refits[name] = self._carried_out(choices)
-            return self.judge().look(made).content()
+            made, refits = self._carried_out(choices)
+            look = self.judge().look(made)
+            # Moments are large: those of the best so far are kept, which may be asked for.
+            if self._refits is None or look.excess <= self._refits[0]:
+                self._refits = look.excess, name, refits
+            return look.content()
 
         return Look(*self.scores.get(f"whole {name}", make))
 
     def refits(self, choices: Sequence[Choice]) -> Refits:
         """Return the moments that a plan is refitted with, so that it needs no data any more."""
-        name = _named(choices)
-        if name not in self._refits:
-            self._refits[name] = self._carried_out(choices)[1]
-        return self._refits[name]
+        if self._refits is not None and self._refits[1] == _named(choices):
+            return self._refits[2]
+        return self._carried_out(choices)[1]
 
     def _carried_out(self, choices: Sequence[Choice]) -> tuple[Program, Refits]:
         statistics = self._fresh()
@@ -127,7 +132,7 @@ class Measuring:
         plan = Plan(candidate.choices(refit=False), statistics=self._fresh())
         try:
             made = apply(self.program, plan)
-        except (ValueError, NotImplementedError, LinAlgError) as error:
+        except (ValueError, NotImplementedError, _Unsolvable) as error:
             return str(error)
         self._applied = candidate.key, made
         return made
