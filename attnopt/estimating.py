@@ -86,12 +86,17 @@ def refuse_too_large(expected: Estimate, out: Path | None) -> None:
             f"about {told_size(expected.memory)} of memory are needed, and {told_size(room)} are "
             "free here; take fewer or shorter rows (--data NAME:16x128), or a larger machine"
         )
-    place = None if out is None else next(p for p in (out, *out.parents) if p.exists())
-    if place is not None and expected.disk > _CLEARLY * shutil.disk_usage(place).free:
+    free = math.inf if out is None else free_at(out)
+    if expected.disk > _CLEARLY * free:
         raise TooLargeError(
-            f"{out} will take about {told_size(expected.disk)}, and "
-            f"{told_size(shutil.disk_usage(place).free)} are free there; choose another disk"
+            f"{out} will take about {told_size(expected.disk)}, and {told_size(free)} are free "
+            "there; choose another disk"
         )
+
+
+def free_at(place: Path) -> int:
+    """Return the bytes that are free where something is to lie."""
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
 
 
 @dataclass(frozen=True)
@@ -322,10 +327,10 @@ def _rows_size(site: Site, name: str, main: Program) -> float:
 
 def _names(program: Program) -> list[str]:
     """List the parameters, those that are tied once."""
-    twins = {name for group in program.source.tied for name in group[1:]}
+    twins = {name: group[0] for group in program.source.tied for name in group}
     parts = (program, *program.parts.values())
     bound = {b.name for p in parts for b in p.bindings.values() if b.kind == "parameter"}
-    return sorted(bound - twins)
+    return sorted({twins.get(name, name): name for name in sorted(bound)}.values())
 
 
 def _elements(program: Program) -> int:
