@@ -301,7 +301,7 @@ def _left_by(thing: Site | Mlp, config: Mapping[str, Any] | None) -> float | Non
         return None
     units = thing.neurons if isinstance(thing, Mlp) else thing.kv_heads
     gone = config.get("neurons", 0) if isinstance(thing, Mlp) else config.get("groups", 0)
-    return 1 - gone / units
+    return 1 - float(gone) / units
 
 
 def _removed(thing: Site | Mlp, config: Mapping[str, Any] | None, main: Program) -> float:
@@ -310,7 +310,8 @@ def _removed(thing: Site | Mlp, config: Mapping[str, Any] | None, main: Program)
         return 0.0
     if "kv_heads" in config and isinstance(thing, Site):
         left = {n: config.get(f"{n}_heads") or config["kv_heads"] for n in ("k", "v")}
-        return sum(_rows_size(thing, n, main) * (1 - left[n] / thing.kv_heads) for n in left)
+        sizes = {n: _rows_size(thing, n, main) for n in left}
+        return float(sum(sizes[n] * (1 - left[n] / thing.kv_heads) for n in left))
     unit, _ = removable(thing, main.weights)
     return float(unit * (config.get("groups", 0) + config.get("neurons", 0)))
 

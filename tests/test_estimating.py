@@ -47,7 +47,7 @@ def test_disk_is_told_within_five_percent(goal: dict[str, float], program, tmp_p
 def test_more_data_takes_more(program, monkeypatch: pytest.MonkeyPatch):
     probe = probed(program)
     monkeypatch.setattr(estimating.Probe, "of", lambda *_: probe)
-    small, large = (split_for(program, ids(n, 24)) for n in (8, 400))
+    small, large = (split_for(program, ids(n, 24)) for n in (4, 400))
     few, many = (estimate(program, split, {"kv_cache": 0.5}) for split in (small, large))
     assert many.seconds["verify"] > few.seconds["verify"]
     assert many.memory > few.memory
