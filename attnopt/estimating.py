@@ -86,12 +86,17 @@ def refuse_too_large(expected: Estimate, out: Path | None) -> None:
             f"about {told_size(expected.memory)} of memory are needed, and {told_size(room)} are "
             "free here; take fewer or shorter rows (--data NAME:16x128), or a larger machine"
         )
-    place = None if out is None else next(p for p in (out, *out.parents) if p.exists())
-    if place is not None and expected.disk > _CLEARLY * shutil.disk_usage(place).free:
+    free = math.inf if out is None else free_at(out)
+    if expected.disk > _CLEARLY * free:
         raise TooLargeError(
-            f"{out} will take about {told_size(expected.disk)}, and "
-            f"{told_size(shutil.disk_usage(place).free)} are free there; choose another disk"
+            f"{out} will take about {told_size(expected.disk)}, and {told_size(free)} are free "
+            "there; choose another disk"
         )
+
+
+def free_at(place: Path) -> int:
+    """Return the bytes that are free where something is to lie."""
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
 
 
 @dataclass(frozen=True)
@@ -296,7 +301,7 @@ def _left_by(thing: Site | Mlp, config: Mapping[str, Any] | None) -> float | Non
         return None
     units = thing.neurons if isinstance(thing, Mlp) else thing.kv_heads
     gone = config.get("neurons", 0) if isinstance(thing, Mlp) else config.get("groups", 0)
-    return 1 - gone / units
+    return 1 - float(gone) / units
 
 
 def _removed(thing: Site | Mlp, config: Mapping[str, Any] | None, main: Program) -> float:
@@ -305,7 +310,8 @@ def _removed(thing: Site | Mlp, config: Mapping[str, Any] | None, main: Program)
         return 0.0
     if "kv_heads" in config and isinstance(thing, Site):
         left = {n: config.get(f"{n}_heads") or config["kv_heads"] for n in ("k", "v")}
-        return sum(_rows_size(thing, n, main) * (1 - left[n] / thing.kv_heads) for n in left)
+        sizes = {n: _rows_size(thing, n, main) for n in left}
+        return float(sum(sizes[n] * (1 - left[n] / thing.kv_heads) for n in left))
     unit, _ = removable(thing, main.weights)
     return float(unit * (config.get("groups", 0) + config.get("neurons", 0)))
 
@@ -322,10 +328,10 @@ def _rows_size(site: Site, name: str, main: Program) -> float:
 
 def _names(program: Program) -> list[str]:
     """List the parameters, those that are tied once."""
-    twins = {name for group in program.source.tied for name in group[1:]}
+    twins = {name: group[0] for group in program.source.tied for name in group}
     parts = (program, *program.parts.values())
     bound = {b.name for p in parts for b in p.bindings.values() if b.kind == "parameter"}
-    return sorted(bound - twins)
+    return sorted({twins.get(name, name): name for name in sorted(bound)}.values())
 
 
 def _elements(program: Program) -> int:

@@ -118,13 +118,38 @@ class Stages:
         start = time.perf_counter()
         if self._bar is not None:
             self._tasks[name] = self._bar.add_task(name, total=None)
-        with debug.listening(self._advance), debug.timed(name):
+        with (
+            debug.listening(self._advance),
+            debug.hearing(self._part),
+            debug.reading(self._said),
+            debug.timed(name),
+        ):
             yield
         spent = time.perf_counter() - start
         if self._bar is not None:
             self._bar.update(self._tasks[name], total=1, completed=1)
         elif spent > _WORTH_A_LINE and not self._quiet:
             print(f"{name}: {spent:.1f} s", file=sys.stderr)
+
+    def _part(self, name: str, seconds: float | None) -> None:
+        """Show a part of a stage as it begins, and say at its end how long it took."""
+        if self._bar is None:
+            if seconds is not None and seconds > _WORTH_A_LINE and not self._quiet:
+                print(f"  {name}: {seconds:.1f} s", file=sys.stderr)
+            return
+        if seconds is None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bar.add_task(name, total=None)
+            return
+        whole = self._bar.tasks[self._tasks[name]].total or 1
+        self._bar.update(self._tasks[name], total=whole, completed=whole)
+
+    def _said(self, message: str) -> None:
+        """Print what is worth knowing before the work is done."""
+        if self._bar is not None:
+            self._bar.console.print(message, highlight=False)
+        elif not self._quiet:
+            print(message, file=sys.stderr)
 
     def _advance(self, name: str, done: int, total: int) -> None:
         if self._bar is None:

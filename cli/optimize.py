@@ -66,6 +66,7 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
     from attnopt import passes as registry
     from attnopt.artifacts.saving import refuse_foreign
     from attnopt.data import Source, checked
+    from attnopt.estimating import TooLargeError
     from attnopt.nouns import Plan
     from attnopt.optimizing import optimize
     from attnopt.planning import NothingToDoError
@@ -101,6 +102,22 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
             )
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
+        except TooLargeError as error:
+            raise CommandError("AO603", str(error), Exit.RESOURCES) from error
+        except KeyboardInterrupt as error:
+            raise _interrupted(Path(arguments.out)) from error
+
+
+def _interrupted(out: Path) -> CommandError:
+    """Say what an interruption left, and how to go on."""
+    kept = sorted(p.name for p in out.absolute().parent.glob(f".{out.name}.*") if p.is_dir())
+    told = f"what was measured is kept in {', '.join(kept)}, and " if kept else ""
+    return CommandError(
+        "AO130",
+        f"interrupted; {out} is what it was before; {told}the same command goes on"
+        + ("" if kept else " from the start"),
+        Exit.INTERRUPTED,
+    )
 
 
 def _command(arguments: argparse.Namespace, recipe: "Recipe") -> str:
@@ -155,6 +172,7 @@ def _summary(output: Output, result: "Result", place: Path) -> None:
     output.line(f"saved as {shown(place)} (tier {tier}): {_LOADS[tier]}")
     loader = f"{stock_name(place, result)}.from_pretrained" if tier < 2 else "attnopt.load"
     output.line(f'  {loader}("{shown(place)}")')
+    output.note(f"the whole report: {shown(place / 'attnopt' / 'report.html')}")
 
 
 def stock_name(place: Path, result: "Result") -> str:

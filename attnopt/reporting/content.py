@@ -116,7 +116,7 @@ def _importance(result: "Result") -> dict[str, Any] | None:
     stats = _statistics(result)
     if stats is None:
         return None
-    found = [
+    found: list[dict[str, Any]] = [
         {"site": site.name, "scores": [float(x) for x in stats.contribution(parameter)]}
         for site in _single(result.reference).sites
         for parameter in _read(site)

@@ -19,7 +19,7 @@ from attnopt.weights import described
 
 ROWS: Final = 2
 PROMPT: Final = 32
-NEW: Final = 32
+NEW: Final = 24
 _LARGEST: Final = 4 * 2**30
 
 

@@ -17,7 +17,8 @@ def _quality(report: Report) -> list[Markup]:
     if judged is None or shown is None:
         return []
     drop = judged["drop"]
-    ends = (drop["mean"], *drop["ci95"])
+    low, high = drop["ci95"]
+    ends = (drop["mean"], low, high)
     drawn = []
     if all(isinstance(x, int | float) and math.isfinite(x) for x in ends):
         said = f"{judged['drop_is']}: mean, 95 % confidence interval and limit"

@@ -1,0 +1,92 @@
+"""What a run will take, told before it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dha_models import exactly, ids
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import attnopt
+from attnopt import estimating
+from attnopt.data import split_for
+from attnopt.estimating import Estimate, TooLargeError, estimate, refuse_too_large
+from attnopt.nouns import No
+from attnopt.program import Program
+
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 320,
+    "vocab_size": 1500,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval().requires_grad_(False)
+    return exactly(model)
+
+
+@pytest.mark.parametrize("goal", [{"kv_cache": 0.5}, {"params": 0.9}])
+def test_disk_is_told_within_five_percent(goal: dict[str, float], program, tmp_path: Path):
+    rows = ids(40, 24)
+    result = attnopt.optimize(program, goal, data=rows, out=tmp_path / "out")
+    measured = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert result.measured["estimate"]["disk"] == pytest.approx(measured, rel=0.05)
+    replayed = estimate(program, split_for(program, rows), goal, result.plan)
+    assert replayed.disk == pytest.approx(measured, rel=0.05)
+    assert set(replayed.seconds) == {"plan", "rewrite", "verify", "measure", "save"}
+
+
+def test_more_data_takes_more(program, monkeypatch: pytest.MonkeyPatch):
+    probe = probed(program)
+    monkeypatch.setattr(estimating.Probe, "of", lambda *_: probe)
+    small, large = (split_for(program, ids(n, 24)) for n in (4, 400))
+    few, many = (estimate(program, split, {"kv_cache": 0.5}) for split in (small, large))
+    assert many.seconds["verify"] > few.seconds["verify"]
+    assert many.memory > few.memory
+    assert many.disk > few.disk
+    looked = estimate(program, small, {"kv_cache": 0.5}, looks=1000)
+    assert looked.seconds["plan"] > few.seconds["plan"]
+
+
+def probed(program: Program) -> estimating.Probe:
+    """Return a probe that no other process disturbs between two estimates."""
+    names = [p.parameter for s in program.sites for p in s.projections.values()]
+    return estimating.Probe.of(program, {"input_ids": ids(4, 24)}, names)
+
+
+def test_a_plan_that_changes_nothing_removes_nothing(program):
+    split = split_for(program, ids(8, 24))
+    kept = estimate(program, split, {}, attnopt.Plan(()))
+    halved = estimate(program, split, {"kv_cache": 0.5})
+    assert kept.disk != halved.disk
+    stored = sum(t.nbytes for t in {id(t): t for t in program.weights.values()}.values())
+    assert kept.disk > 0.9 * stored
+
+
+def test_a_model_of_parts_has_no_estimate(program):
+    parts = replace(program, parts={"layers.0": program, "layers.1": program})
+    assert isinstance(estimate(parts, split_for(program, ids(8, 24))), No)
+
+
+def test_what_clearly_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = Estimate({"plan": 100.0}, memory=estimating.resident() + 1000, disk=1000)
+    assert str(expected).startswith("about 2 min, ")
+    monkeypatch.setattr(estimating, "available", lambda: 900)
+    refuse_too_large(expected, None)
+    monkeypatch.setattr(estimating, "available", lambda: None)
+    refuse_too_large(expected, tmp_path / "a" / "b")
+    monkeypatch.setattr(estimating, "available", lambda: 100)
+    with pytest.raises(TooLargeError, match="of memory are needed, and 0 KiB are free"):
+        refuse_too_large(replace(expected, memory=2 * expected.memory), None)
+    monkeypatch.setattr(estimating, "available", lambda: None)
+    monkeypatch.setattr(estimating, "free_at", lambda place: 700)
+    with pytest.raises(TooLargeError, match="choose another disk"):
+        refuse_too_large(expected, tmp_path)
