@@ -5,7 +5,7 @@ the keys up to its last token, N at a time, by the recurrence of `forward`. Prog
 row have nothing to read: how many rows there are is known on the device only.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,7 +20,8 @@ from attnopt.backends.triton_gpu.tiles import LN_2, LOG2_E, load_rows, product, 
 from attnopt.ops.blocks import listed
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
     """The rows of each key head, `order` (B, Hk, T G): token x G + query head, those on first."""
 
     order: Tensor

@@ -113,7 +113,9 @@ def quality(rows: int, draws: int) -> Iterator[dict[str, Any]]:
 
 def settings(heads: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """List the ways to have so many of 8 heads on, or left."""
-    found = {name: ("moh", {"heads": heads, **config}) for name, config in MODES.items()}
+    found: dict[str, tuple[str, dict[str, Any]]] = {
+        name: ("moh", {"heads": heads, **config}) for name, config in MODES.items()
+    }
     for score in SCORES:
         for refit in (False, True):
             pruned = {"groups": 8 - heads, "score": score, "refit": refit}
