@@ -112,7 +112,9 @@ def branches(program: Program, rows: Tensor) -> Branches:
     for node, name in zip(found, _names(program, found, names), strict=True):
         lost = losses(without_far_keys(program, {node.name}), rows, "linear") - base
         window: Any = node.kwargs.get("window", 0)
-        sites.append(Branch(name, int(window), *shares[node.name], Paired.of(lost)))
+        denominator, output, by_distance = shares[node.name]
+        missed = Paired.of(lost)
+        sites.append(Branch(name, int(window), denominator, output, by_distance, missed))
     every = losses(without_far_keys(program, {n.name for n in found}), rows, "linear") - base
     return Branches(tuple(sites), Paired.of(every))
 

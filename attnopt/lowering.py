@@ -190,6 +190,7 @@ def retargeted(program: Program, dtype: torch.dtype, device: torch.device) -> Pr
             node.args = map_aggregate(node.args, lambda a: dtype if a is own else a)
             node.kwargs = map_aggregate(node.kwargs, lambda a: dtype if a is own else a)
         _refill(node, own, dtype)
+    graph_module.recompile()
     states = tuple(replace(s, dtype=dtype if s.dtype == own else s.dtype) for s in program.states)
     changed = replace(program, graph_module=graph_module, grown=None)
     return changed.with_states(states) if states else changed

@@ -178,8 +178,8 @@ def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor 
         stop = min(first + together, chunks * size)
         cut = slice(first, stop + reach)
         part = None if shown is None else shown[..., cut]
-        read = (x[:, :, cut] for x in (k, v, of_key))
-        sums, state = bands.attend(q[:, :, first:stop], *read, part, state)
+        near_k, near_v, near_features = (x[:, :, cut] for x in (k, v, of_key))
+        sums, state = bands.attend(q[:, :, first:stop], near_k, near_v, near_features, part, state)
         found.append(sums)
     return torch.cat(found, dim=2)[:, :, :tokens]
 
@@ -272,8 +272,8 @@ class _Bands:
         gap = (chunk.unsqueeze(1) - chunk) * size
         passed = mixing.powers(gap.clamp(min=0), value)
         assert passed is not None
-        mixed = passed.masked_fill(gap < 0, 0.0) @ terms.flatten(3)
-        return mixed.unflatten(3, terms.shape[3:])
+        mixed: Tensor = passed.masked_fill(gap < 0, 0.0) @ terms.flatten(3)
+        return mixed.view(terms.shape)
 
 
 linear_attention_fast = opaque("linear_attention_fast", attend_linear, steps=False)

@@ -49,15 +49,14 @@ def attend_linear(
         of_queries = torch.exp(logits - top)
     else:
         of_queries, top = mixing.of_queries(wide, None), None
-    given = (x.to(own) for x in (of_queries, of_keys, values))
-    sums = far_sums(*given, decay, mixing.window)
+    sums = far_sums(of_queries.to(own), of_keys.to(own), values.to(own), decay, mixing.window)
     if not mixing.window:
         return mixing.divided(sums, v.dtype)
     assert top is not None
     plan = plan_of_structure(
         q.shape[2], k.shape[2], whole=True, device=q.device, causal=True, window=mixing.window
     )
-    options = {"padding": padding, "scale": mixing.scale, "k_map": mixing.k_map}
+    options: dict[str, Any] = {"padding": padding, "scale": mixing.scale, "k_map": mixing.k_map}
     options |= {"v_map": mixing.v_map, "causal": True, "window": mixing.window}
     near, lse = attend_by_plan(q, k, v, plan, **{n: x for n, x in options.items() if x is not None})
     both = torch.maximum(lse.unsqueeze(-1).detach(), top)
