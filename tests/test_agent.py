@@ -384,7 +384,13 @@ SETTINGS = {
     "plain": {**SAID, "agents": [4, 3]},
     "nystrom": {**SAID, "agents": 9, "core": "nystrom"},
     "trained": {"agents": 9, "mode": "trained", "exponent": 0.5, "shortcut": 0.1},
-    "steps": {**SAID, "agents": 9, "timesteps": [4, 9]},
+    "steps": {
+        "agents": 9,
+        "mode": "trained",
+        "exponent": 0.5,
+        "shortcut": 0.1,
+        "timesteps": [4, 9],
+    },
 }
 CALLS = tuple(torch.tensor(steps) for steps in ([1, 2, 3], [4, 5, 8], [1, 5, 9]))
 
