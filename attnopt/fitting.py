@@ -74,7 +74,19 @@ def fit_agents(program: Program, stats: Statistics, trials: Mapping[str, Trial])
             trial = trials[site.name]
             q, k, v = _counting(trial, batch, q, k, v)
             _add(sums[site.name], trial.options, q, k, v, dict(node.kwargs))
+    for name, held in sums.items():
+        _must_have_rows(name, trials[name], held[0])
     return {name: _best(trials[name].options, held) for name, held in sums.items()}
+
+
+def _must_have_rows(name: str, trial: Trial, total: "_Sums") -> None:
+    """Raise a ValueError where no row of the calibration counts at a site."""
+    if trial.rows is not None and not bool(total.whole.any()):
+        said, low, high = trial.rows
+        raise ValueError(
+            f"{name}: no row of the calibration data has {said!r} from {low:g} to below {high:g}, "
+            "which its agents are fitted on; add calls at such time steps"
+        )
 
 
 def _counting(

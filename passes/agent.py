@@ -30,7 +30,7 @@ weightless = True
 Mode = Literal["free", "trained"]
 Core = Literal["plain", "nystrom"]
 
-_EXPONENTS = (1.0, 0.75, 0.5, 0.3, 0.1, -0.2, -0.5)
+_EXPONENTS = (1.0, 0.75, 0.5, 0.3, 0.1, -0.2, -0.5, -1.0)
 _SHARES = (2, 4, 8)
 _COARSE = 7  # cells of a table of biases, each way
 _FILTER = 3

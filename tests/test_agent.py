@@ -352,6 +352,13 @@ def test_a_schedule_is_fitted_on_the_steps_that_it_is_for():
     assert settled(block(), plan).choices[0].config["shortcut"] == early["shortcut"]
 
 
+def test_a_schedule_for_which_there_is_no_data_says_so():
+    calls = [{"x": noise(2, 3, 12, 12), "timestep": torch.tensor([1, 2])}]
+    plan = plan_of(block(), attnopt.calibrate(block(), calls), agents=4, timesteps=[30, 50])
+    with pytest.raises(ValueError, match="'timestep' from 30 to below 50"):
+        settled(block(), plan)
+
+
 def test_layers_share_what_tells_the_step():
     result = rewritten(block(), agents=9, **SAID, timesteps=[4, 9])
     compared = result.graph.find_nodes(op="call_function", target=torch.ops.aten.ge.Scalar)
@@ -384,7 +391,13 @@ SETTINGS = {
     "plain": {**SAID, "agents": [4, 3]},
     "nystrom": {**SAID, "agents": 9, "core": "nystrom"},
     "trained": {"agents": 9, "mode": "trained", "exponent": 0.5, "shortcut": 0.1},
-    "steps": {**SAID, "agents": 9, "timesteps": [4, 9]},
+    "steps": {
+        "agents": 9,
+        "mode": "trained",
+        "exponent": 0.5,
+        "shortcut": 0.1,
+        "timesteps": [4, 9],
+    },
 }
 CALLS = tuple(torch.tensor(steps) for steps in ([1, 2, 3], [4, 5, 8], [1, 5, 9]))
 
