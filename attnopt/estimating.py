@@ -23,7 +23,7 @@ _GRAPHS: Final = {"plan": 2.0, "rewrite": 6.0, "verify": 8.0, "measure": 12.0, "
 # Numbers of a softmax that the comparison of two logits costs, and logits held at once.
 _COMPARED: Final = 12.0
 _LOGITS: Final = 2**26
-_HELD_LOGITS: Final = 9
+_HELD_LOGITS: Final = 7
 # Products of n x n matrices that solving for n inputs takes.
 _SOLVED: Final = 3.0
 _SAMPLED: Final = 32
@@ -67,15 +67,17 @@ def estimate(
     goal: Mapping[str, float] | None = None,
     plan: Plan | None = None,
     *,
+    searched: bool = False,
     looks: int = 0,
 ) -> Estimate | No:
     """Estimate what it takes to optimize an exact program for a goal, or as a plan says.
 
-    `looks` counts the rewrites that a planner will judge on all calibration rows.
+    A plan that is `searched` is what the search will find as far as is known; `looks` counts the
+    rewrites that it will judge on all calibration rows.
     """
     if set(program.parts) - {"encode", "decode"}:
         return No("it was captured in parts, of which no single run can be timed", program.name)
-    return _Run.of(program, split, goal or {}, plan, looks).estimate()
+    return _Run.of(program, split, goal or {}, plan, searched, looks).estimate()
 
 
 def refuse_too_large(expected: Estimate, out: Path | None) -> None:
@@ -106,6 +108,7 @@ class _Run:
     program: Program
     goal: Mapping[str, float]
     plan: Plan | None
+    searched: bool
     looks: int
     probe: Probe
     rows: tuple[int, int]
@@ -120,6 +123,7 @@ class _Run:
         split: Split,
         goal: Mapping[str, float],
         plan: Plan | None,
+        searched: bool,
         looks: int,
     ) -> "_Run":
         """Count the data, and take the probe."""
@@ -131,6 +135,7 @@ class _Run:
             program,
             goal,
             plan,
+            searched or plan is None,
             looks,
             Probe.of(main, both[0][0], parameters),
             tuple(sum(map(rows_in, calls)) for calls in both),  # type: ignore[arg-type]
@@ -151,7 +156,7 @@ class _Run:
         graphs = {stage: times * probe.copy for stage, times in _GRAPHS.items()}
         gathered = sum(self._gathered(name, width) for name, width in probe.widths.items())
         solved = sum(_SOLVED * size.width**3 for size in self._refitted()) * probe.multiply
-        given = 0.0 if self.plan is not None else solved + self.looks * whole[0]
+        given = solved + self.looks * whole[0] if self.searched else 0.0
         yield "plan", graphs["plan"] + run + gathered + given
         refits = sum(map(self._refit, self._refitted()))
         again = 2 * run if self._refitted() else 0.0

@@ -58,11 +58,13 @@ def optimize(
         refuse_foreign(Path(out).absolute(), program)
     with debug.stage("prove"):
         exact = apply(program, "exact")
-        if plan is None:
-            foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
+        # Where one pass alone can serve, what it will do is known before its data.
+        found = None if plan else foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
+    likely = Plan(tuple(o.choice for o in found[0])) if found and len(found) == 1 else None
     split = split_for(program, data, held_out)
     with debug.stage("estimate"):
-        expected = estimate(exact, split, wanted, plan if isinstance(plan, Plan) else None)
+        given = plan if isinstance(plan, Plan) else likely
+        expected = estimate(exact, split, wanted, given, searched=plan is None)
     if isinstance(expected, Estimate):
         debug.announce(f"takes {expected}")
         refuse_too_large(expected, None if out is None else Path(out).absolute())

@@ -21,10 +21,8 @@ FAMILIES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
     "bert": ("BertConfig", "BertForMaskedLM", {}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
-    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {}),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {}),
 }
-SLOW = ("mixtral", "t5", "gpt2", "bert", "qwen3", "deepseek_v3", "gpt_oss")
+SLOW = ("mixtral", "t5", "gpt2", "bert", "qwen3")
 
 
 def written(family: str, folder: Path) -> Path:
@@ -63,12 +61,6 @@ def test_a_twin_is_small_and_of_the_same_kind(family: str, tmp_path: Path):
     heads = ("num_attention_heads", "num_key_value_heads", "vocab_size", "sliding_window")
     for name in (n for n in heads if hasattr(before, n)):
         assert getattr(after, name) == getattr(before, name)
-
-
-def test_a_twin_keeps_both_kinds_of_layers(tmp_path: Path):
-    made = twin(written("gemma3", tmp_path / "source"), tmp_path)
-    kinds = [site.mask.kind for site in made.program.sites]
-    assert kinds == ["sliding", "causal"]
 
 
 def test_what_is_no_class_of_transformers_has_no_twin(tmp_path: Path):
