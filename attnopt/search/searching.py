@@ -267,7 +267,7 @@ def _front(
     first, *others = budgets
     whole = next(iter(source.values()))
     found: list[tuple[float, float]] = []
-    for share in sorted({*_SHARES, first / whole}, reverse=True):
+    for share in sorted({*_SHARES, round(first / whole, 6)}, reverse=True):
         chosen = solve(rows, [share * whole, *others], model)
         if chosen is not None:
             found.append((share, model.predicted(damages_of(chosen))))

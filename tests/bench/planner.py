@@ -4,7 +4,7 @@
     python tests/bench/planner.py --draws 1 --kv 0.5 --params --rows 48
 
 Held-out loss (nats a token over the source) of the planner's choice at each budget, beside that of
-every pass applied alike everywhere with the weakest setting that reaches the budget, paired row by
+every pass applied alike everywhere with the best setting that reaches the budget, paired row by
 row and over draws of the calibration text; what was predicted beside what is measured; and the time
 of a second budget as a share of the first's. Exit status 1 where the mixture is not better than a
 single pass in the mean over all draws, or where a prediction is further off than a quarter and
@@ -70,7 +70,7 @@ def outcomes(
             mixed = _excess(program, plan, plan.choices, split, before)
             alike = {
                 name: _excess(program, plan, choices, split, before)
-                for name, choices in _weakest(plan).items()
+                for name, choices in _best_of_each(plan).items()
             }
             search = plan.search
             made = Outcome(goal, share, spent, search.made, plan, search.best.cost, mixed, alike)
@@ -79,13 +79,13 @@ def outcomes(
     return found
 
 
-def _weakest(plan: Plan) -> dict[str, Any]:
+def _best_of_each(plan: Plan) -> dict[str, Any]:
     """Return, for each pass alike everywhere, what reaches the budget and damages least."""
     found: dict[str, Any] = {}
     for tried in plan.search.tried:
         if "everywhere" in tried.name:
-            kinds = {"mlp" if "mlp" in c.site else "attention" for c in tried.choices}
             passes = "+".join(sorted({c.rewrite for c in tried.choices}))
+            kinds = {"neurons" if c.config.get("neurons") else "heads" for c in tried.choices}
             # They come with the least cost on the calibration rows first.
             found.setdefault(f"{passes} ({' and '.join(sorted(kinds))})", tried.choices)
     return found
