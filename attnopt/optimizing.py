@@ -59,12 +59,13 @@ def optimize(
     with debug.stage("prove"):
         exact = apply(program, "exact")
         # Where one pass alone can serve, what it will do is known before its data.
-        found = None if plan else foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
+        given = (exact, wanted, passes, tier, rules, tensor_parallel)
+        found = foreseen(*given) if plan is None else None
     likely = Plan(tuple(o.choice for o in found[0])) if found and len(found) == 1 else None
     split = split_for(program, data, held_out)
     with debug.stage("estimate"):
-        given = plan if isinstance(plan, Plan) else likely
-        expected = estimate(exact, split, wanted, given, searched=plan is None)
+        known = plan if isinstance(plan, Plan) else likely
+        expected = estimate(exact, split, wanted, known, searched=plan is None)
     if isinstance(expected, Estimate):
         debug.announce(f"takes {expected}")
         refuse_too_large(expected, None if out is None else Path(out).absolute())
