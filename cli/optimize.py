@@ -51,7 +51,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.document("attnopt.optimize/1", _document(result, place))
     else:
         _summary(output, result, place)
+        if not result.accepted and arguments.plan is None and result.plan.search is None:
+            output.line(_MIXED)
     return Exit.ACCEPTED if result.accepted else Exit.GATE
+
+
+_MIXED = (
+    "all layers were treated alike here; --tier 2 measures every pass at every site and takes the "
+    "best mixture, which mostly loses less"
+)
 
 
 def _one_goal(arguments: argparse.Namespace) -> None:

@@ -94,6 +94,18 @@ def test_a_stock_cache_is_taken_over(llama: tuple[torch.nn.Module, dict, Program
     assert result.past_key_values.get_seq_length() == 8
 
 
+def test_a_cast_program_is_called_in_its_new_dtype(
+    llama: tuple[torch.nn.Module, dict, Program],
+) -> None:
+    model, call, _ = llama
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        wanted = copy.deepcopy(narrow).float()(**call).logits
+    found = attnopt.capture(narrow, (), call).cast(torch.float32)(**call).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_source_is_left_alone() -> None:
     model, kwargs = build("llama", "eager", task="lm")
     model.train()

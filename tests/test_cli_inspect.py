@@ -78,7 +78,7 @@ def test_json_has_every_fact_of_every_site(report: dict[str, Any]):
         assert {field.name for field in fields(Site)} <= set(site)
         assert set(site["projections"]) == {"q", "k", "v", "o"}
         assert site["projections"]["q"]["rows"] == ["0:8", "8:16", "16:24"]
-        assert site["passes"] == ["amp", "blocks", "exact", "latent", "window"]
+        assert site["passes"] == ["amp", "blocks", "exact", "latent", "linear", "moh", "window"]
         assert site["kv_bytes_per_token"] == 2 * 8 * 4
     assert 0 < sum(site["flops_share"] for site in report["sites"]) < 1
     assert report["workload"] == {"batch": 1, "sequence": 127, "past": 0}
