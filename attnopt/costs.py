@@ -284,7 +284,7 @@ def _routed(node: fx.Node, sizes: _Sizes) -> int:
     given: dict[str, Any] = dict(gates.kwargs)
     heads = sizes(node.args[0])[1]
     always = heads - sizes(gates.args[1])[0] if "heads" in given else 0
-    on = always + given["count"] * given.get("group", 1)
+    on: int = always + given["count"] * given.get("group", 1)
     return _attention(node, sizes) * on // heads
 
 

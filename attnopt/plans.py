@@ -59,7 +59,7 @@ class _Format:
     def read(self, spot: Spot) -> int:
         """Return the version; ValueError for another than this attnopt's."""
         value = Plain().read(spot)
-        if value != FORMAT or isinstance(value, bool):
+        if type(value) is not int or value != FORMAT:
             raise spot.wrong(f"has format {value!r}; this attnopt reads {FORMAT}")
         return FORMAT
 

@@ -155,7 +155,8 @@ def _ring(node: fx.Node) -> Ring | None:
 
 def _features(node: fx.Node) -> int:
     """Return how many features a linear attention has for a key."""
-    by: Any = node.args[4] if len(node.args) > 4 and node.args[4] is not None else node.args[1]
+    given: list[Any] = list(node.args)
+    by = given[4] if len(given) > 4 and given[4] is not None else given[1]
     return width(int(by.meta["val"].shape[-1]), str(node.kwargs.get("feature", "hedgehog")))
 
 

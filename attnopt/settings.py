@@ -48,7 +48,8 @@ def _is(value: Any, hint: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
         case _ if hint is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
-    return True
+        case _:
+            return True
 
 
 def _said(hint: Any) -> str:

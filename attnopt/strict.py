@@ -138,7 +138,8 @@ class Plain:
                 }
             case yaml.ScalarNode():
                 return _scalar(spot)
-        raise spot.wrong("is not YAML of plain values")
+            case _:
+                raise spot.wrong("is not YAML of plain values")
 
     def schema(self) -> dict[str, Any]:
         """Describe anything."""
@@ -158,10 +159,11 @@ def _scalar(spot: Spot) -> Any:
             return int(text)
         case "float":
             return _float(text, spot)
-    raise spot.wrong(
-        f"is not YAML of plain values: {text!r} would be read as {tag}; put it in quotes, or write "
-        "a plain number"
-    )
+        case _:
+            raise spot.wrong(
+                f"is not YAML of plain values: {text!r} would be read as {tag}; put it in quotes, "
+                "or write a plain number"
+            )
 
 
 def _float(text: str, spot: Spot) -> float:

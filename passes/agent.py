@@ -285,7 +285,8 @@ def _other_tokens(node: fx.Node, site: Site) -> No | None:
     """Say why the tokens of an op are not those of its grid."""
     assert site.grid is not None
     wanted = site.grid.leading + site.grid.height * site.grid.width
-    counts = [value(x).shape[2] for x in node.args[:2]]
+    given: Sequence[Any] = node.args[:2]
+    counts = [value(x).shape[2] for x in given]
     if any(not isinstance(n, int) for n in counts):
         return No("its number of tokens varies from call to call; a grid has one size", site.name)
     if counts != [wanted, wanted]:

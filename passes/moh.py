@@ -193,7 +193,8 @@ def _learned_gates(
 def _source(edit: GraphEdit, node: fx.Node, site: Site) -> fx.Node | No:
     """Return what the queries are made of, as tokens (B, T, C); some sources flatten it first."""
     name = site.projections["q"].parameter
-    batch, _, tokens, _ = value(node.args[0]).shape
+    queries: Any = node.args[0]
+    batch, _, tokens, _ = value(queries).shape
     found = inputs_of(edit.program, [name]).get(name)
     while found is not None and found.op == "call_function":
         shape = value(found).shape

@@ -123,7 +123,7 @@ def _unused(
     seed = source.seed
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     # The first of this order have been used, one a row, but for those that are too short.
-    left = [documents[i] for i in order[_DOCUMENTS_OF_A_ROW * len(used) :]]
+    left: list[str] = [documents[int(i)] for i in order[_DOCUMENTS_OF_A_ROW * len(used) :]]
     if len(left) < SCORING:
         return None
     rows, _ = _spread(left, tokenizer, SCORING, source.length, seed)

@@ -67,7 +67,7 @@ class Pace:
 
 
 def _without_memo(target: Any) -> Callable[..., Any]:
-    call = direct_calls().get(target, target)
+    call: Callable[..., Any] = direct_calls().get(target) or target
 
     @functools.wraps(call)
     def called(*args: Any, memo: Any, **options: Any) -> Any:

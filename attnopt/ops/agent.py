@@ -54,19 +54,19 @@ def agent_attention_reference(
     dtype = torch.float32 if q.dtype in _LOW_PRECISION else q.dtype
     first, on_grid = q[:, :, :leading].to(dtype), q[:, :, leading:].to(dtype)
     keys, values = k.to(dtype), v.to(dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sharp = sharpened(scale, q.shape[-1], exponent)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    sharp = sharpened(factor, q.shape[-1], exponent)
     mean = pooled(on_grid, grid, agents)
     bias = collecting_bias(collect, collect_first, grid, leading)
-    collected = _weights(mean, keys, scale, bias) @ values
+    collected = _weights(mean, keys, factor, bias) @ values
     if nystrom:
         collected = undone(_weights(mean, mean, sharp, None), ridge, steps) @ collected
     found = _weights(on_grid, mean, sharp, spreading_bias(spread, grid)) @ collected
     found = found + near(values[:, :, leading:], grid, shortcut, filter)
-    found = torch.cat([_weights(first, keys, scale, None) @ values, found], dim=2).to(v.dtype)
+    found = torch.cat([_weights(first, keys, factor, None) @ values, found], dim=2).to(v.dtype)
     if active is None:
         return found
-    dense = attention_reference(q, k, v, scale=scale)[0]
+    dense = attention_reference(q, k, v, scale=factor)[0]
     return torch.where(active.reshape(-1, 1, 1, 1), found, dense)
 
 

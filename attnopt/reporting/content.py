@@ -30,7 +30,7 @@ IMPORTANCE: Final = "mean absolute amount that a head adds to the outputs of its
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of report.json."""
-    text = files(__package__).joinpath("report.schema.json").read_text(encoding="utf-8")
+    text = files("attnopt.reporting").joinpath("report.schema.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
 

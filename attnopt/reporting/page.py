@@ -16,7 +16,7 @@ _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'"
 def page(report: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     """Return the page of a report."""
     title = _title(report, environment)
-    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    style = files("attnopt.reporting").joinpath("page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from attnopt.program import Program
 from attnopt.running import Run
@@ -48,7 +49,7 @@ class _Timed(Run):
         """Call an op, and time it where its shapes are new."""
         call = super().call_function
         result = call(target, args, kwargs)
-        if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        if isinstance(target, OpOverload | OpOverloadPacket):
             key = f"op {target} {_shapes(args)} {_shapes(kwargs)} {torch.get_num_threads()}"
             self.total += self.scores.get(key, lambda: _time(call, target, args, kwargs))
         return result

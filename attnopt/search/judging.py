@@ -61,7 +61,9 @@ class Judge:
         with torch.no_grad():
             self.task = task_of(self._source.run, calls[0])
             causal = self.task == "lm"
-            self._objective = objective_of(self._source.run, calls[0]) if causal else None
+            self._objective: language.Objective | None = (
+                objective_of(self._source.run, calls[0]) if causal else None
+            )
 
     @property
     def unit(self) -> str:

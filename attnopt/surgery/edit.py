@@ -89,7 +89,8 @@ class GraphEdit:
         """Insert a call at the start of the graph, or return the same one that is there."""
         for node in self.graph.find_nodes(op="call_function", target=target):
             if node.args == args and not node.kwargs:
-                return node
+                same: fx.Node = node
+                return same
         needed = {self.graph.find_nodes(op="placeholder")[-1], *args}
         after = next(n for n in reversed(self.graph.nodes) if n in needed)
         return insert_call(after.next, target, *args)
