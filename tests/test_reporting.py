@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import browser
@@ -211,7 +212,8 @@ def test_long_lists_end_with_how_many_there_are(report, environment):
 def test_a_planner_hands_its_front_over(made):
     result, _ = made
     points = [{"cost": 0.5, "damage": 0.1, "chosen": True}]
-    told = content_of(replace(result, plan=replace(result.plan, provenance={"pareto": points})))
+    searched = replace(result.plan, search=SimpleNamespace(points=points))
+    told = content_of(replace(result, plan=searched))
     assert told["pareto"] == [{"cost": 0.5, "damage": 0.1, "chosen": True, "label": ""}]
     told = content_of(replace(result, measured={"pareto": points}))
     assert told["pareto"][0]["chosen"] is True

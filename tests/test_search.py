@@ -79,6 +79,9 @@ def test_no_plan_is_worse_than_one_pass_everywhere(known: tuple[Program, Statist
     costs = [cost for _, cost in found.front]
     assert shares == sorted(shares, reverse=True)
     assert costs == sorted(costs)
+    (taken,) = [point for point in found.points if point.get("chosen")]
+    assert taken["damage"] == found.best.cost
+    assert taken["cost"] <= 0.5
 
 
 def test_heads_that_are_fused_may_look_back_over_a_window(known: tuple[Program, Statistics]):

@@ -2,8 +2,8 @@
 
 `report.schema.json` beside this file describes it. Two entries are there only where somebody made
 them. `pareto` is a list of {"cost", "damage", "chosen", "label"}: the share of the budget that a
-plan leaves, what it is predicted to lose in nats a token, and whether it is the plan that was
-taken; a planner hands it over as `pareto` in what was measured, or in the plan's provenance.
+plan leaves, what it loses in nats a token, and whether it is the plan that was taken; it comes from
+the search that a plan has behind it, or as `pareto` in what was measured.
 `latency` in what was measured maps what was timed to its seconds before and after.
 """
 
@@ -42,7 +42,8 @@ def content_of(result: "Result", sizes: tuple[int, int] | None = None) -> dict[s
     """
     measured = dict(result.measured or {})
     samples, estimate = measured.pop("samples", []), measured.pop("estimate", None)
-    pareto = measured.pop("pareto", None) or result.plan.provenance.get("pareto")
+    search = result.plan.search
+    pareto = measured.pop("pareto", None) or (() if search is None else search.points)
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "accepted": result.accepted,

@@ -126,12 +126,12 @@ def _pareto(report: Report) -> list[Markup]:
     points = [p for p in report["pareto"] if math.isfinite(p["cost"] + p["damage"])]
     if not points:
         return []
-    caption = "Predicted loss in nats a token over the cost of each plan; the one taken is ringed."
+    caption = "Loss over the share of the budget that each plan leaves; the one taken is ringed."
     rows = [
         (p["label"], f"{p['cost']:.4g}", f"{p['damage']:.4g}", "taken" if p["chosen"] else "")
         for p in points
     ]
-    names = ("plan", "cost", "predicted loss", "")
+    names = ("plan", "share", "loss", "")
     return [_figure(pictures.front(points), caption), _table(names, rows, numbers={1, 2})]
 
 

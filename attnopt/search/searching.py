@@ -77,6 +77,26 @@ class Found:
     refused: tuple[No, ...]
     made: int
 
+    @property
+    def points(self) -> tuple[dict[str, Any], ...]:
+        """Plans by the share that they leave of the first budget and what they lose, for a report.
+
+        What the best plan of each share is predicted to lose, and the plans that were measured.
+        """
+        whole = self.weights[self.goals[0]]
+        best = [{"cost": share, "damage": lost, "label": "predicted"} for share, lost in self.front]
+        measured = [
+            {
+                "cost": plan.weights[0] / whole,
+                "damage": plan.cost,
+                "label": plan.name,
+                "chosen": plan is self.best,
+            }
+            for plan in self.tried
+            if plan.weights and whole
+        ]
+        return (*best, *measured)
+
     def content(self) -> dict[str, Any]:
         """Return this as JSON values."""
         return {
