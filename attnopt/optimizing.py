@@ -67,7 +67,8 @@ def optimize(
         known = plan if isinstance(plan, Plan) else likely
         expected = estimate(exact, split, wanted, known, searched=plan is None)
     if isinstance(expected, Estimate):
-        debug.announce(f"takes {expected}")
+        beside = ", and the search besides" if plan is None and found is None else ""
+        debug.announce(f"takes {expected}{beside}")
         refuse_too_large(expected, None if out is None else Path(out).absolute())
     with debug.stage("plan"):
         if plan is None:
