@@ -11,6 +11,7 @@ LENGTH = 800
 STRUCTURES = {
     "window": {"causal": True, "window": 40},
     "window of two sides": {"window": 30, "right": 17},
+    "chunks": {"causal": True, "chunk": 96},
     "first tokens": {"causal": True, "window": 33, "first": 5},
 }
 
@@ -36,6 +37,13 @@ def test_bands_give_what_a_mask_gives(structure, padded):
     seen = slice(150, None) if padded else slice(None)
     torch.testing.assert_close(found[:, :, seen], wanted[:, :, seen])
     torch.testing.assert_close(found[1], wanted[1])
+
+
+def test_chunks_behind_a_cache_begin_where_they_began():
+    q, k, v = operands()
+    options = STRUCTURES["chunks"]
+    wanted = attention_reference(q[:, :, 300:], k, v, **options)[0]
+    torch.testing.assert_close(attend(q[:, :, 300:], k, v, {}, **options), wanted)
 
 
 def test_gradients_flow_through_bands():

@@ -68,8 +68,9 @@ def bands(queries: int, keys: int, hidden: Hidden) -> Bands | None:
     Masks and biases that are not of positions alone differ from block to block.
     """
     structure = hidden.structure
-    plain = structure.prefix is None and structure.chunk is None
-    if not plain or not (structure.ends or structure.right is not None):
+    if structure.prefix is not None or not (structure.ends or structure.right is not None):
+        return None
+    if structure.chunk is not None and (structure.window is not None or not structure.ends):
         return None
     if structure.window is None or hidden.mask is not None or hidden.bias is not None:
         found = Bands(tuple(_cut(0, queries, keys - queries, keys, structure)), 0, 0, 0, 0, 0, 0)
