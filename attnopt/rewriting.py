@@ -17,11 +17,11 @@ from attnopt import passes as registry
 from attnopt.calibrating import Statistics
 from attnopt.compensating import refit
 from attnopt.finder import find_sites
+from attnopt.finder.anchors import is_fused
 from attnopt.finder.emit import Writer
 from attnopt.finder.match import Blind, Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
-from attnopt.finder.scores import is_fused
 from attnopt.finder.simplify import simplify
 from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Choice, Mlp, No, Plan, Site

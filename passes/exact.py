@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from attnopt.finder.anchors import is_fused
 from attnopt.finder.emit import Writer, from_canonical, to_canonical
 from attnopt.finder.layout import Layout
 from attnopt.finder.match import Match, Operand, Padding, Side
 from attnopt.finder.ops import shape, value
-from attnopt.finder.scores import is_fused
 from attnopt.nouns import No, Site
 from attnopt.ops.structure import options_of
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from attnopt.finder.anchors import Anchor
 from attnopt.finder.blurred import Blurred, aligned, inside
 from attnopt.finder.contraction import Contraction, Labels
 from attnopt.finder.evaluate import Sizes, ancestors
 from attnopt.finder.ops import module_path, value
 from attnopt.finder.pieces import Between, trace_between
 from attnopt.finder.provenance import Root, View
-from attnopt.finder.scores import Anchor
 from attnopt.finder.structures import name_structure
 from attnopt.nouns import Mask, No
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from attnopt.finder.anchors import Step
 from attnopt.finder.contraction import Labels
 from attnopt.finder.evaluate import at_sizes, is_size
 from attnopt.finder.layout import Factor, Layout, place, read_layout
@@ -23,7 +24,6 @@ from attnopt.finder.ops import (
     value,
 )
 from attnopt.finder.provenance import Root, View, run_layout
-from attnopt.finder.scores import Step
 from attnopt.nouns import No
 
 Factors = tuple[Factor, ...]

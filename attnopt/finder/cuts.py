@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from attnopt.finder.anchors import Anchor, find_anchors
 from attnopt.finder.ops import LAYOUT, TRANSPARENT, args, kind, module_path, rank
 from attnopt.finder.provenance import View
-from attnopt.finder.scores import Anchor, Walker, find_anchors, forth
+from attnopt.finder.scores import Walker
+from attnopt.finder.weights import forth
 from attnopt.nouns import NearMiss, No
 from attnopt.program import Program
 

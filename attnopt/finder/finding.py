@@ -8,6 +8,7 @@ from torch import fx
 
 from attnopt import debug
 from attnopt.finder import facts
+from attnopt.finder.anchors import Anchor, find_anchors, is_fused, is_variant
 from attnopt.finder.assembled import Reading, match_assembled, read_factor
 from attnopt.finder.assembled_facts import read_assembled_site
 from attnopt.finder.grouping import Piece, group
@@ -22,7 +23,7 @@ from attnopt.finder.provenance import View
 from attnopt.finder.reading import match_anchor, match_canonical, match_fused
 from attnopt.finder.rope import rope
 from attnopt.finder.scale import scale_before
-from attnopt.finder.scores import Anchor, Walker, find_anchors, is_fused, is_variant
+from attnopt.finder.scores import Walker
 from attnopt.nouns import Mlp, NearMiss, No, Site
 from attnopt.program import Program
 

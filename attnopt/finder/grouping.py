@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from torch import fx
 
 from attnopt.finder import facts
+from attnopt.finder.anchors import Anchor
 from attnopt.finder.assembled import Reading, read_factor
 from attnopt.finder.contraction import read_contraction
 from attnopt.finder.evaluate import is_size
 from attnopt.finder.match import Match
 from attnopt.finder.ops import CONTRACTIONS, kind
 from attnopt.finder.provenance import View, weight_of
-from attnopt.finder.scores import Anchor
 from attnopt.finder.walking import projecting
 from attnopt.nouns import No
 

@@ -5,12 +5,12 @@ from typing import Literal
 
 from torch import fx
 
+from attnopt.finder.anchors import Step
 from attnopt.finder.contraction import Contraction, Labels
 from attnopt.finder.layout import Layout
 from attnopt.finder.ops import (
     shape,
 )
-from attnopt.finder.scores import Step
 from attnopt.nouns import Mask
 
 NO_MASK = Mask("none")

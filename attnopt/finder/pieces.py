@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from attnopt.finder.anchors import Anchor
 from attnopt.finder.contraction import Contraction, read_contraction
 from attnopt.finder.ops import (
     CONTRACTIONS,
@@ -23,7 +24,6 @@ from attnopt.finder.ops import (
     tensor_inputs,
 )
 from attnopt.finder.provenance import CONSTANT, ELEMENTWISE, View
-from attnopt.finder.scores import Anchor
 from attnopt.nouns import No
 
 CARRYING = TRANSPARENT | LAYOUT | JOINING | ELEMENTWISE | WRITES.keys()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.finder.anchors import Anchor, Step, through
 from attnopt.finder.assembly import assemble
 from attnopt.finder.contraction import Contraction, Labels
 from attnopt.finder.layout import Factor, Layout
@@ -21,7 +22,8 @@ from attnopt.finder.ops import (
     value,
 )
 from attnopt.finder.provenance import View
-from attnopt.finder.scores import Anchor, Step, Walker, forth, through
+from attnopt.finder.scores import Walker
+from attnopt.finder.weights import forth
 from attnopt.nouns import Mask, No
 from attnopt.ops.structure import mask_of
 

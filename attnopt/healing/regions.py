@@ -15,9 +15,9 @@ from torch import fx
 
 from attnopt.calibrating import Product, products_of
 from attnopt.finder import find_sites
+from attnopt.finder.anchors import is_canonical, is_variant
 from attnopt.finder.evaluate import ancestors, leaves
 from attnopt.finder.grouping import Piece
-from attnopt.finder.scores import is_canonical, is_variant
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.graphs import copied_module
 from attnopt.nouns import No

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.finder import find_sites
+from attnopt.finder.anchors import is_canonical
 from attnopt.finder.emit import fake_mode_of, insert_call
 from attnopt.finder.finding import Findings
 from attnopt.finder.match import Match
 from attnopt.finder.ops import shape, value
 from attnopt.finder.provenance import View
-from attnopt.finder.scores import is_canonical
 from attnopt.graphs import copied, drop_unused
 from attnopt.hoisting import hoist
 from attnopt.nouns import No, Site
