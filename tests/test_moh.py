@@ -6,14 +6,9 @@ import pytest
 import torch
 from dha_models import captured, decoder
 from dha_models import ids as words
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_decoders import SHAPE, SIZES, gpt2, llama
+from tiny_decoders import words as ids
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import attnopt
 from attnopt.contributing import norm_scales
@@ -28,29 +23,12 @@ from attnopt.ops import norm_gates, routed_attention
 from attnopt.passes import moh
 from attnopt.passes.moh import Config
 
-SHAPE = {"vocab_size": 97, "max_position_embeddings": 256, "num_hidden_layers": 2}
-SIZES = {"hidden_size": 32, "intermediate_size": 48}
 MODES = (
     {"mode": "dynamic"},
     {"mode": "dynamic", "heads": 3, "scaled": False, "refit": False},
     {"mode": "group", "heads": 1},
     {"mode": "trained", "shared": 1},
 )
-
-
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, **SIZES, num_attention_heads=8, num_key_value_heads=4)
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1,
-        eos_token_id=None,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
 
 
 @pytest.fixture(scope="module", params=[llama, gpt2], ids=lambda make: make.__name__)
@@ -61,10 +39,6 @@ def source(request):
 
 
 only_llama = pytest.mark.parametrize("source", [llama], indirect=True, ids=["llama"])
-
-
-def ids(rows=2, tokens=40, seed=1):
-    return torch.randint(0, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def routed(program, statistics, **config):

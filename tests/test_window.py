@@ -2,16 +2,9 @@
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from tiny_decoders import SHAPE, SIZES, gpt2, llama
+from tiny_decoders import words as ids
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 import attnopt
 from attnopt.nouns import Choice, No, Plan
@@ -21,24 +14,6 @@ from attnopt.refusals import NothingToDoError
 from attnopt.streaming import streaming
 
 STEPS = (5, 1, 1, 1, 10, 1, 1, 20)
-SHAPE = {"vocab_size": 97, "max_position_embeddings": 256, "num_hidden_layers": 2}
-
-
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **SHAPE, hidden_size=32, intermediate_size=48, num_attention_heads=8, num_key_value_heads=4
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1,
-        eos_token_id=None,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
 
 
 @pytest.fixture(scope="module", params=[llama, gpt2], ids=lambda make: make.__name__)
@@ -46,10 +21,6 @@ def source(request):
     model = request.param()
     program = attnopt.apply(attnopt.capture(model, (ids()[:, :9],)), "exact")
     return model, program, attnopt.calibrate(program, ids())
-
-
-def ids():
-    return torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def plan(program, statistics, **config):
@@ -175,7 +146,7 @@ def test_what_cannot_have_a_window_is_refused(source):
 def test_sources_with_windows_keep_no_more_than_those():
     torch.manual_seed(0)
     config = MistralConfig(
-        **SHAPE, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        **SHAPE, **SIZES, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=7,
     )  # fmt: skip
     source = MistralForCausalLM(config).eval()
