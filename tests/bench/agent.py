@@ -12,18 +12,16 @@ by step: it uses agents at the first time steps of a sampler, and none at the la
 
 import argparse
 import sys
-import time
 import warnings
 from typing import Any
 
 import torch
 import transformers
+from digits import classifier, digits, grid_tokens, judged, taught
 from harness import as_row, compare, write
-from neighborhood import MODEL, _digits, _judged
 from torch.nn import functional
 
 import attnopt
-from attnopt.healing import Recipe, healed
 from attnopt.nouns import Choice
 from attnopt.ops import agent_attention_reference
 from attnopt.ops.through_agents import attend_agents
@@ -31,7 +29,6 @@ from attnopt.rewriting import settled
 
 AGENTS = (64, 16, 4)
 CALIBRATED = 64  # pictures
-RECIPE = {"train": "all", "lr": 5e-4, "batch": 16, "every": 50}
 HEADS, WIDTH = 4, 64
 SETTINGS = {
     "plain": {"exponent": 0.3, "shortcut": [0.075]},
@@ -77,8 +74,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _classifier(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the accuracy at each number of agents, without training and healed."""
-    teacher = attnopt.apply(attnopt.capture(MODEL), "exact")
-    learnt, held = _digits()
+    teacher = classifier()
+    learnt, held = digits()
     data = {"pixel_values": learnt["pixel_values"][:CALIBRATED]}
     statistics = attnopt.calibrate(teacher, data)
     rows: list[dict[str, Any]] = []
@@ -94,7 +91,7 @@ def _classifier(options: argparse.Namespace) -> list[dict[str, Any]]:
             plan = settled(teacher, attnopt.Plan(choices, statistics=statistics))
             student = attnopt.apply(teacher, plan)
             row = {"what": "vit-digits", "form": name, "agents": agents}
-            rows.append(row | _judged(student, teacher, held) | _said(plan))
+            rows.append(row | judged(student, teacher, held) | _said(plan))
             print(rows[-1], flush=True)
         if options.steps:
             rows.append(_healed(teacher, agents, statistics, learnt, held, options))
@@ -122,22 +119,8 @@ def _healed(
     config = {"agents": agents, "mode": "trained"}
     choices = tuple(Choice(s.name, "agent", config) for s in teacher.sites)
     student = attnopt.apply(teacher, attnopt.Plan(choices, statistics=statistics))
-    recipe = Recipe(options.steps, **{**RECIPE, "seed": options.seed})
-    start = time.perf_counter()
-    result = healed(student, teacher, {"pixel_values": learnt["pixel_values"]}, recipe)
-    seconds = time.perf_counter() - start
-    after = _judged(result.program, teacher, held)
-    return {
-        "what": "vit-digits",
-        "form": "trained",
-        "agents": agents,
-        **_judged(student, teacher, held),
-        "healed_accuracy": after["accuracy"],
-        "steps": result.steps,
-        "kept_from": result.best_at,
-        "sites_healed": not result.skipped,
-        "healing_seconds": round(seconds, 1),
-    }
+    row = {"what": "vit-digits", "form": "trained", "agents": agents}
+    return row | judged(student, teacher, held) | taught(student, teacher, learnt, held, options)
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -146,11 +129,7 @@ def _healed(
 def _attention(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return how fast attention through agents is against dense attention, by their number."""
     side = options.side
-    generator = torch.Generator().manual_seed(options.seed)
-    q, k, v = (
-        torch.randn(1, side * side, HEADS, WIDTH, generator=generator).transpose(1, 2)
-        for _ in range(3)
-    )
+    (q, k, v), generator = grid_tokens(side, options.seed, HEADS, WIDTH)
     weights = 0.02 * torch.randn(HEADS * WIDTH, 1, 3, 3, generator=generator)
     rows: list[dict[str, Any]] = []
     for agents in (16, 64, 256):

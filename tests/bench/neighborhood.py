@@ -10,19 +10,16 @@ Attention alone is timed on a square grid against dense scaled_dot_product_atten
 
 import argparse
 import sys
-import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from digits import classifier, digits, grid_tokens, judged, taught
 from harness import as_row, compare, write
-from sklearn.datasets import load_digits
 from torch.nn import functional
 
 import attnopt
-from attnopt.healing import Recipe, healed
 from attnopt.hoisting import permutations
 from attnopt.neighborhoods import Neighborhood
 from attnopt.nouns import Choice
@@ -31,10 +28,7 @@ from attnopt.ops.boxes import attend_neighborhood
 from attnopt.tilings import tiling
 from attnopt.visits import search
 
-MODEL = Path(__file__).parents[2] / "examples" / "models" / "vit-digits"
 WINDOWS = (9, 5, 3)
-TRAINED = 1437  # as examples/train_vit_digits.py splits them
-RECIPE = {"train": "all", "lr": 5e-4, "batch": 16, "every": 50}
 HEADS, WIDTH = 4, 64
 
 
@@ -66,22 +60,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 # -------------------------------------------------------------------------------------- classifier
 
 
-def _digits() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the digits that may be learnt from, and the held-out ones."""
-    data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None]
-    images = functional.interpolate(images, (32, 32), mode="bilinear", align_corners=False)
-    images, labels = (images / 16 - 0.3) / 0.35, torch.from_numpy(data.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    parts = (order[:TRAINED], order[TRAINED:])
-    learnt, held = ({"pixel_values": images[i], "labels": labels[i]} for i in parts)
-    return learnt, held
-
-
 def _classifier(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the accuracy at each window, without training and healed."""
-    teacher = attnopt.apply(attnopt.capture(MODEL), "exact")
-    learnt, held = _digits()
+    teacher = classifier()
+    learnt, held = digits()
     rows: list[dict[str, Any]] = []
     for window in options.windows:
         found = search((16, 16), (window, window), area=16)[0]
@@ -93,39 +75,14 @@ def _classifier(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "what": "vit-digits",
                 "search": name,
                 **config,
-                **_judged(student, teacher, held),
+                **judged(student, teacher, held),
             }
             row["permutations"] = permutations(student.graph)
             if options.steps:
-                row |= _healed(student, teacher, learnt, held, options)
+                row |= taught(student, teacher, learnt, held, options)
             rows.append(row)
             print(row, flush=True)
     return rows
-
-
-def _judged(program: Any, teacher: Any, held: dict[str, Any]) -> dict[str, Any]:
-    report = attnopt.verify(program, teacher, held).content()
-    return {name: round(report[name], 4) for name in ("reference_accuracy", "accuracy")}
-
-
-def _healed(
-    student: Any,
-    teacher: Any,
-    learnt: dict[str, Any],
-    held: dict[str, Any],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    recipe = Recipe(options.steps, **{**RECIPE, "seed": options.seed})
-    start = time.perf_counter()
-    result = healed(student, teacher, {"pixel_values": learnt["pixel_values"]}, recipe)
-    seconds = time.perf_counter() - start
-    after = _judged(result.program, teacher, held)
-    return {
-        "healed_accuracy": after["accuracy"],
-        "steps": result.steps,
-        "kept_from": result.best_at,
-        "healing_seconds": round(seconds, 1),
-    }
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -134,11 +91,7 @@ def _healed(
 def _attention(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return how fast attention on a grid is against dense attention, by window."""
     side = options.side
-    generator = torch.Generator().manual_seed(options.seed)
-    q, k, v = (
-        torch.randn(1, side * side, HEADS, WIDTH, generator=generator).transpose(1, 2)
-        for _ in range(3)
-    )
+    (q, k, v), _ = grid_tokens(side, options.seed, HEADS, WIDTH)
     rows: list[dict[str, Any]] = []
     for window in (side // 2, side // 4, side // 8):
         for stride in (1, window):
