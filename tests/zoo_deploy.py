@@ -310,7 +310,7 @@ def limit_of_torch(
             alone(case, way)
     except Exception as other:
         same = type(other) is type(error) or type(other) is type(error.__cause__)
-        return f"backend 'eager' fails, too: {_told(other)}" if same and not differs else ""
+        return f"backend 'eager' fails, too: {_told(_root(other))}" if same and not differs else ""
     if not differs or not cuts:
         return ""
     reasons = sorted({str(reason).strip().splitlines()[0] for reason in cuts})
@@ -567,6 +567,13 @@ def _told(error: BaseException) -> str:
     ours = [f for f in frames if "attnopt" in f.filename] or list(frames)
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
     return f"{type(error).__name__}: {_first_line(error)} ({place})"
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what was raised at first; compilers raise other things for it."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def say(content: Any) -> None:
