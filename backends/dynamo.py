@@ -176,7 +176,7 @@ def traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Progr
     assert mode is not None
     fakes = [_fake(context, mode, x) for x in example_inputs]
     # Numbers that data decide get symbols of their own, which dynamo does not wait for.
-    fresh = contextlib.nullcontext()
+    fresh: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if mode.shape_env is not None:
         fresh = mode.shape_env.ignore_fresh_unbacked_symbols()
     with mode, fresh, fx_traceback.preserve_node_meta():
