@@ -4,6 +4,7 @@ Dynamo's graph is traced again to the level that the finder reads. Parameters ar
 only ops and masks are replaced; weights change before compiling or not at all.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -23,7 +24,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnopt.finder.cuts import find_cuts
-from attnopt.frontend.retracing import constants_as_attributes, normalize
+from attnopt.frontend.retracing import constants_as_attributes, normalize, read_sizes
 from attnopt.frontend.writes import put_back_writes, take_out_writes
 from attnopt.inlining import inline_attention
 from attnopt.nouns import Choice, NearMiss, No, Plan, Site
@@ -100,6 +101,7 @@ def compile_graph(
     if not _may_attend(graph_module):
         return inner(graph_module, list(example_inputs), **others)
     _fix_floats(graph_module)
+    read_sizes(graph_module)
     program = traced(graph_module, example_inputs)
     leaked = _without_data(program)
     written = take_out_writes(program.graph_module) if leaked is None else leaked
@@ -173,7 +175,11 @@ def traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Progr
     mode = context.fake_mode
     assert mode is not None
     fakes = [_fake(context, mode, x) for x in example_inputs]
-    with mode, fx_traceback.preserve_node_meta():
+    # Numbers that data decide get symbols of their own, which dynamo does not wait for.
+    fresh: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if mode.shape_env is not None:
+        fresh = mode.shape_env.ignore_fresh_unbacked_symbols()
+    with mode, fresh, fx_traceback.preserve_node_meta():
         made = make_fx(fx.Interpreter(graph_module).run, pre_dispatch=True)(*fakes)
     placeholders = made.graph.find_nodes(op="placeholder")
     sources = graph_module.graph.find_nodes(op="placeholder")

@@ -6,7 +6,8 @@ attnopt bench out/code-llama-half examples/models/code-llama --tokens 1024
 Without a second model, the first is compared with its own stock class and `sdpa`. Rounds are
 interleaved; gains are medians within rounds with 95 % intervals.
 
-Exit status: 0 measured, 2 usage, 3 nothing to compare with, 5 refused for safety.
+Exit status: 0 measured, 2 usage, 3 nothing to compare with, 5 refused for safety, 6 a missing
+package.
 """
 
 import argparse
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from attnopt.benching import Bench, Row
     from attnopt.program import Program
 
-_BACKENDS = ("eager", "inductor", "reference")
+_BACKENDS = ("eager", "inductor", "ort", "reference")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +74,8 @@ def _measured(
     from attnopt.benching import Load, bench, stock
     from attnopt.frontend.inputs import example_inputs
 
+    if arguments.backend == "ort":
+        _check_onnx()
     program = _source.capture(source)
     with _source.quiet_libraries():
         try:
@@ -85,9 +88,20 @@ def _measured(
                 b = stock(program)
         except ValueError as error:
             raise CommandError("AO203", str(error), Exit.NOTHING) from error
-        if _is_language(program):
-            return bench(a, b, _load(arguments, program, Load), rounds=arguments.rounds)
-        return bench(a, b, example_inputs(b), rounds=arguments.rounds)
+        load = _load(arguments, program, Load) if _is_language(program) else example_inputs(b)
+        try:
+            return bench(a, b, load, rounds=arguments.rounds)
+        except NotImplementedError as error:  # a graph that ONNX has no form of
+            raise CommandError("AO203", str(error), Exit.NOTHING) from error
+
+
+def _check_onnx() -> None:
+    from attnopt.backends.ort import check_installed
+
+    try:
+        check_installed()
+    except ModuleNotFoundError as error:
+        raise CommandError("AO603", str(error), Exit.RESOURCES) from error
 
 
 def _load(arguments: argparse.Namespace, program: "Program", load: Any) -> Any:

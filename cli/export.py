@@ -41,7 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ep",
         default="cpu",
-        help="provider of ONNX Runtime, kept in export.json: cpu or cuda (default cpu)",
+        help="provider of ONNX Runtime that the file is for, and is compared on where it runs: "
+        "cpu or cuda (default cpu)",
     )
     parser.add_argument("--opset", type=int, default=23, help="opset of ONNX (default 23)")
     parser.add_argument(

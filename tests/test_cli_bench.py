@@ -50,6 +50,18 @@ def test_two_models_are_compared(folders, capsys):
     assert cache.split()[-3:] == ["256", "512", "2.00x"]
 
 
+@pytest.mark.slow
+def test_onnxruntime_is_timed(folders, capsys):
+    pytest.importorskip("onnxruntime")
+    assert main(["bench", str(folders[0]), *SMALL, "--backend", "ort", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["load"]["backend"] == "ort"
+    assert document["difference"] < 1e-4
+    rows = {row["name"]: row for row in document["rows"]}
+    assert rows["cache"]["a"] == rows["cache"]["b"] == 512
+    assert rows["prompt"]["gain"]["low"] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -62,17 +62,73 @@ def test_checks_have_the_same_names_in_both_files(deploy) -> None:
     assert set(deploy.SAMPLE) < set(zoo_deploy.zoo.ZOO)
 
 
+def _row(name: str, status: str = "passed", **stored: Any) -> dict[str, Any]:
+    checks = {c: {"status": status, "reason": "why"} for c in deploy_rows().CHECKS}
+    checks["stored"] = {"status": "passed", "reason": "", "tier": 2, "loaded": {}, **stored}
+    return {"model": name, "checks": checks, "seconds": 1.0}
+
+
+def deploy_rows() -> Any:
+    return importlib.import_module("deploy_rows")
+
+
 def test_an_interrupted_file_keeps_the_rows_that_are_whole(deploy, tmp_path) -> None:
-    stored = {"status": "passed", "reason": "", "tier": 2}
-    rows = [
-        {"model": "a", "checks": {"stored": {**stored, "loaded": {}}}},
-        {"model": "b", "checks": {"stored": stored}},
-        {"model": "c", "checks": {"stored": {**stored, "status": "failed"}}},
-    ]
-    deploy.write(tmp_path / "d.json", rows, complete=False)
-    assert [row["model"] for row in deploy.interrupted(tmp_path / "d.json")] == ["a", "c"]
-    deploy.write(tmp_path / "d.json", rows, complete=True)
-    assert deploy.interrupted(tmp_path / "d.json") == []
+    whole, unloaded = _row("a"), _row("b")
+    del unloaded["checks"]["stored"]["loaded"]
+    failed = {**_row("c"), "checks": {"stored": {"status": "failed"}}}
+    made = {"a": whole, "b": unloaded, "c": failed}
+    deploy.put(tmp_path / "d.json", made, {"commit": "1"}, ["a", "b", "c"])
+    assert list(deploy.read(tmp_path / "d.json")) == ["a", "c"]
+
+
+def test_rows_of_several_runs_and_files_come_into_one_with_who_measured_them(
+    deploy, tmp_path
+) -> None:
+    order = ["a", "b", "c"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    deploy.put(one, {"b": _row("b")}, {"commit": "1"}, order)
+    deploy.put(one, {"b": _row("b"), "a": _row("a")}, {"commit": "1"}, order)
+    deploy.put(two, {"c": _row("c"), "a": _row("a", "failed")}, {"commit": "2"}, order)
+    assert not json.loads(one.read_text())["complete"]
+    rows = deploy.merge(one, [two], order)
+    content = json.loads(one.read_text())
+    assert content["complete"]
+    assert [run["commit"] for run in content["runs"]] == ["2", "1"]
+    assert [(r["model"], content["runs"][r["run"]]["commit"]) for r in content["rows"]] == [
+        ("a", "2"), ("b", "1"), ("c", "2"),
+    ]  # fmt: skip
+    assert [name for name, row in rows.items() if deploy.bad(row)] == ["a"]
+
+
+def test_parts_make_up_the_whole(deploy) -> None:
+    order = [str(n) for n in range(10)]
+    parts = [deploy.part(f"{n}/3", order) for n in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == order
+    for wrong in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(SystemExit, match="--part"):
+            deploy.part(wrong, order)
+
+
+def test_only_what_has_no_row_is_measured_unless_it_is_named_or_failed(deploy) -> None:
+    order, rows = ["llama", "bert", "vit"], {"llama": _row("llama"), "vit": _row("vit", "failed")}
+    assert deploy.wanted(deploy.options([]), order, rows) == order
+    assert deploy.wanted(deploy.options(["--failed"]), order, rows) == ["vit"]
+    assert deploy.wanted(deploy.options(["--only", "bert"]), order, rows) == ["bert"]
+    with pytest.raises(SystemExit, match="the zoo has no bart"):
+        deploy.wanted(deploy.options(["--only", "bart"]), order, rows)
+
+
+def test_what_torch_cannot_do_is_told_and_is_no_failure(deploy) -> None:
+    row = _row("a")
+    row["checks"] = {c: {"status": "n/a", "reason": ""} for c in deploy.CHECKS} | {
+        "stored": row["checks"]["stored"],
+        "compiled": {"status": "limit", "reason": "dynamo cuts the graph"},
+    }
+    assert deploy.bad(row) == []
+    assert "dynamo cuts the graph" in "\n".join(deploy.summary([row]))
+    assert "| not by torch |" in list(deploy.table([row]))[-1]
+    row["checks"]["compiled"]["status"] = "failed"
+    assert deploy.bad(row) == ["compiled"]
 
 
 def test_the_margin_at_the_first_different_token_is_told() -> None:
@@ -92,3 +148,46 @@ def test_one_bit_is_a_difference_and_so_is_a_shape() -> None:
     assert same_bits({"logits": want["logits"].clone()}, want) == 0
     assert same_bits({"logits": want["logits"].nextafter(torch.tensor(2.0))}, want) > 0
     assert same_bits({"logits": torch.ones(3)}, want) > 0
+
+
+class Cuts(torch.nn.Module):
+    """Divides its scores by a number that dynamo takes out of the graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x / x.sum().item(), dim=-1)
+
+
+def test_a_limit_of_torch_fails_without_attnopt_too(monkeypatch) -> None:
+    """A way to compile is left for the next only where backend eager fails in the same place."""
+    torch._dynamo.reset()
+    module, x = Cuts(), torch.rand(2, 4)
+
+    def alone(case: Any, way: zoo_deploy.Way) -> None:
+        torch.compile(module, backend="eager", dynamic=way.dynamic)(x)
+
+    def work(way: zoo_deploy.Way) -> dict[str, Any]:
+        if not way.scalars:
+            raise DiffersError("left as it was", cut=True)
+        return {"equal": 1}
+
+    found = zoo_deploy.in_a_way(zoo_deploy.Case("none"), work, alone)
+    assert (found["equal"], found["way"]) == (1, "scalar outputs captured")
+    assert "dynamo cuts the graph" in found["not_by_torch"][0]
+
+    def ours(way: zoo_deploy.Way) -> dict[str, Any]:
+        raise DiffersError("left as it was")
+
+    with pytest.raises(DiffersError, match=r"^left as it was$"):
+        zoo_deploy.in_a_way(zoo_deploy.Case("none"), ours, alone)
+
+    def crash(way: zoo_deploy.Way) -> dict[str, Any]:
+        raise RuntimeError("ours alone")
+
+    with pytest.raises(RuntimeError, match="ours alone"):
+        zoo_deploy.in_a_way(zoo_deploy.Case("none"), crash, alone)
+
+    def fails(case: Any, way: zoo_deploy.Way) -> None:
+        raise RuntimeError("the source's")
+
+    with pytest.raises(zoo_deploy.LimitError, match="backend 'eager' fails, too"):
+        zoo_deploy.in_a_way(zoo_deploy.Case("none"), crash, fails)

@@ -25,9 +25,10 @@ pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 import onnx
 
-from attnopt.backends.ort import Export, operators, parity
+from attnopt.backends.ort import Export, exporting, operators, parity
 from attnopt.backends.ort.attention import attend
 from attnopt.backends.ort.exporting import signatures_of
+from attnopt.backends.ort.providers import runs_here
 from attnopt.verifying import in_float32
 
 # Libraries of the exporter warn of their own ways.
@@ -129,6 +130,45 @@ def test_a_crash_of_the_runtime_is_reported_and_ends_nothing_else(
     assert parity.run_onnxruntime([tmp_path / "model.onnx"], []) == (
         "ONNX Runtime ended by signal 11: it said nothing"
     )
+
+
+def test_a_file_for_cuda_is_compared_on_the_cpu_where_no_cuda_runs_and_says_so(
+    program: attnopt.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given: list[str] = []
+
+    def run(files: Any, runs: Any, provider: str = "cpu") -> Any:
+        given.append(provider)
+        return [run.logits for run in runs]
+
+    monkeypatch.setattr(parity, "run_onnxruntime", run)
+    ((_, signature),) = signatures_of(program).values()
+    call = (in_float32(program), program, {tmp_path / "model.onnx": signature}, 1)
+    for here, provider in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(parity, "runs_here", lambda ep, here=here: here)
+        found = parity.compare(*call, ep="cuda")
+        assert (found.provider, found.accepted) == (provider, True)
+        assert found.left_out == () if here else "compared on cpu" in found.left_out[0]
+        assert given.pop() == provider
+
+
+def test_a_provider_that_does_not_run_is_told_from_one_that_does():
+    assert runs_here("cpu")
+    assert not runs_here("cuda") or Path("/dev/nvidiactl").exists()
+
+
+def test_a_graph_that_fails_again_with_loose_sizes_is_refused(
+    program: attnopt.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = iter(["Constraints violated (batch)!", "no such op\nmore"])
+
+    def fail(*args: Any) -> Any:
+        raise torch.onnx.errors.OnnxExporterError(next(told))
+
+    monkeypatch.setattr(exporting, "_translated", fail)
+    with pytest.raises(NotImplementedError, match=r"to ONNX: no such op$"):
+        attnopt.export_onnx(program, tmp_path / "out")
+    assert next(told, None) is None
 
 
 def test_a_file_that_is_none_is_reported(tmp_path: Path):

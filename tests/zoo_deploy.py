@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 import transformers
@@ -59,6 +59,37 @@ class NotApplicableError(Exception):
     """A check that a model has no use for."""
 
 
+class RefusedError(DiffersError):
+    """A check that pass exact refuses, with its reason."""
+
+
+class LimitError(DiffersError):
+    """A check that fails in the same way without attnopt: what torch cannot do with the model."""
+
+
+STATUS: Final = {RefusedError: "refused", LimitError: "limit"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How torch.compile is asked: for sizes that vary, with the numbers of tensors in the graph."""
+
+    dynamic: bool = True
+    scalars: bool = False
+
+    def __str__(self) -> str:
+        told = [] if self.dynamic else ["sizes fixed"]
+        return ", ".join([*told, *["scalar outputs captured"] * self.scalars])
+
+
+WAYS: Final = (Way(), Way(scalars=True), Way(dynamic=False), Way(dynamic=False, scalars=True))
+"""Tried in turn; a later one where the earlier fails without attnopt, too."""
+CUT: Final = "cut within the attention"
+"""Words of the refusal of an attention of which dynamo hands over a part."""
+ASSEMBLED: Final = "assembled from pieces"
+"""Words of the refusal of an attention that pass exact does not rewrite."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Greedy tokens of every row, and the logits that they were chosen by."""
@@ -80,6 +111,7 @@ class Case:
     shelf: Path = field(default_factory=Path)
     inner: str = "eager"
     folder: Path = field(default_factory=Path)
+    forwards: dict[Way, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -107,11 +139,14 @@ class Case:
     def lowered(self) -> nn.Module:
         return attnopt.lower(self.program, "eager")
 
-    @cached_property
-    def compiled_forward(self) -> Callable[..., Any]:
-        way = {"backend": "attnopt", "options": {"inner": self.inner}, "dynamic": True}
-        compiled: Callable[..., Any] = torch.compile(self.subject.model.forward, **way)
-        return compiled
+    def compiled_forward(self, way: Way) -> Callable[..., Any]:
+        """Compile the model in a way, once."""
+        if way not in self.forwards:
+            torch._dynamo.reset()
+            options = {"backend": "attnopt", "options": {"inner": self.inner}}
+            forward = self.subject.model.forward
+            self.forwards[way] = torch.compile(forward, **options, dynamic=way.dynamic)
+        return self.forwards[way]
 
     @cached_property
     def stock_tokens(self) -> Decoded:
@@ -222,25 +257,91 @@ def _reloaded(case: Case, place: Path) -> Iterator[tuple[str, Facts]]:
 
 
 @contextlib.contextmanager
-def compiled(case: Case) -> Iterator[Any]:
+def compiled(case: Case, way: Way) -> Iterator[Any]:
     """Give the stock model with a compiled forward, the same one for all checks of a process."""
     model = case.subject.model
-    model.forward = case.compiled_forward
+    forward = case.compiled_forward(way)
+    model.forward = forward
     attnopt.compile_report(reset=True)
-    # Without these a model that recompiles often would run as it was, and say nothing.
-    never_give_up = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     try:
-        with torch._dynamo.config.patch(never_give_up):
+        with torch._dynamo.config.patch(settings(way)):
             yield model
     finally:
         del model.forward
 
 
+def settings(way: Way) -> dict[str, Any]:
+    """Return what dynamo is told.
+
+    Without the limits a model that recompiles often would run as it was, and say nothing.
+    """
+    never_give_up = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    return {**never_give_up, "capture_scalar_outputs": way.scalars}
+
+
+def in_a_way(case: Case, work: Callable[[Way], Facts], alone: Callable[[Case, Way], None]) -> Facts:
+    """Try the ways to compile; where `alone` fails as well, without attnopt, go on to the next."""
+    told: list[str] = []
+    for way in WAYS:
+        try:
+            facts = work(way)
+        except Exception as error:
+            limit = limit_of_torch(case, way, error, alone)
+            if not limit:
+                raise
+            told.append(f"{str(way) or 'as usual'}: {limit}")
+        else:
+            return {**facts, "way": str(way), "not_by_torch": told}
+    raise LimitError("; ".join(told))
+
+
+def limit_of_torch(
+    case: Case, way: Way, error: Exception, alone: Callable[[Case, Way], None]
+) -> str:
+    """Say how backend "eager" fails in the same place; nothing where the failure is ours."""
+    differs = isinstance(error, DiffersError)
+    if differs and not getattr(error, "facts", {}).get("cut"):
+        return ""
+    cuts = torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    cuts.clear()
+    try:
+        with torch._dynamo.config.patch(settings(way)):
+            alone(case, way)
+    except Exception as other:
+        same = type(other) is type(error) or type(other) is type(error.__cause__)
+        return f"backend 'eager' fails, too: {_told(_root(other))}" if same and not differs else ""
+    if not differs or not cuts:
+        return ""
+    reasons = sorted({str(reason).strip().splitlines()[0] for reason in cuts})
+    return f"dynamo cuts the graph within an attention for any backend: {'; '.join(reasons)[:200]}"
+
+
+def call_alone(case: Case, way: Way) -> None:
+    """Compile the stock model without attnopt, and call it."""
+    stock = replace(case.another(), task="base")
+    model = torch.compile(stock.model, backend="eager", dynamic=way.dynamic)
+    for draw in range(DRAWS):
+        zoo_parity.run(stock, model, zoo_parity.drawn(stock, draw))
+
+
+def decode_alone(case: Case, way: Way) -> None:
+    """Decode with the stock model, compiled without attnopt."""
+    model = case.another().model
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=way.dynamic)
+    decoded(model, case.subject.kwargs)
+
+
 def check_compiled(case: Case) -> Facts:
     """Compile the model: every attention is rewritten, and it is as exact as the stock one."""
+    return in_a_way(case, lambda way: compiled_facts(case, way), call_alone)
+
+
+def compiled_facts(case: Case, way: Way) -> Facts:
+    """Compile in one way, and compare."""
     # Whole calls; decoding step by step is compared by its tokens.
     stock = replace(case.another(), task="base")
-    with compiled(case) as model, warnings.catch_warnings(record=True) as told:
+    with compiled(case, way) as model, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         verdict = zoo_parity.parity(stock, {"compiled": model})["compiled"]
         report = attnopt.compile_report()
@@ -257,12 +358,23 @@ def check_compiled(case: Case) -> Facts:
     if not verdict.passed:
         raise DiffersError(f"not as exact as the stock model: {verdict}", **facts)
     if report.refused or report.rewritten != report.found:
-        raise DiffersError(f"not all are rewritten: {(facts['refused'] or ['?'])[0]}", **facts)
+        raise_left(report, **facts)
     if len(found) < case.sites:
         texts = (str(w.message) for w in told)
         why = next((text for text in texts if text.startswith("attnopt")), "no warning")
         raise DiffersError(f"found {len(found)} of {case.sites} attentions ({why})", **facts)
     return facts
+
+
+def raise_left(report: Any, **facts: Any) -> NoReturn:
+    """Raise what attentions that stay as they were mean."""
+    reasons = [str(no) for no in report.refused] or ["no reason is given"]
+    told = f"not all are rewritten: {reasons[0]}"
+    if report.rewritten == report.found and all(CUT in reason for reason in reasons):
+        raise DiffersError(told, **facts, cut=True)
+    if all(CUT in reason or ASSEMBLED in reason for reason in reasons):
+        raise RefusedError(told, **facts)
+    raise DiffersError(told, **facts)
 
 
 # ----------------------------------------------------------------------------------------- onnx
@@ -354,12 +466,17 @@ def check_tokens_lowered(case: Case) -> Facts:
 def check_tokens_compiled(case: Case) -> Facts:
     """Decode with the compiled stock model."""
     want = case.stock_tokens
-    with compiled(case) as model:
+    return in_a_way(case, lambda way: compiled_tokens(case, way, want), decode_alone)
+
+
+def compiled_tokens(case: Case, way: Way, want: Decoded) -> Facts:
+    """Decode with the model compiled in one way."""
+    with compiled(case, way) as model:
         got = decoded(model, case.subject.kwargs)
-        refused = attnopt.compile_report().refused
+        report = attnopt.compile_report()
     facts = same_tokens(got, want)
-    if refused:
-        raise DiffersError(f"not all are rewritten: {refused[0]}", **facts)
+    if report.refused:
+        raise_left(report, **facts)
     return facts
 
 
@@ -430,7 +547,7 @@ def settled(work: Callable[[], Facts]) -> Facts:
     try:
         return {"status": "passed", "reason": "", **work()}
     except DiffersError as error:
-        return {"status": "failed", "reason": str(error), **error.facts}
+        return {"status": STATUS.get(type(error), "failed"), "reason": str(error), **error.facts}
     except NotApplicableError as error:
         return {"status": "n/a", "reason": str(error)}
     except NotImplementedError as error:
@@ -450,6 +567,13 @@ def _told(error: BaseException) -> str:
     ours = [f for f in frames if "attnopt" in f.filename] or list(frames)
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
     return f"{type(error).__name__}: {_first_line(error)} ({place})"
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what was raised at first; compilers raise other things for it."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 def say(content: Any) -> None:

@@ -28,7 +28,8 @@ from attnopt.nouns import Mlp, Projection, Site
 
 # Elementwise over channels: a neuron depends on its own row of each projection and on nothing else.
 _FOREIGN = frozenset("softmax _softmax normalize".split())
-_POINTWISE = (ELEMENTWISE | TRANSPARENT) - _FOREIGN
+_COMPARING = frozenset("gt lt ge le min max expm1".split())
+_POINTWISE = (ELEMENTWISE | TRANSPARENT | _COMPARING) - _FOREIGN
 
 
 _CHOOSING = frozenset("topk argmax max sort argsort kthvalue nonzero".split())
@@ -209,7 +210,7 @@ def _broadcast(numbers: _Numbers, node: fx.Node) -> _Numbers:
 
 
 _LINEAR = frozenset("add sub rsub neg true_divide".split()) | TRANSPARENT
-_ACTIVE = ELEMENTWISE - _LINEAR
+_ACTIVE = (ELEMENTWISE | _COMPARING) - _LINEAR
 _MOVING = frozenset(
     "view reshape _unsafe_view split split_with_sizes unsafe_split chunk unsafe_chunk slice "
     "getitem narrow select unbind transpose permute unsqueeze squeeze flatten unflatten".split()

@@ -17,6 +17,11 @@ _ONES_LIKE = {
 }
 
 
+def counted(ids: Tensor) -> Tensor:
+    """Return the positions of tokens, counted from 0 in every row."""
+    return torch.arange(ids.shape[1], device=ids.device).repeat(ids.shape[0], 1)
+
+
 @dataclass(frozen=True)
 class Example:
     """A call of a source taken apart: which tensors it has, by name, and what stays constant."""
@@ -50,13 +55,17 @@ def take_call_apart(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
 
 @dataclass(frozen=True)
 class Inputs:
-    """Turns a call into the graph's inputs, or says what is wrong with it."""
+    """Turns a call into the graph's inputs, or says what is wrong with it.
+
+    `counts` says that the source counts positions from 0 where position_ids is omitted.
+    """
 
     example: Example
     shapes: dict[str, tuple[Any, ...]]
     dtypes: dict[str, torch.dtype]
     bounds: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     conditions: tuple[Any, ...] = ()
+    counts: bool = False
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a tensor for each input by name; raise TypeError or ValueError for a bad call."""
@@ -117,6 +126,11 @@ class Inputs:
         )
 
     def _completed(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        ids = tensors.get("input_ids")
+        if self.counts and isinstance(ids, Tensor) and ids.dim() == 2:
+            positions = tensors.get("position_ids", counted(ids))
+            one_row = isinstance(positions, Tensor) and positions.shape[:1] == (1,)
+            tensors["position_ids"] = positions.repeat(len(ids), 1) if one_row else positions
         for name in self.shapes:
             if name in tensors:
                 continue

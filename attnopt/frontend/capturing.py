@@ -22,6 +22,7 @@ from attnopt.frontend.exporting import FIRST, Attempt, Trace, branches_on_values
 from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
 from attnopt.frontend.lengths import with_lengths
 from attnopt.frontend.modules import capture_parts, with_parts
+from attnopt.frontend.positions import with_positions
 from attnopt.frontend.skeletons import Slot
 from attnopt.frontend.stateful import (
     Stateful,
@@ -191,10 +192,12 @@ def whole(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]
         if may_generate(model):
             refused = (No(f"captured without its cache: {stateful.why}", stateful.where),)
         example = without_cache(example)
-    result = _traced(model, example, axes)
+    numbered = with_positions(model, example) if may_generate(model) else example
+    more = {"position_ids": (0, 1)} if axes and numbered is not example else {}
+    result = _traced(model, numbered, {**axes, **more})
     if isinstance(result, No):
         return result
-    program = plain_program(model, example, result)
+    program = plain_program(model, numbered, result, counts=numbered is not example)
     notes = tuple(str(no) for no in refused)
     return replace(program, refused=refused, history=(*program.history, *notes))
 
@@ -324,9 +327,12 @@ def _called(example: Example, result: Trace) -> Example:
     return replace(example, skeleton={**skeleton, **{n: Slot(n) for n in result.shapes}})
 
 
-def plain_program(model: nn.Module, example: Example, result: Trace) -> Program:
-    """Make the Program of a trace without state."""
-    inputs = Inputs(example, result.shapes, result.dtypes, result.bounds, result.conditions)
+def plain_program(
+    model: nn.Module, example: Example, result: Trace, *, counts: bool = False
+) -> Program:
+    """Make the Program of a trace without state; `counts` is what it does without positions."""
+    sizes = (result.shapes, result.dtypes, result.bounds, result.conditions)
+    inputs = Inputs(example, *sizes, counts=counts)
     outputs = Outputs(result.skeleton)
     return Program(
         name=type(model).__name__,

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 import attnopt
 from attnopt.frontend import cleanup
 from attnopt.frontend.loops import without_loops
+from attnopt.frontend.picks import picks_as_slices
 from attnopt.frontend.skeletons import Slot, take_apart
 from attnopt.nouns import No
 from attnopt.program import Binding
@@ -199,6 +200,8 @@ def _finish(
     _drop_mutation_outputs(exported)
     cleanup.clean(graph_module)
     bindings, constants = _bind(exported)
+    lists = {n: constants[b.name] for n, b in bindings.items() if b.name in constants}
+    picks_as_slices(graph_module, lists)
     for gone in cleanup.drop_unread(graph_module, lambda n: bindings[n].kind == "input"):
         del bindings[gone]
     _name_modules_from_source(graph_module)
@@ -213,7 +216,7 @@ def _finish(
     return Trace(
         graph_module=graph_module,
         bindings=bindings,
-        constants=constants,
+        constants={b.name: constants[b.name] for b in bindings.values() if b.name in constants},
         skeleton=skeleton,
         shapes=shapes,
         dtypes={bindings[n.name].name: n.meta["val"].dtype for n in inputs},

@@ -4,6 +4,7 @@ The differences are small: constants are attributes, and an empty cache is a ten
 that the first keys are joined to.
 """
 
+import operator
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from attnopt.frontend.cleanup import drop_asserts, remove_dead
 
 aten = torch.ops.aten
 
+_MADE_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch._refs.tensor)
 _PASSED_ON = (
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,
@@ -37,6 +39,47 @@ def normalize(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     constants = _constants_as_inputs(graph_module)
     graph_module.recompile()
     return constants
+
+
+def read_sizes(graph_module: fx.GraphModule) -> None:
+    """Read sizes that went through a tensor directly, in place: torch.tensor(size).item() is size.
+
+    To dynamo such a number is one that data decide.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_method", target="item"):
+        tensor = node.args[0]
+        if not isinstance(tensor, fx.Node) or tensor.op != "call_function":
+            continue
+        with graph.inserting_before(node):
+            size = _size_in(graph, tensor)
+        if size is None:
+            continue
+        if isinstance(size, fx.Node):
+            size.meta.setdefault("example_value", node.meta.get("example_value"))
+        node.replace_all_uses_with(size)
+        graph.erase_node(node)
+    graph_module.recompile()
+
+
+def _size_in(graph: fx.Graph, tensor: fx.Node) -> Any:
+    """Return the size that a tensor of one number was made of; None for any other tensor."""
+    if tensor.target in _MADE_OF_NUMBERS and _is_size(tensor.args[0]):
+        return tensor.args[0]
+    mode = tensor.kwargs.get("rounding_mode")
+    if (
+        tensor.target is torch.div
+        and mode in ("trunc", "floor")
+        and all(map(_is_size, tensor.args))
+    ):
+        return graph.call_function(operator.floordiv, tensor.args)
+    return None
+
+
+def _is_size(x: Any) -> bool:
+    if isinstance(x, fx.Node):
+        return isinstance(x.meta.get("example_value"), int | torch.SymInt)
+    return isinstance(x, int)
 
 
 def constants_as_attributes(graph_module: fx.GraphModule, constants: dict[str, Tensor]) -> None:

@@ -77,6 +77,7 @@ def _write_pair(inputs: Inputs, outputs: Outputs) -> dict[str, Any]:
         "bounds": {str(k): list(v) for k, v in inputs.bounds.items()},
         "conditions": [write_expression(c) for c in inputs.conditions],
         "returns": _write_skeleton(outputs.skeleton),
+        **({"counts": True} if inputs.counts else {}),
     }
 
 
@@ -97,6 +98,7 @@ def _read_inputs(content: Mapping[str, Any], config: Any) -> Inputs:
         {name: _dtype(t["dtype"]) for name, t in tensors.items()},
         {name: (int(low), high) for name, (low, high) in content["bounds"].items()},
         conditions,
+        counts=content.get("counts") is True,
     )
 
 

@@ -175,7 +175,7 @@ def _written(program: Program, folder: Path, target: Target, steps: int) -> Expo
     choices = write_files(found, model, folder, target)
     signatures = {folder / name: signature for name, (_, signature) in found.items()}
     cases = RIGHT_PADDED if target.genai else CASES
-    parity = compare(model, program, signatures, steps, cases)
+    parity = compare(model, program, signatures, steps, cases, target.ep)
     paths = tuple(signatures)
     if target.genai and parity.accepted:
         write_genai(program, paths[-1])
@@ -220,19 +220,33 @@ def write_files(
 def _model(module: fx.GraphModule, signature: Signature, target: Target, name: str) -> Any:
     """Return the ONNX model of a graph."""
     with _quiet():
-        try:
-            made = _translated(module, signature, target.opset, signature.dynamic())
-        except torch.onnx.errors.OnnxExporterError as error:
-            if "Constraints violated" not in _whole_cause(error):
-                raise NotImplementedError(
-                    f"cannot export {name} to ONNX: {_cause(error)}"
-                ) from error
-            loosely = signature.dynamic(loosely=True)
-            made = _translated(module, signature, target.opset, loosely)
+        made = _translated_somehow(module, signature, target.opset, name)
     give_every_row_its_table(made.model)
     _describe(made.model, signature)
     assert made.model.opset_imports[""] == target.opset
     return made.model
+
+
+# A size depends on another one, or the exporter fails to say how it does.
+_TIED = ("Constraints violated", "Expected derived min value")
+
+
+def _translated_somehow(module: fx.GraphModule, signature: Signature, opset: int, name: str) -> Any:
+    """Translate a graph; where sizes hang together, let the exporter find out how."""
+    try:
+        return _translated(module, signature, opset, signature.dynamic())
+    except torch.onnx.errors.OnnxExporterError as error:
+        told = _whole_cause(error)
+        if not any(words in told for words in _TIED):
+            raise _refused(name, error) from error
+    try:
+        return _translated(module, signature, opset, signature.dynamic(loosely=True))
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _refused(name, error) from error
+
+
+def _refused(name: str, error: BaseException) -> NotImplementedError:
+    return NotImplementedError(f"cannot export {name} to ONNX: {_cause(error)}")
 
 
 def _translated(

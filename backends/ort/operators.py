@@ -24,7 +24,8 @@ _ATTENTION_SINCE: Final = 23
 class Target:
     """What a file is made for: a provider of ONNX Runtime, and an opset of ONNX.
 
-    The same operators serve both providers so far. ONNX Runtime GenAI (`genai`) promises that rows
+    The same operators serve both providers; what differs is which of them the file is compared on.
+    ONNX Runtime GenAI (`genai`) promises that rows
     end in their padding and that rows of a batch begin together: what GroupQueryAttention needs.
     """
 

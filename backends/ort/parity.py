@@ -22,6 +22,8 @@ from torch import Tensor
 
 from attnopt import debug
 from attnopt.backends.ort import session
+from attnopt.backends.ort.operators import Provider
+from attnopt.backends.ort.providers import NAMES, runs_here
 from attnopt.backends.ort.signature import PlainSignature, Signature
 from attnopt.program import Program
 
@@ -88,6 +90,7 @@ class Parity:
     cases: tuple[Compared, ...]
     failure: str = ""
     left_out: tuple[str, ...] = ()
+    provider: Provider = "cpu"
 
     @property
     def accepted(self) -> bool:
@@ -97,7 +100,11 @@ class Parity:
     def content(self) -> dict[str, Any]:
         """Return this as JSON values."""
         cases = [{**asdict(c), "agrees": c.agrees} for c in self.cases]
-        told = {"failure": self.failure, "left_out": list(self.left_out)}
+        told = {
+            "provider": self.provider,
+            "failure": self.failure,
+            "left_out": list(self.left_out),
+        }
         return {"accepted": self.accepted, **told, "cases": cases}
 
 
@@ -121,12 +128,32 @@ def compare(
     signatures: Mapping[Path, Signature],
     steps: int,
     cases: Sequence[Case] = CASES,
+    ep: Provider = "cpu",
 ) -> Parity:
-    """Run a model of the program, and have ONNX Runtime compute the same."""
+    """Run a model of the program, and have ONNX Runtime compute the same.
+
+    It computes on the provider that the file is for; where that does not run here, on the CPU.
+    """
+    provider: Provider = ep if ep == "cpu" or runs_here(ep) else "cpu"
+    found = _compare(model, program, signatures, steps, cases, provider)
+    if provider == ep:
+        return found
+    told = f"provider {ep}, which does not run here: compared on {provider}"
+    return replace(found, left_out=(*found.left_out, told))
+
+
+def _compare(
+    model: Any,
+    program: Program,
+    signatures: Mapping[Path, Signature],
+    steps: int,
+    cases: Sequence[Case],
+    provider: Provider,
+) -> Parity:
     *encode, file = signatures
     signature = signatures[file]
     if isinstance(signature, PlainSignature):
-        return _compare_calls(model, program, signature, file)
+        return _compare_calls(model, program, signature, file, provider)
     decode: Any = _decoded
     cases = [c for c in cases if not c.padded or "attention_mask" in signature.inputs]
     if encode:
@@ -139,14 +166,21 @@ def compare(
     for number, case in enumerate(cases, 1):
         runs.append(decode(model, program, signature, case, steps))
         debug.advance("parity", number, len(cases))
-    logits = run_onnxruntime([file, *encode], runs)
+    logits = run_onnxruntime([file, *encode], runs, **_on(provider))
     if isinstance(logits, str):
-        return Parity((), logits)
+        return Parity((), logits, provider=provider)
     pairs = zip(cases, runs, logits, strict=True)
-    return Parity(tuple(_compared(case, run, found) for case, run, found in pairs))
+    compared = tuple(_compared(case, run, found) for case, run, found in pairs)
+    return Parity(compared, provider=provider)
 
 
-def _compare_calls(model: Any, program: Program, signature: PlainSignature, file: Path) -> Parity:
+def _on(provider: Provider) -> dict[str, Provider]:
+    return {} if provider == "cpu" else {"provider": provider}
+
+
+def _compare_calls(
+    model: Any, program: Program, signature: PlainSignature, file: Path, provider: Provider
+) -> Parity:
     """Compare all outputs, at the sizes of the capture and at others."""
     other = signature.other_sizes()
     sizes = {_CAPTURED: signature.captured}
@@ -170,12 +204,12 @@ def _compare_calls(model: Any, program: Program, signature: PlainSignature, file
         calls.append(call)
         wanted.append(dict(zip(signature.output_names, flat, strict=True)))
         debug.advance("parity", seed + 1, len(sizes))
-    found = run_onnxruntime_plainly(file, calls, signature.output_names)
+    found = run_onnxruntime_plainly(file, calls, signature.output_names, **_on(provider))
     if isinstance(found, str):
-        return Parity((), found)
+        return Parity((), found, provider=provider)
     cases = zip(sizes, wanted, found, strict=True)
     compared = tuple(_compared_outputs(name, want, got) for name, want, got in cases)
-    return Parity(compared, left_out=tuple(left_out))
+    return Parity(compared, left_out=tuple(left_out), provider=provider)
 
 
 def _compared_outputs(name: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> Compared:
@@ -295,12 +329,14 @@ def _prompt(config: Any, case: Case) -> Tensor:
     return torch.randint(vocabulary, (case.rows, sum(case.calls)), generator=chance)
 
 
-def run_onnxruntime(files: list[Path], runs: list[Run]) -> list[Tensor] | str:
+def run_onnxruntime(
+    files: list[Path], runs: list[Run], provider: Provider = "cpu"
+) -> list[Tensor] | str:
     """Return the logits of every run, or how the process failed.
 
     The second file is that of the encoder and the first decoder tokens.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"provider": np.array(NAMES[provider])}
     for number, run in enumerate(runs):
         given[f"tokens.{number}"] = run.tokens.numpy()
         given[f"mask.{number}"] = run.mask.numpy()
@@ -314,7 +350,7 @@ def run_onnxruntime(files: list[Path], runs: list[Run]) -> list[Tensor] | str:
 
 
 def run_onnxruntime_plainly(
-    file: Path, calls: list[dict[str, Tensor]], outputs: list[str]
+    file: Path, calls: list[dict[str, Tensor]], outputs: list[str], provider: Provider = "cpu"
 ) -> list[dict[str, Tensor]] | str:
     """Return the outputs of every call by name, or how the process failed."""
     given = {
@@ -322,6 +358,7 @@ def run_onnxruntime_plainly(
         for number, call in enumerate(calls)
         for name, tensor in call.items()
     }
+    given["provider"] = np.array(NAMES[provider])
     found = _in_a_process([file], given)
     if isinstance(found, str):
         return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnopt.backends.ort.exporting import FILE, check_installed, write_files
 from attnopt.backends.ort.operators import Target
+from attnopt.backends.ort.providers import NAMES, runs_here
 from attnopt.backends.ort.signature import Signature, signature_of
 from attnopt.nouns import No
 from attnopt.program import CallForm, Program
@@ -104,15 +105,12 @@ def _opened(program: Program, module: nn.Module, signature: Signature, device: t
 def _providers(device: torch.device) -> list[str]:
     import onnxruntime
 
-    if device.type == "cpu":
-        return ["CPUExecutionProvider"]
-    wanted = {"cuda": "CUDAExecutionProvider"}.get(device.type)
-    if wanted not in onnxruntime.get_available_providers():
+    if device.type not in NAMES or not runs_here(device.type):
         raise ValueError(
-            f"ONNX Runtime has no provider for {device} here; there is "
+            f"ONNX Runtime has no provider that runs on {device} here; installed are "
             f"{', '.join(onnxruntime.get_available_providers())}"
         )
-    return [str(wanted), "CPUExecutionProvider"]
+    return list(dict.fromkeys([NAMES[device.type], NAMES["cpu"]]))
 
 
 def _tensor(value: Any, device: torch.device) -> Tensor:

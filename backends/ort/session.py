@@ -4,8 +4,8 @@
 
 CALLS has for each case `tokens.N`, `mask.N` (rows, length) and `sizes.N`, how many tokens each call
 takes; RESULTS gets `logits.N` of all calls together. ENCODE makes the first call of a case, with
-its `encoder.N.NAME`. Or, for models without states, `input.N.NAME` and `output.N.NAME`. It imports
-neither torch nor attnopt.
+its `encoder.N.NAME`. Or, for models without states, `input.N.NAME` and `output.N.NAME`. CALLS may
+name a `provider`. It imports neither torch nor attnopt.
 """
 
 import sys
@@ -17,8 +17,9 @@ import numpy as np
 
 def main(calls: str, results: str, model: str, *encode: str) -> None:
     """Run every case and write what came out."""
-    sessions = [_opened(place) for place in (model, *encode)]
     with np.load(calls, allow_pickle=False) as given:
+        provider = str(given["provider"]) if "provider" in given.files else _CPU
+        sessions = [_opened(place, provider) for place in (model, *encode)]
         count = sum(name.startswith("tokens.") for name in given.files)
         found = {f"logits.{n}": _case(sessions, given, n) for n in range(count)}
         found |= _plain_cases(sessions[0], given)
@@ -26,12 +27,19 @@ def main(calls: str, results: str, model: str, *encode: str) -> None:
         np.savez(file, **found)
 
 
-def _opened(model: str) -> Any:
+_CPU = "CPUExecutionProvider"
+
+
+def _opened(model: str, provider: str) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    providers = list(dict.fromkeys([provider, _CPU]))
+    session = onnxruntime.InferenceSession(model, options, providers=providers)
+    if session.get_providers()[0] != provider:
+        raise RuntimeError(f"{provider} does not run here")
+    return session
 
 
 def _case(sessions: Any, given: Any, number: int) -> Any:

@@ -16,6 +16,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     found: dict[Callable[..., Any], Callable[..., Any]] = {
         linear_recurrence: scan,
         torch.ops.aten.sort.stable: _sort_stable,
+        torch.ops.aten.remainder.Scalar: _remainder,
     }
     return found if grouped is None else {**found, grouped.default: _grouped_mm}
 
@@ -46,3 +47,16 @@ def _sort_stable(
     size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     values, indices = op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
     return values, indices
+
+
+def _remainder(self: Any, other: Any) -> Any:
+    """Divide by a number, which may be a size, and return the rest, of the divisor's sign."""
+    from onnxscript import ir, opset18
+
+    op: Any = opset18
+    if not isinstance(other, ir.Value):
+        other = op.Constant(value=ir.tensor(other, dtype=self.dtype))
+    other = op.CastLike(other, self)
+    if self.dtype.is_floating_point():
+        return op.Sub(self, op.Mul(op.Floor(op.Div(self, other)), other))
+    return op.Mod(self, other)

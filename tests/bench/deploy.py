@@ -1,15 +1,19 @@
 """Make a table of the zoo: stored, compiled, exported, decoding, each against the stock model.
 
-    python tests/bench/deploy.py
-    python tests/bench/deploy.py --only llama bert
-    python tests/bench/deploy.py --sample 8
+    python tests/bench/deploy.py                      # the models that have no row yet
+    python tests/bench/deploy.py --part 2/4           # a quarter of them, at another time
+    python tests/bench/deploy.py --only llama bert    # anew
+    python tests/bench/deploy.py --failed             # anew those of which a check failed
+    python tests/bench/deploy.py --merge a.json b.json
+    python tests/bench/deploy.py --sample 8           # written nowhere
 
 Every model is measured in a process of its own with a time limit; a crash ends one check of one
-model. What is measured is written as it comes: an interrupted run goes on where it was, and
-`--only` replaces the rows that it names. Exit status 1 where a check fails.
+model, and the row says so. What is measured is written as it comes: an interrupted run goes on
+where it was, and runs side by side add to one file. Exit status 1 where a check fails.
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -21,43 +25,43 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from deploy_rows import (
+    CHECKS,
+    Row,
+    Rows,
+    bad,
+    line,
+    merge,
+    put,
+    read,
+    summary,
+    table,
+    unsettled,
+)
 from harness import RESULTS, machine
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SHARED: Final = ROOT.parent / "shared" / "zoo"
 SCRIPT: Final = ROOT / "tests" / "zoo_deploy.py"
 MARK: Final = "@deploy "
-CHECKS: Final = (
-    "stored",
-    "compiled",
-    "onnx",
-    "tokens_lowered",
-    "tokens_compiled",
-    "tokens_onnx",
-    "mutants",
-)
 SAMPLE: Final = (
     "llama", "bert", "vit", "wav2vec2", "nomic_bert", "clip_text", "resnet", "siglip_vision", "t5",
 )  # fmt: skip
 """Unlike each other; a shorter sample takes the first of them."""
-LIMIT: Final = 240.0
+LIMIT: Final = 600.0
 """Seconds that the checks of one model may take."""
 LEAST: Final = 5.0
 """Seconds that a process needs to be worth starting."""
 RELOAD: Final = 60.0
 """Seconds that loading the directories of one model may take."""
-IN_PARTS: Final = ("module by module",)
-"""Words of the reason for which models captured in pieces are not exported."""
-
 BATCH: Final = 6
 """How many models a fresh process loads; importing takes longer than loading them all."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,6 @@ class Bench:
                 left.pop(at, {}).update(status="failed", reason=f"while loading: {ended}")
         for row in rows:
             shutil.rmtree(self.shelf / row["model"], ignore_errors=True)
-
-
-def unsettled(row: Row) -> bool:
-    """Tell whether what a model saved has not been loaded yet."""
-    stored = row["checks"]["stored"]
-    return stored["status"] == "passed" and "loaded" not in stored
 
 
 def _in_a_process(begin: Callable[[Any, Any], int], limit: float) -> tuple[list[Row], str]:
@@ -176,106 +174,6 @@ def _failed(why: str) -> Row:
     return {"status": "failed", "reason": why, "seconds": 0.0}
 
 
-# ------------------------------------------------------------------------------------- the file
-
-
-def read(place: Path) -> list[Row]:
-    """Read the rows of a file; those whose directories were never loaded are no results."""
-    rows: list[Row] = json.loads(place.read_text())["rows"] if place.is_file() else []
-    return [row for row in rows if not unsettled(row)]
-
-
-def write(place: Path, rows: Iterable[Row], *, complete: bool) -> None:
-    """Write all rows, in the order of the zoo, in one step."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "complete": complete, "rows": list(rows)}
-    staged = place.with_name(f"{place.name}.new")
-    staged.write_text(json.dumps(content, indent=1) + "\n")
-    staged.replace(place)
-
-
-def interrupted(place: Path) -> list[Row]:
-    """Return the rows of a run that was interrupted; none where the file is complete."""
-    if not place.is_file() or json.loads(place.read_text()).get("complete", True):
-        return []
-    return read(place)
-
-
-# ------------------------------------------------------------------------------------ the table
-
-
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a table in Markdown."""
-    yield f"| model | {' | '.join(check.replace('_', ' ') for check in CHECKS)} | s |"
-    yield f"|---|{'---|' * (len(CHECKS) + 1)}"
-    for row in rows:
-        cells = [cell(check, row["checks"][check]) for check in CHECKS]
-        yield f"| {row['model']} | {' | '.join(cells)} | {row['seconds']:.0f} |"
-
-
-def cell(name: str, found: Row) -> str:
-    """Say in a few words how a check came out."""
-    if found["status"] != "passed":
-        return {"failed": "**failed**", "refused": "refused", "n/a": ""}[found["status"]]
-    if name == "stored":
-        return f"equal, tier {found['tier']}"
-    if name == "compiled":
-        return f"{found['found']} of {found['sites']}, {found['rms_ratio']:.2f}x"
-    if name == "onnx":
-        return f"{max(found['exporter'], found['here']):.0e}"
-    if name == "mutants":
-        return f"{len(found['caught'])} noticed"
-    return f"{found['equal']} of {found['of']} ({found['distinct']})"
-
-
-def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what passed of how many, and the reasons of everything else."""
-    parts = []
-    for check in CHECKS:
-        states = [row["checks"][check]["status"] for row in rows]
-        asked = len(states) - states.count("n/a")
-        refused = f" ({states.count('refused')} refused)" if "refused" in states else ""
-        parts.append(f"{check} {states.count('passed')} of {asked}{refused}")
-    yield f"{len(rows)} models: {'; '.join(parts)}"
-    for row in rows:
-        for check, found in row["checks"].items():
-            if found["status"] in ("failed", "refused"):
-                yield f"  {row['model']} {check} {found['status']}: {found['reason']}"
-    yield from _about_tokens(rows)
-
-
-def _about_tokens(rows: Sequence[Row]) -> Iterator[str]:
-    """Say which texts prove little, and how often a mutant writes the text of the stock model."""
-    counts = {
-        row["model"]: found["distinct"]
-        for row in rows
-        if "distinct" in (found := row["checks"]["tokens_lowered"])
-    }
-    few = [f"{name} ({count})" for name, count in counts.items() if count < 4]
-    yield f"texts of fewer than 4 different tokens: {', '.join(few) or 'none'}"
-    made = [by for row in rows for by in row["checks"]["mutants"].get("caught", {}).values()]
-    texts = [by["tokens"] for by in made if "tokens" in by]
-    yield f"mutants that write another text: {sum(texts)} of {len(texts)}"
-
-
-def bad(row: Row) -> list[str]:
-    """List the checks that count as failed; a model of two graphs may be refused by ONNX."""
-    return [
-        check
-        for check, found in row["checks"].items()
-        if found["status"] == "failed"
-        or (found["status"] == "refused" and not any(w in found["reason"] for w in IN_PARTS))
-    ]
-
-
-def line(row: Row, number: int, count: int) -> str:
-    """Say how one model came out."""
-    short = [f"{check}: {row['checks'][check]['status']}" for check in CHECKS]
-    shown = [text for text in short if not text.endswith((": passed", ": n/a"))]
-    verdict = "; ".join(shown) or "all passed"
-    return f"{number:3} of {count} {row['model']:28} {row['seconds']:6.1f} s  {verdict}"
-
-
 # ---------------------------------------------------------------------------------------- start
 
 
@@ -294,12 +192,51 @@ def loaded_checks() -> Any:
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these models")
-    parser.add_argument("--sample", type=int, help="a fixed sample of so many models")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", metavar="NAME", help="these models, measured anew")
+    which.add_argument("--sample", type=int, help="a fixed sample of so many models")
+    which.add_argument("--part", metavar="I/N", help="every Nth model, from the Ith on")
+    which.add_argument("--failed", action="store_true", help="anew the models of which one failed")
+    which.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="rows of other files")
+    parser.add_argument("--again", action="store_true", help="measure anew what has a row, too")
     parser.add_argument("--out", type=Path, help="the file of results")
     parser.add_argument("--inner", default="eager", help="what compiles the rewritten graphs")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one model")
     return parser.parse_args(arguments)
+
+
+def part(told: str, order: Sequence[str]) -> list[str]:
+    """Return every Nth model; neighbours in the zoo are alike, and go to different parts."""
+    first, _, count = told.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise SystemExit(f"--part {told}: say 1/4, 2/4, 3/4 or 4/4 for quarters")
+    return list(order[int(first) - 1 :: int(count)])
+
+
+def wanted(given: argparse.Namespace, order: Sequence[str], rows: Rows) -> list[str]:
+    """Return the models that the table is asked for."""
+    if given.sample is not None and not 1 <= given.sample <= len(SAMPLE):
+        raise SystemExit(f"--sample {given.sample}: it is 1 to {len(SAMPLE)}")
+    unknown = sorted(set(given.only or ()) - set(order))
+    if unknown:
+        raise SystemExit(f"the zoo has no {', '.join(unknown)}")
+    if given.failed:
+        return [name for name in order if name in rows and bad(rows[name])]
+    if given.part:
+        return part(given.part, order)
+    return list(given.only or SAMPLE[: given.sample or 0] or order)
+
+
+def run_facts() -> Row:
+    """Say where, when, by what and of which state of the project a run measures."""
+    packages = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
+    versions: Row = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    told = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {**machine(), **versions, "commit": told.stdout.strip() or "not a clone"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -307,40 +244,34 @@ def main(arguments: Sequence[str]) -> int:
     if not SHARED.is_dir():
         print("skipped: ../shared absent")
         return 0
-    if given.sample is not None and not 1 <= given.sample <= len(SAMPLE):
-        raise SystemExit(f"--sample {given.sample}: it is 1 to {len(SAMPLE)}")
     checks = loaded_checks()
     order = list(checks.zoo.ZOO)
-    wanted = given.only or (SAMPLE[: given.sample] if given.sample else order)
-    unknown = sorted(set(wanted) - set(order))
-    if unknown:
-        raise SystemExit(f"the zoo has no {', '.join(unknown)}")
     place = given.out or (None if given.sample else RESULTS / "deploy.json")
-    rows = {row["model"]: row for row in _kept(place, whole=wanted is order)}
-    with tempfile.TemporaryDirectory() as shelf:
-        bench = Bench(checks, given.inner, given.limit, Path(shelf))
-        fill(bench, rows, wanted, order, place)
-    made = [rows[name] for name in order if name in wanted]
+    if given.merge:
+        rows = merge(place, given.merge, order)
+        names = [name for name in order if name in rows]
+    else:
+        rows = read(place)
+        names = wanted(given, order, rows)
+        anew = given.again or given.only or given.failed
+        todo = [name for name in names if anew or name not in rows]
+        if len(todo) < len(names):
+            print(f"{len(names) - len(todo)} of {len(names)} have a row already", flush=True)
+        with tempfile.TemporaryDirectory() as shelf:
+            bench = Bench(checks, given.inner, given.limit, Path(shelf))
+            rows |= fill(bench, todo, order, place)
+    made = [rows[name] for name in order if name in names]
     print("\n".join(["", *table(made), "", *summary(made)]))
     return int(any(bad(row) for row in made))
 
 
-def fill(
-    bench: Bench,
-    rows: dict[str, Row],
-    wanted: Sequence[str],
-    order: Sequence[str],
-    place: Path | None,
-) -> None:
-    """Measure the models that are wanted; of the whole zoo, those that have no row yet."""
-    whole = wanted is order
-    todo = [name for name in wanted if not (whole and name in rows)]
-    # Language models take the longest.
-    todo.sort(key=lambda name: name in bench.checks.zoo.LM)
-    if len(todo) < len(wanted):
-        print(f"{len(rows)} models were measured before an interruption", flush=True)
+def fill(bench: Bench, todo: Sequence[str], order: Sequence[str], place: Path | None) -> Rows:
+    """Measure models, and write every row as it comes."""
+    run = run_facts()
+    rows: Rows = {}
     saved: list[Row] = []
-    for number, name in enumerate(todo, 1):
+    # Language models take the longest.
+    for number, name in enumerate(sorted(todo, key=lambda n: n in bench.checks.zoo.LM), 1):
         rows[name] = bench.measure(name)
         saved.append(rows[name])
         if len(saved) == BATCH or number == len(todo):
@@ -348,15 +279,8 @@ def fill(
             saved = []
         print(line(rows[name], number, len(todo)), flush=True)
         if place is not None:
-            complete = set(rows) >= set(order) and (number == len(todo) or not whole)
-            write(place, [rows[n] for n in order if n in rows], complete=complete)
-
-
-def _kept(place: Path | None, *, whole: bool) -> list[Row]:
-    """Return the rows of a file that this run leaves as they are."""
-    if place is None:
-        return []
-    return interrupted(place) if whole else read(place)
+            put(place, rows, run, order)
+    return rows
 
 
 if __name__ == "__main__":
