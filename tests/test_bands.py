@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from attnopt.ops import attention_reference
+from attnopt.ops.bands import bands
+from attnopt.ops.hidden import Hidden, Structure
 from attnopt.ops.sdpa import attend
 from tests.conformance import draw
 
@@ -13,7 +15,19 @@ STRUCTURES = {
     "window of two sides": {"window": 30, "right": 17},
     "chunks": {"causal": True, "chunk": 96},
     "first tokens": {"causal": True, "window": 33, "first": 5},
+    "prefix": {"causal": True, "prefix": 210},
+    "blocks": {"chunk": 150},
 }
+SCORES = {
+    "plain": {},
+    "sinks": {"sinks": draw(4, seed=9)},
+    "soft cap": {"softcap": 2.0},
+    "both": {"sinks": draw(4, seed=9), "softcap": 2.0, "scale": 0.7},
+}
+
+
+def named(given):
+    return {"sinks": given[3]} if len(given) > 3 else {}
 
 
 def operands() -> tuple[torch.Tensor, ...]:
@@ -25,10 +39,11 @@ def operands() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
-def test_bands_give_what_a_mask_gives(structure, padded):
+def test_bands_give_what_a_mask_gives(structure, scores, padded):
     q, k, v = operands()
-    options = dict(structure)
+    options = {**structure, **scores}
     if padded:
         options["padding"] = torch.ones(2, 1, 1, LENGTH, dtype=torch.bool)
         options["padding"][0, ..., :150] = False
@@ -46,16 +61,34 @@ def test_chunks_behind_a_cache_begin_where_they_began():
     torch.testing.assert_close(attend(q[:, :, 300:], k, v, {}, **options), wanted)
 
 
-def test_gradients_flow_through_bands():
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_gradients_flow_through_bands(scores):
     given = [x.requires_grad_() for x in operands()]
-    options = STRUCTURES["first tokens"]
+    options = {**STRUCTURES["first tokens"], **scores}
+    if "sinks" in options:
+        given.append(options.pop("sinks").clone().requires_grad_())
     weight = draw(2, 4, LENGTH, 6, seed=4)
     gradients = [
         torch.autograd.grad((call(*given) * weight).sum(), given)
         for call in (
-            lambda *x: attention_reference(*x, **options)[0],
-            lambda *x: attend(*x, {}, **options),
+            lambda *x: attention_reference(*x[:3], **options, **named(x))[0],
+            lambda *x: attend(*x[:3], {}, **options, **named(x)),
         )
     ]
     for ours, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(wanted, ours)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
+def test_a_block_reads_no_more_than_its_queries_see(structure):
+    cut = bands(LENGTH, LENGTH, Hidden(Structure(**structure), None, None, None))
+    assert cut is not None
+    seen = Structure(**structure).mask(LENGTH, LENGTH, torch.device("cpu"))
+    for block in cut.ends:
+        part = seen[block.queries].any(0)
+        part[: block.keys.first] = False
+        shown = part.nonzero().flatten()
+        assert int(shown[0]) >= block.keys.start
+        assert int(shown[-1]) < block.keys.stop
+        if structure.keys() != {"window", "right"}:
+            assert int(shown[-1]) == block.keys.stop - 1
