@@ -1,10 +1,11 @@
-"""Attention by bands, with more blocks than are attended to at once."""
+"""Attention by bands, with more blocks than are attended to at once, and by what masks show."""
 
 import pytest
 import torch
 
 from attnopt.ops import attention_reference
 from attnopt.ops.bands import bands
+from attnopt.ops.extents import extents
 from attnopt.ops.hidden import Hidden, Structure
 from attnopt.ops.sdpa import attend
 from tests.conformance import draw
@@ -92,3 +93,66 @@ def test_a_block_reads_no_more_than_its_queries_see(structure):
         assert int(shown[-1]) < block.keys.stop
         if structure.keys() != {"window", "right"}:
             assert int(shown[-1]) == block.keys.stop - 1
+
+
+def documents(*lengths):
+    """Return which tokens see each other where texts lie one after the other, causally."""
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return (number.unsqueeze(1) == number) & torch.ones(len(number), len(number)).tril().bool()
+
+
+def pages():
+    """Return masks of two rows: texts of unlike lengths, the first of the second one hidden."""
+    masks = torch.stack([documents(300, 100, 250, 150), documents(5, 395, 300, 100)]).unsqueeze(1)
+    masks[1, :, :, :5] = False
+    return masks
+
+
+MASKS = {
+    "texts of each row": pages(),
+    "texts of all rows": documents(100, 333, 67, 300),
+    "both ways": documents(200, 200, 400) | documents(200, 200, 400).T,
+    "whole": draw(1, 1, LENGTH, LENGTH, seed=5) < 3,
+}
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_what_a_mask_shows_is_all_that_is_read(mask, scores):
+    q, k, v = operands()
+    for options in ({}, {"causal": True, "window": 350}, {"mean_if_blind": True}):
+        options = {**options, **scores, "mask": mask}
+        wanted = attention_reference(q, k, v, **options)[0]
+        memo = {}
+        for _ in range(2):
+            torch.testing.assert_close(attend(q, k, v, memo, **options), wanted)
+
+
+def test_masks_that_are_added_hide_as_well():
+    q, k, v = operands()
+    least = torch.finfo(torch.float64).min
+    bias = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64)
+    bias = (bias + draw(1, 1, LENGTH, LENGTH, seed=6)).masked_fill(~MASKS["both ways"], least)
+    wanted = attention_reference(q, k, v, bias=bias)[0]
+    torch.testing.assert_close(attend(q, k, v, {}, bias=bias), wanted)
+    # A query that sees no key weighs all of them alike.
+    bias[..., 7, :] = least
+    wanted = attention_reference(q, k, v, bias=bias)[0]
+    torch.testing.assert_close(attend(q, k, v, {}, bias=bias), wanted)
+
+
+def test_gradients_flow_through_what_a_mask_shows():
+    given = [x.requires_grad_() for x in operands()]
+    options = {"mask": pages()}
+    weight = draw(2, 4, LENGTH, 6, seed=4)
+    wanted = torch.autograd.grad((attention_reference(*given, **options)[0] * weight).sum(), given)
+    found = torch.autograd.grad((attend(*given, {}, **options) * weight).sum(), given)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_extents_are_where_blocks_see_keys():
+    mask = torch.zeros(2, 1, 10, 9, dtype=torch.bool)
+    mask[0, 0, 2, 3] = mask[1, 0, 1, 6] = mask[0, 0, 9, 8] = True
+    assert extents(mask, 4) == [(3, 7), (0, 1), (8, 9)]
+    assert extents(mask[0, 0], 4) == [(3, 4), (0, 1), (8, 9)]

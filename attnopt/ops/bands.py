@@ -2,8 +2,8 @@
 
 Within a window all blocks in the middle of a text see as many keys, so that one call of the kernel
 does them all: the keys are a view in which blocks overlap, and nothing is copied. What is left at
-either end is done block by block, and so is what chunks or a prefix leave of the keys: a block
-reads those from the first that one of its queries sees to the last.
+either end is done block by block, and so is what chunks, a prefix or a mask of all pairs leave of
+the keys: a block reads those from the first that one of its queries sees to the last.
 """
 
 from collections.abc import Hashable, Iterable, Iterator
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.ops.extents import extents, shown_pairs
 from attnopt.ops.hidden import Hidden, Keys, Memo, Structure, joined, remembered
 from attnopt.ops.kernels import Scoring, kernel
 
@@ -25,6 +26,8 @@ _CUT = 128
 _AT_ONCE = 16
 # What is skipped of the scores must be worth it.
 _LEAST_SKIPPED = 0.3
+# Below so many pairs of a query and a key, a mask is applied faster than it is read.
+_LEAST_PAIRS = 2**18
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,62 @@ def by_bands(
     if cut.blocks:
         made = remembered(memo, q, k, hidden, lambda: _middle_masks(q, hidden, cut), "middle")
     return _attended(q, k, v, masks, made, scoring, cut)
+
+
+def worth_reading(q: Tensor, k: Tensor) -> bool:
+    """Tell whether a mask of all pairs of a call is worth being read."""
+    return q.shape[2] * k.shape[2] >= _LEAST_PAIRS
+
+
+def by_mask(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scoring: Scoring, memo: Memo | None
+) -> Tensor | None:
+    """Attend block by block, each with the keys that a mask shows it; None where that skips little.
+
+    What is read off the mask serves all layers that have it.
+    """
+    rows = remembered(memo, q, k, hidden, lambda: _by_extents(q, k, hidden), "rows")
+    if rows is None:
+        return None
+    found = [
+        _attended(q[some], k[some], v[some], masks, [], scoring, cut) for some, cut, masks in rows
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _by_extents(
+    q: Tensor, k: Tensor, hidden: Hidden
+) -> list[tuple[slice, Bands, list[Tensor | None]]] | None:
+    """Cut the queries of each row of the batch that has a mask of its own."""
+    shown = shown_pairs(hidden, q.shape[2], k.shape[2]) if worth_reading(q, k) else None
+    if shown is None:
+        return None
+    every = shown.dim() < 4 or shown.shape[0] == 1
+    rows = [slice(None)] if every else [slice(n, n + 1) for n in range(len(shown))]
+    sizes = (hidden.structure, q.shape[2], k.shape[2])
+    cuts = [_in_blocks(_shown(shown if every else shown[some], *sizes)) for some in rows]
+    if sum(c.scores for c in cuts) > (1 - _LEAST_SKIPPED) * sizes[1] * sizes[2] * len(cuts):
+        return None
+    masks = [
+        _end_masks(q, k, hidden if every else hidden.rows(some), cut.ends)
+        for some, cut in zip(rows, cuts, strict=True)
+    ]
+    return list(zip(rows, cuts, masks, strict=True))
+
+
+def _shown(shown: Tensor, structure: Structure, queries: int, keys: int) -> list[_Block]:
+    """Cut queries into blocks, each with the keys from the first that it sees to the last."""
+    before = keys - queries
+    found: list[_Block] = []
+    for number, (first, last) in enumerate(extents(shown, _CUT)):
+        begin, end = number * _CUT, min((number + 1) * _CUT, queries)
+        if structure.first is None:
+            first = max(first, structure.first_key(before + begin))
+        last = min(last, structure.last_key(before + end - 1, keys))
+        # Queries that see nothing still attend to a key, which is hidden from them.
+        first = min(first, keys - 1)
+        found.append(_Block(slice(begin, end), Keys(0, first, max(last, first + 1))))
+    return found
 
 
 def _attended(

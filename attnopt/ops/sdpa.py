@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.ops.attention import attention_reference
-from attnopt.ops.bands import bands, by_bands
+from attnopt.ops.bands import bands, by_bands, by_mask, worth_reading
 from attnopt.ops.hidden import Hidden, Keys, Structure, remembered, whole_mask
 from attnopt.ops.hidden import Memo as Memo
 from attnopt.ops.kernels import Scoring, kernel
@@ -54,8 +54,15 @@ def _is_sealed(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> b
         return False
     if _scores_otherwise(options):
         return True
+    bias = options.get("bias")
     named = any(options.get(name) is not None for name in ("window", "chunk", "prefix"))
-    return named and options.get("bias") is None
+    if named and bias is None:
+        return True
+    # The gradient of a sealed op attends once more: not where nothing may be skipped.
+    given = (q, k, v, *(() if bias is None else (bias,)))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    masks = options.get("mask") is not None or bias is not None
+    return masks and not learns and worth_reading(q, k)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, memo: Memo | None = None, **options: Any) -> Tensor:
@@ -86,6 +93,10 @@ def _attend(
             return kernel(q, k, v, None, scoring, True)
     if memo is None or torch.compiler.is_compiling():
         return kernel(q, k, v, whole_mask(q, queries, keys, hidden), scoring)
+    if hidden.mask is not None or hidden.bias is not None:
+        found = by_mask(q, k, v, hidden, scoring, memo)
+        if found is not None:
+            return found
     cut = bands(queries, keys, hidden)
     if cut is not None:
         return by_bands(q, k, v, hidden, scoring, memo, cut)
