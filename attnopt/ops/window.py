@@ -110,8 +110,9 @@ def attend_window(
         rings = [ring_of(x, q.shape[2], slots, first) for x in (k, v)]
         return found, rings[0], rings[1]
     if q.shape[2] != 1 or slots != first + window:
-        given = {"window": window, "first": first, "chunked": chunked, "memo": memo}
-        return _chunk(q, k, v, *ring, **given, **options)
+        return _chunk(
+            q, k, v, *ring, window=window, first=first, chunked=chunked, memo=memo, **options
+        )
     seen = past_length + 1
     slot = past_length if past_length < first else first + (past_length - first) % window
     at = torch.full((1,), slot, device=q.device)
