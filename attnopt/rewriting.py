@@ -22,7 +22,7 @@ from attnopt.finder.emit import Writer
 from attnopt.finder.match import Blind, Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
-from attnopt.finder.simplify import simplify
+from attnopt.finder.simplify import reach, simplify
 from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.passes import exact
@@ -380,6 +380,9 @@ def _replace(view: View, rewritten: _Copy, match: Match, proved: dict[str, No | 
         proved[key] = prove(view, match, result, rewritten.mapping)
     if proved[key] is not None:
         return proved[key]
+    made = writer.made
+    if made is not None and moved.structure.kind == "none" and "mask" in made.kwargs:
+        exact.narrow(made, reach(view, match))
     before.replace_all_uses_with(result)
     rewritten.mapping[match.result] = result
     return None

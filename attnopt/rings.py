@@ -1,12 +1,15 @@
 """Keep of a cache what a window sees: states that grow become rings of constant size.
 
-An attention that looks back over a window reads the last keys and, if it says so, the first ones.
-Where nothing else reads a layer's cache, its state need hold no more. Some heads of a layer may
-have a window and others none; then each kind gets a state of its own. Linear attention has a matrix
-of what left its window, too; without a window its rings have no slots.
+An attention that looks back over a window reads the last keys and, if it says so, the first ones;
+one that sees the chunk that a token is in reads a chunk of them at most. Where nothing else reads a
+layer's cache, its state need hold no more. Some heads of a layer may have a window and others none;
+then each kind gets a state of its own. Linear attention has a matrix of what left its window, too;
+without a window its rings have no slots.
 
 keys = cat(past, new); attention(q, keys, values, window=w)
 -> found, ring_k, ring_v = window_attention(q, new, new, ring_k, ring_v, past_length, window=w)
+attention(q, keys, values, causal=True, chunk=c)
+-> found, ring_k, ring_v = window_attention(..., window=c, chunked=True)
 linear_attention(q, keys, values, ..., window=w)
 -> found, ring_k, ring_v, state = linear_attention_step(
        q, new, new, ..., ring_k, ring_v, state, past_length, window=w)
@@ -58,10 +61,14 @@ def with_rings(program: Program) -> Program:
 
 @dataclass(frozen=True)
 class Ring:
-    """The size of a window's state: the last tokens that it holds, and the first ones."""
+    """The size of a window's state: the last tokens that it holds, and the first ones.
+
+    Where tokens see their own chunk, `chunked`, the ring is as long as a chunk.
+    """
 
     window: int
     first: int
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,13 @@ def _ring(node: fx.Node) -> Ring | None:
         window: Any = node.kwargs.get("window", 0)
         return Ring(int(window), 0) if node.kwargs.get("causal") else None
     given = {name: node.kwargs.get(name) for name in OPTIONS}
-    if given["window"] is None or any(given[n] is not None for n in ("right", "prefix", "chunk")):
+    if any(given[n] is not None for n in ("right", "prefix")):
         return None
-    return Ring(int(given["window"]), int(given["first"] or 0))  # type: ignore[arg-type]
+    window, chunk, first = (given[n] for n in ("window", "chunk", "first"))
+    if chunk is not None:
+        chunked = given["causal"] and window is None and first is None
+        return Ring(int(chunk), 0, chunked=True) if chunked else None  # type: ignore[arg-type]
+    return None if window is None else Ring(int(window), int(first or 0))  # type: ignore[arg-type]
 
 
 def _features(node: fx.Node) -> int:
@@ -261,6 +272,7 @@ class _Folding:
         for node in part.nodes:
             options = {n: x for n, x in node.kwargs.items() if n not in OPTIONS}
             options |= {"window": part.ring.window, "first": part.ring.first}
+            options |= {"chunked": True} if part.ring.chunked else {}
             args = (node.args[0], *news, *pasts, self.length)
             rings = self._replaced(node, window_attention, args, options, pasts)
         return rings

@@ -17,7 +17,7 @@ from attnopt.finder.emit import Writer, from_canonical, to_canonical
 from attnopt.finder.layout import Layout
 from attnopt.finder.match import Match, Operand, Padding, Side
 from attnopt.finder.ops import shape, value
-from attnopt.nouns import No, Site
+from attnopt.nouns import Mask, No, Site
 from attnopt.ops.structure import options_of
 
 aten = torch.ops.aten
@@ -109,6 +109,12 @@ def emit(writer: Writer, match: Match) -> fx.Node:
             options[name] = list(heads)
     result = writer.attention(q, k, v, options)
     return _finish(writer, match, result)
+
+
+def narrow(node: fx.Node, window: Mask | None) -> None:
+    """Say of a canonical op that all keys which its mask shows lie in a window."""
+    if window is not None:
+        node.kwargs = {**node.kwargs, **options_of(window)}
 
 
 def _is_square(match: Match) -> bool:

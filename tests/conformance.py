@@ -200,6 +200,19 @@ def problems() -> Iterator[Problem]:
     yield Problem(v_width=5)
     yield Problem(v_width=11, kind=KINDS[1], kv_heads=1)
     yield Problem(options={"softcap": 3.0, "scale": 0.4}, kind=KINDS[1])
+    capped, shared = {"softcap": 3.0}, {"sinks": draw(4, seed=5)}
+    for more, (queries, keys) in itertools.product(
+        (capped, shared, capped | shared), ((63, 63), (1, 63), (13, 63))
+    ):
+        for kind in (KINDS[1], KINDS[3], KINDS[11]):
+            shown = {**more, "padding": padding(2, keys)}
+            yield Problem(kind=kind, queries=queries, keys=keys, kv_heads=2, options=shown)
+        bias = {**more, "bias": draw(1, 4, queries, keys, seed=9)}
+        yield Problem(queries=queries, keys=keys, kv_heads=1, v_width=5, options=bias)
+    for dtype in TOLERANCE:
+        long = {"kind": KINDS[1], "batch": 1, "kv_heads": 2, "dtype": dtype}
+        yield Problem(queries=300, keys=300, options=capped | shared, **long)
+        yield Problem(queries=300, keys=300, options=shared, **long)
     yield Problem(options={"sinks": draw(4, seed=5)}, kind=KINDS[3], queries=5, keys=9)
     sinks = {"sinks": draw(4, seed=5), "padding": padding(2, 9), "mean_if_blind": True}
     yield Problem(options=sinks, kind=KINDS[3], queries=5, keys=9)

@@ -88,3 +88,18 @@ def test_gradients_flow_through_a_ring():
         strict=True,
     ):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("call", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("chunks", [*CHUNKS, (6, 4, 2, 9), (5, 1, 6, 1, 8)])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_a_ring_as_long_as_a_chunk_holds_what_a_chunk_sees(call, chunks, padded):
+    q, k, v = draw(2, 4, 21, 8, seed=1), draw(2, 2, 21, 8, seed=2), draw(2, 2, 21, 6, seed=3)
+    options = {}
+    if padded:
+        options = {"padding": torch.ones(2, 1, 1, 21, dtype=torch.bool), "sinks": draw(4, seed=7)}
+        options["padding"][0, ..., :8] = False
+    wanted = attention_reference(q, k, v, causal=True, chunk=6, **options)[0]
+    found, rings = rolled(call, (q, k, v), chunks, 6, 0, chunked=True, **options)
+    torch.testing.assert_close(found, wanted)
+    assert all(ring.shape[2] == 6 for ring in rings)

@@ -37,6 +37,7 @@ class Writer:
         self._sizes: dict[Any, fx.Node] = {}
         self._origin = before
         self._shared: dict[Any, fx.Node] = {} if shared is None else shared
+        self.made: fx.Node | None = None
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert one call and compute its example value."""
@@ -56,6 +57,7 @@ class Writer:
         self._annotate(node)
         with fake_mode_of((v,)):
             node.meta["val"] = value(v).new_empty((*value(q).shape[:3], value(v).shape[-1]))
+        self.made = node
         return node
 
     def _annotate(self, node: fx.Node) -> None:

@@ -37,13 +37,17 @@ from attnopt.nouns import Mask
 
 Bias = Literal["none", "alibi", "relative", "table", "dense"]
 
+MOVED = "padding at the left moves the structure along"
+
 _BROADCASTING = frozenset(
     "expand expand_as unsqueeze slice view reshape broadcast_to to _to_copy".split()
 )
 _FILLING = frozenset("masked_fill where full full_like new_full mul scalar_tensor slice".split())
 _MOVES = LAYOUT - frozenset("getitem gather index take_along_dim constant_pad_nd pad".split())
 _PADDING_TRIALS = 8
+_LONG_TRIALS = 3
 _LARGEST_SQUARE = 8200
+_LARGEST_PADDED_SQUARE = 2100
 _LARGEST_INTEGER = 65536
 _LARGEST_POSITION = 1e9
 
@@ -168,11 +172,11 @@ class MaskReader:
         structure = self._structure(notes)
         if not self.inputs or notes:
             return structure, False, tuple(notes)
-        padded, exact = self._padding(right=False)
+        padded, exact = self._padding(structure, right=False)
         if exact:
             return structure, padded, ()
-        if self._padding(right=True)[1]:
-            return structure, padded, ("padding at the left moves the structure along",)
+        if self._padding(structure, right=True)[1]:
+            return structure, padded, (MOVED,)
         return Mask("dense"), padded, ("the mask is not structure AND padding",)
 
     def _key(self) -> tuple[object, ...]:
@@ -468,30 +472,58 @@ class MaskReader:
 
     # ------------------------------------------------------------------------------ padding
 
-    def _padding(self, *, right: bool) -> tuple[bool, bool]:
+    def _padding(self, structure: Mask, *, right: bool) -> tuple[bool, bool]:
         """Return whether inputs hide keys, and whether they do nothing else.
 
         With `right`, only padding at the end of rows is tried.
         """
-        sizes = self.view.shapes.captured
-        try:
-            base = self.visible(sizes, self._all_visible(sizes))
-        except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
-            return True, False
         padded = False
         exact = True
-        for seed in range(_PADDING_TRIALS):
-            generator = torch.Generator().manual_seed(seed)
-            given = {n: self.random_mask(n, sizes, generator, right) for n in self.inputs}
+        for sizes, seed in self.padding_trials(structure):
             try:
-                visible = self.visible(sizes, given)
+                base = self.visible(sizes, self._all_visible(sizes))
+                visible = self.visible(sizes, self.random_masks(sizes, seed, right=right))
             except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
                 return True, False
             shape_ = torch.broadcast_shapes(base.shape, visible.shape)
             visible, plain = visible.expand(shape_), base.expand(shape_)
             padded = padded or not torch.equal(visible, plain)
             exact = exact and _is_padding(visible, plain)
+            if not exact:
+                break
         return padded, exact
+
+    def padding_trials(self, structure: Mask) -> Iterator[tuple[Sizes, int]]:
+        """Yield sizes and seeds to try mask inputs with.
+
+        Where a structure is longer than what was captured, there are longer ones, too.
+        """
+        for seed in range(_PADDING_TRIALS):
+            yield self.view.shapes.captured, seed
+        longer = self._beyond(structure)
+        if longer is not None:
+            for seed in range(_LONG_TRIALS):
+                yield longer, seed
+
+    def _beyond(self, structure: Mask) -> Sizes | None:
+        """Return sizes at which a structure shows that the capture is too short for."""
+        named = (structure.window, structure.right, structure.prefix, structure.first)
+        length = 2 * max((n for n in named if n is not None), default=0) + 1
+        found = self._length_symbols()
+        if found is None or length <= self._length("S", self.view.shapes.captured):
+            return None
+        queries, past = found
+        if past is not None:
+            rows = min(3, length)
+            return self._sized(queries[0], rows, past, length - rows)
+        return (
+            self._sized(queries[0], length, None, 0) if length <= _LARGEST_PADDED_SQUARE else None
+        )
+
+    def random_masks(self, sizes: Sizes, seed: int, *, right: bool) -> dict[fx.Node, Tensor]:
+        """Draw all mask inputs at random."""
+        generator = torch.Generator().manual_seed(seed)
+        return {n: self.random_mask(n, sizes, generator, right) for n in self.inputs}
 
     def random_mask(
         self, node: fx.Node, sizes: Sizes, generator: torch.Generator, right: bool

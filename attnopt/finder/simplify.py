@@ -10,14 +10,12 @@ import torch
 from torch import fx
 
 from attnopt.finder.evaluate import Sizes, leaves
-from attnopt.finder.masks import MaskReader, split_terms
+from attnopt.finder.masks import MOVED, MaskReader, split_terms
 from attnopt.finder.match import Match, Padding, Side
 from attnopt.finder.ops import value
 from attnopt.finder.provenance import View
 from attnopt.finder.structures import structure
 from attnopt.nouns import Mask
-
-_TRIALS = 8
 
 
 def simplify(view: View, match: Match) -> Match:
@@ -41,6 +39,29 @@ def simplify(view: View, match: Match) -> Match:
     return _without_masks(reader, match, named, padding)
 
 
+def reach(view: View, match: Match) -> Mask | None:
+    """Return the window that all keys lie in which a mask shows, where padding moves its chunks.
+
+    The mask itself has to stay. None where no window is known, or a mask is added to the scores:
+    what that gives to queries without a key, all keys have a part in.
+    """
+    reader = MaskReader(view, match)
+    if not reader.hard or any(t.op != "hide" or t.under is not None for t in reader.hard):
+        return None
+    named, _, notes = reader.name_hard()
+    if named.kind != "chunked" or notes != (MOVED,) or not reader.covers_its_constants():
+        return None
+    window = Mask("sliding", window=named.window)
+    for sizes, seed in reader.padding_trials(named):
+        try:
+            seen = reader.visible(sizes, reader.random_masks(sizes, seed, right=False))
+        except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+            return None
+        if (seen & ~structure(window, *seen.shape[-2:])).any():
+            return None
+    return window
+
+
 def _is_input(view: View, node: fx.Node) -> bool:
     return view.program.bindings[node.name].kind not in ("parameter", "buffer", "constant")
 
@@ -50,8 +71,9 @@ def _hides_keys_alone(reader: MaskReader, named: Mask, given: fx.Node) -> bool:
     example = value(given)
     if given not in reader.inputs or example.dim() != 2 or example.is_floating_point():
         return False
-    sizes = reader.view.shapes.captured
-    return all(_agrees(reader, named, given, sizes, seed) for seed in range(_TRIALS))
+    return all(
+        _agrees(reader, named, given, sizes, seed) for sizes, seed in reader.padding_trials(named)
+    )
 
 
 def _agrees(reader: MaskReader, named: Mask, given: fx.Node, sizes: Sizes, seed: int) -> bool:

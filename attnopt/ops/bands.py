@@ -1,8 +1,9 @@
-"""Attention within a window, by blocks of queries and the keys that each of them can see.
+"""Attention by blocks of queries and the keys that each of them can see.
 
-In the middle of a text all blocks see as many keys, so that one call of the kernel does them all:
-the keys are a view in which blocks overlap, and nothing is copied. What is left at either end is
-done block by block.
+Within a window all blocks in the middle of a text see as many keys, so that one call of the kernel
+does them all: the keys are a view in which blocks overlap, and nothing is copied. What is left at
+either end is done block by block, and so is what chunks, a prefix or a mask of all pairs leave of
+the keys: a block reads those from the first that one of its queries sees to the last.
 """
 
 from collections.abc import Hashable, Iterable, Iterator
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.hidden import Hidden, Keys, Memo, Structure, joined, kernel, remembered
+from attnopt.ops.extents import extents, shown_pairs
+from attnopt.ops.hidden import Hidden, Keys, Memo, Structure, joined, remembered
+from attnopt.ops.kernels import Scoring, kernel
 
 # Blocks have a sixteenth of a window's queries, within these bounds, and see a multiple of so many
 # keys, which the kernel's products want.
@@ -23,6 +26,8 @@ _CUT = 128
 _AT_ONCE = 16
 # What is skipped of the scores must be worth it.
 _LEAST_SKIPPED = 0.3
+# Below so many pairs of a query and a key, a mask is applied faster than it is read.
+_LEAST_PAIRS = 2**18
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,19 @@ def bands(queries: int, keys: int, hidden: Hidden) -> Bands | None:
     Masks and biases that are not of positions alone differ from block to block.
     """
     structure = hidden.structure
-    if structure.prefix is not None or not (structure.ends or structure.right is not None):
-        return None
-    if structure.chunk is not None and (structure.window is not None or not structure.ends):
+    whole = structure.chunk is None and structure.prefix is None
+    if structure == Structure() or (structure.window is not None and not whole):
         return None
     if structure.window is None or hidden.mask is not None or hidden.bias is not None:
-        found = Bands(tuple(_cut(0, queries, keys - queries, keys, structure)), 0, 0, 0, 0, 0, 0)
+        found = _in_blocks(_cut(0, queries, keys - queries, keys, structure))
     else:
         found = _bands(queries, keys, hidden, structure.window)
     return found if found.scores <= (1 - _LEAST_SKIPPED) * queries * keys else None
+
+
+def _in_blocks(blocks: list[_Block]) -> Bands:
+    """Return blocks of their own alone."""
+    return Bands(tuple(blocks), 0, 0, 0, 0, 0, 0)
 
 
 def _bands(queries: int, keys: int, hidden: Hidden, window: int) -> Bands:
@@ -104,14 +113,17 @@ def _cut(start: int, stop: int, before: int, keys: int, structure: Structure) ->
     size = max(_CUT, (structure.window or 0) // 2)
     for begin in range(start, stop, size):
         end = min(begin + size, stop)
-        last = before + end + (structure.right or 0)
-        seen = Keys.of(structure, structure.first_key(before + begin), min(last, keys))
+        first, last = (
+            structure.first_key(before + begin),
+            structure.last_key(before + end - 1, keys),
+        )
+        seen = Keys.of(structure, first, max(last, first + 1))
         found.append(_Block(slice(begin, end), seen))
     return found
 
 
 def by_bands(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scale: float | None, memo: Memo | None,
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scoring: Scoring, memo: Memo | None,
     cut: Bands,
 ) -> Tensor:  # fmt: skip
     """Attend block by block; the result lies in memory as (B, T, H, E)."""
@@ -119,8 +131,73 @@ def by_bands(
     made: list[Tensor] = []
     if cut.blocks:
         made = remembered(memo, q, k, hidden, lambda: _middle_masks(q, hidden, cut), "middle")
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    pieces = _pieces(q, k, v, masks, made, scale, cut, cut.blocks if learning else _AT_ONCE)
+    return _attended(q, k, v, masks, made, scoring, cut)
+
+
+def worth_reading(q: Tensor, k: Tensor) -> bool:
+    """Tell whether a mask of all pairs of a call is worth being read."""
+    return q.device.type == "cpu" and q.shape[2] * k.shape[2] >= _LEAST_PAIRS
+
+
+def by_mask(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scoring: Scoring, memo: Memo | None
+) -> Tensor | None:
+    """Attend block by block, each with the keys that a mask shows it; None where that skips little.
+
+    What is read off the mask serves all layers that have it.
+    """
+    rows = remembered(memo, q, k, hidden, lambda: _by_extents(q, k, hidden), "rows")
+    if rows is None:
+        return None
+    found = [
+        _attended(q[some], k[some], v[some], masks, [], scoring, cut) for some, cut, masks in rows
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _by_extents(
+    q: Tensor, k: Tensor, hidden: Hidden
+) -> list[tuple[slice, Bands, list[Tensor | None]]] | None:
+    """Cut the queries of each row of the batch that has a mask of its own."""
+    shown = shown_pairs(hidden, q.shape[2], k.shape[2]) if worth_reading(q, k) else None
+    if shown is None:
+        return None
+    every = shown.dim() < 4 or shown.shape[0] == 1
+    rows = [slice(None)] if every else [slice(n, n + 1) for n in range(len(shown))]
+    sizes = (hidden.structure, q.shape[2], k.shape[2])
+    cuts = [_in_blocks(_shown(shown if every else shown[some], *sizes)) for some in rows]
+    if sum(c.scores for c in cuts) > (1 - _LEAST_SKIPPED) * sizes[1] * sizes[2] * len(cuts):
+        return None
+    masks = [
+        _end_masks(q, k, hidden if every else hidden.rows(some), cut.ends)
+        for some, cut in zip(rows, cuts, strict=True)
+    ]
+    return list(zip(rows, cuts, masks, strict=True))
+
+
+def _shown(shown: Tensor, structure: Structure, queries: int, keys: int) -> list[_Block]:
+    """Cut queries into blocks, each with the keys from the first that it sees to the last."""
+    before = keys - queries
+    found: list[_Block] = []
+    for number, (first, last) in enumerate(extents(shown, _CUT)):
+        begin, end = number * _CUT, min((number + 1) * _CUT, queries)
+        if structure.first is None:
+            first = max(first, structure.first_key(before + begin))
+        last = min(last, structure.last_key(before + end - 1, keys))
+        # Queries that see nothing still attend to a key, which is hidden from them.
+        first = min(first, keys - 1)
+        found.append(_Block(slice(begin, end), Keys(0, first, max(last, first + 1))))
+    return found
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], made: list[Tensor],
+    scoring: Scoring, cut: Bands,
+) -> Tensor:  # fmt: skip
+    """Attend block by block, with masks for the blocks at the ends and for those in the middle."""
+    given = (q, k, v, scoring.sinks)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    pieces = _pieces(q, k, v, masks, made, scoring, cut, cut.blocks if learning else _AT_ONCE)
     shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     found = _joined(pieces) if learning else _written(pieces, q.new_empty(shape))
     return found.transpose(1, 2)
@@ -131,12 +208,12 @@ _Piece = tuple[int | None, int, Tensor]
 
 def _pieces(
     q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], made: list[Tensor],
-    scale: float | None, cut: Bands, at_once: int,
+    scoring: Scoring, cut: Bands, at_once: int,
 ) -> Iterator[_Piece]:  # fmt: skip
     """Yield results, (rows, n, H, E), each with its row, None for all, and its first query."""
     for block, mask in zip(cut.ends, masks, strict=True):
         keys, values = (block.keys.of_tensor(x, 2) for x in (k, v))
-        found = kernel(q[:, :, block.queries], keys, values, mask, scale, block.causal)
+        found = kernel(q[:, :, block.queries], keys, values, mask, scoring, block.causal)
         yield None, block.queries.start, found.transpose(1, 2)
     first = cut.first
     for row in range(q.shape[0] if cut.blocks else 0):
@@ -147,7 +224,7 @@ def _pieces(
             some = slice(start, start + at_once)
             mask = made[row % len(made)]
             hides = mask[some] if mask.dim() == 4 else mask
-            found = kernel(queries[some], keys[some], values[some], hides, scale)
+            found = kernel(queries[some], keys[some], values[some], hides, scoring)
             yield row, cut.middle + start * cut.size, found.transpose(1, 2).flatten(0, 1)[None]
 
 
@@ -204,10 +281,12 @@ def _end_masks(
         if block.causal:
             masks.append(None)
             continue
-        offset = before + block.queries.start - block.keys.start
-        key = (offset, block.count, block.keys.first, block.keys.count)
+        first = before + block.queries.start
+        key: Hashable = (first, block.count, block.keys)
+        if hidden.structure.is_relative or block.keys.first:
+            key = (first - block.keys.start, block.count, block.keys.first, block.keys.count)
         if key not in made:
-            made[key] = _placed(hidden.structure, before + block.queries.start, block, q)
+            made[key] = _placed(hidden.structure, first, block, q)
         seen = made[key]
         masks.append(joined(q, hidden.part(block.queries, block.keys), seen))
     return masks
@@ -218,7 +297,6 @@ def _placed(structure: Structure, position: int, block: _Block, q: Tensor) -> Te
     keys = block.keys
     if keys.first:
         structure = replace(structure, first=None)
-    position, count = position - keys.start, keys.stop - keys.start
-    whole = max(count, position + block.count)
-    seen = structure.mask(whole - position, whole, q.device)
-    return None if seen is None else F.pad(seen[: block.count, :count], (keys.first, 0), value=True)
+    row = torch.arange(position, position + block.count, device=q.device).unsqueeze(1)
+    seen = structure.at(row, torch.arange(keys.start, keys.stop, device=q.device))
+    return None if seen is None else F.pad(seen, (keys.first, 0), value=True)

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.structure import chunk_of, visible_keys
+from attnopt.ops.structure import chunk_of, visible_at, visible_keys
 
 _REMEMBERED = 8
 
@@ -55,6 +54,29 @@ class Structure:
             first = max(first, position - position % self.chunk)
         return max(first, 0)
 
+    def last_key(self, position: int, keys: int) -> int:
+        """Return the key after the last one that a query at this position sees, of so many."""
+        last = keys
+        if self.ends:
+            last = max(position + 1, self.prefix or 0)
+        if self.right is not None:
+            last = min(last, position + self.right + 1)
+        if self.chunk is not None:
+            last = min(last, position - position % self.chunk + self.chunk)
+        return min(last, keys)
+
+    @property
+    def is_relative(self) -> bool:
+        """Tell whether positions matter only by how far a key is from a query."""
+        return self.prefix is None and self.chunk is None and self.first is None
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor | None:
+        """Return whether queries at the positions `row` see keys at those of `column`."""
+        return visible_at(
+            row, column, causal=self.causal, window=self.window, right=self.right,
+            prefix=self.prefix, chunk=self.chunk, first=self.first,
+        )  # fmt: skip
+
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """Return the structure as booleans, true = visible."""
         return visible_keys(
@@ -95,6 +117,14 @@ class Hidden:
     def part(self, queries: slice, keys: "Keys") -> "Hidden":
         """Return the same for some queries and keys; the structure stays that of the whole."""
         cut = [part_of(x, queries, keys) for x in (self.padding, self.mask, self.bias)]
+        return Hidden(self.structure, *cut)
+
+    def rows(self, some: slice) -> "Hidden":
+        """Return the same for some rows of the batch."""
+        cut = [
+            x if x is None or x.dim() < 4 or x.shape[0] == 1 else x[some]
+            for x in (self.padding, self.mask, self.bias)
+        ]
         return Hidden(self.structure, *cut)
 
 
@@ -170,21 +200,3 @@ def remembered(
             memo.pop(next(iter(memo)))
         memo[key] = (make(), parts)
     return memo[key][0]
-
-
-def kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False
-) -> Tensor:
-    """Call the kernel; widths of keys and values that differ are made equal with zeros."""
-    width, out = q.shape[-1], v.shape[-1]
-    if out < width:
-        v = F.pad(v, (0, width - out))
-    elif out > width:
-        scale = width**-0.5 if scale is None else scale
-        q, k = F.pad(q, (0, out - width)), F.pad(k, (0, out - width))
-    # A compiler may not know the numbers of heads as numbers; the kernel wants to be told.
-    groups = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-    found = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, **groups
-    )
-    return found[..., :out] if out < width else found

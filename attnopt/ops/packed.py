@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.hidden import Structure, kernel
+from attnopt.ops.hidden import Structure
+from attnopt.ops.kernels import Scoring, kernel
 from attnopt.ops.options import Options
 from attnopt.ops.routed import gated, routed_attention_reference
 from attnopt.ops.sdpa import Memo, attend
@@ -238,7 +239,7 @@ class _Keys:
         return x if x.shape[-1] == 1 else x[..., start:stop]
 
     def _call(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return kernel(q, k, v, mask, self.given.scale)
+        return kernel(q, k, v, mask, Scoring(self.given.scale))
 
     def _blind(self, found: Tensor, blind: Tensor, key_head: int) -> Tensor:
         """Put the mean of all values where a query sees no key and the call wants it."""

@@ -2,23 +2,25 @@
 
 Masks are chosen by the sizes of a call. One query needs no structure, only the keys that it sees;
 as many queries as keys need the kernel's own causal mode; the rest gets a narrow mask, made once
-per forward, for each block of queries and the keys that the block can see. What the kernel cannot
-say (a soft cap, sinks) runs by the reference.
+per forward, for each block of queries and the keys that the block can see. What that kernel cannot
+say (a soft cap, sinks) `attnopt.ops.kernels` gives to others.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ops.attention import MAPS_SCHEMA, STRUCTURE_SCHEMA, attention_reference
-from attnopt.ops.bands import bands, by_bands
-from attnopt.ops.hidden import Hidden, Keys, Structure, kernel, remembered, whole_mask
+from attnopt.ops.attention import attention_reference
+from attnopt.ops.bands import bands, by_bands, by_mask, worth_reading
+from attnopt.ops.hidden import Hidden, Keys, Structure, remembered, whole_mask
 from attnopt.ops.hidden import Memo as Memo
+from attnopt.ops.kernels import Scoring, kernel
 from attnopt.ops.options import Options
+from attnopt.ops.sealed import Sealed
 
 
 def attend(
@@ -32,31 +34,49 @@ def attend(
 
     Without a memo, as in a graph to be compiled, no loop depends on the sizes.
     """
-    if torch.compiler.is_compiling() and _has_bands(q, options):
-        # Bands are a loop over sizes, which a compiled graph calls and does not hold.
-        found: Tensor = torch.ops.attnopt.banded_attention(q, k, v, **options)
+    if torch.compiler.is_exporting() and _scores_otherwise(options):
+        return attention_reference(q, k, v, **options)[0]
+    if torch.compiler.is_compiling() and _is_sealed(q, k, v, options):
+        # Blocks are a loop over sizes, which a compiled graph calls and does not hold.
+        found: Tensor = banded_attention(*SEALED.arguments(q, k, v, **options))
         return found
     return _attended(q, k, v, memo, **options)
 
 
-def _has_bands(q: Tensor, options: Mapping[str, Any]) -> bool:
-    others = any(options.get(name) is not None for name in ("bias", "sinks", "softcap"))
-    return options.get("window") is not None and not others and q.shape[2] != 1
+def _scores_otherwise(options: Mapping[str, Any]) -> bool:
+    """Tell whether scores are capped, or sinks join them."""
+    return options.get("sinks") is not None or options.get("softcap") is not None
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, memo: Memo | None, **options: Any) -> Tensor:
+def _is_sealed(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> bool:
+    """Tell whether a call of a compiled graph goes block by block."""
+    if q.shape[2] == 1 or torch.compiler.is_exporting():
+        return False
+    if _scores_otherwise(options):
+        return True
+    bias = options.get("bias")
+    named = any(options.get(name) is not None for name in ("window", "chunk", "prefix"))
+    if named and bias is None:
+        return True
+    # The gradient of a sealed op attends once more: not where nothing may be skipped.
+    given = (q, k, v, *(() if bias is None else (bias,)))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    masks = options.get("mask") is not None or bias is not None
+    return masks and not learns and worth_reading(q, k)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, memo: Memo | None = None, **options: Any) -> Tensor:
     given = Options.read(options)
-    if given.sinks is not None or given.softcap is not None:
-        return attention_reference(q, k, v, **options)[0]
     k, v = _in_groups(q, *given.heads_of(k, v))
     structure = Structure(**given.structure).needed(q.shape[2], k.shape[2])
     hidden = Hidden(structure, given.padding, given.mask, given.bias)
-    found = _attend(q, k, v, hidden, given.scale, memo)
-    return _mean_of_blind(found, q, k, v, hidden, memo) if given.mean_if_blind else found
+    found = _attend(q, k, v, hidden, Scoring(given.scale, given.softcap, given.sinks), memo)
+    means = given.mean_if_blind and given.sinks is None
+    return _mean_of_blind(found, q, k, v, hidden, memo) if means else found
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scale: float | None, memo: Memo | None
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scoring: Scoring, memo: Memo | None
 ) -> Tensor:
     """Choose how a call's masks are said to the kernel; a blind query gives zeros."""
     queries, keys = q.shape[2], k.shape[2]
@@ -65,19 +85,23 @@ def _attend(
         if seen.count < keys:
             k, v = seen.of_tensor(k, 2), seen.of_tensor(v, 2)
             hidden = hidden.part(slice(None), seen)
-        return _one_query(q, k, v, hidden, scale, memo)
+        return _one_query(q, k, v, hidden, scoring, memo)
     if hidden.is_structure and hidden.structure.is_plain:
         if not hidden.structure.causal:
-            return kernel(q, k, v, None, scale)
+            return kernel(q, k, v, None, scoring)
         if queries == keys:
-            return kernel(q, k, v, None, scale, True)
+            return kernel(q, k, v, None, scoring, True)
     if memo is None or torch.compiler.is_compiling():
-        return kernel(q, k, v, whole_mask(q, queries, keys, hidden), scale)
+        return kernel(q, k, v, whole_mask(q, queries, keys, hidden), scoring)
+    if hidden.mask is not None or hidden.bias is not None:
+        found = by_mask(q, k, v, hidden, scoring, memo)
+        if found is not None:
+            return found
     cut = bands(queries, keys, hidden)
     if cut is not None:
-        return by_bands(q, k, v, hidden, scale, memo, cut)
+        return by_bands(q, k, v, hidden, scoring, memo, cut)
     made = remembered(memo, q, k, hidden, lambda: whole_mask(q, queries, keys, hidden))
-    return kernel(q, k, v, made, scale)
+    return kernel(q, k, v, made, scoring)
 
 
 def _mean_of_blind(
@@ -134,54 +158,31 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 
 
 def _one_query(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scale: float | None, memo: Memo | None
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, scoring: Scoring, memo: Memo | None
 ) -> Tensor:
     """Attend with one query, which sees every key that is left."""
     free = replace(hidden, structure=Structure())
     if free.is_structure:
-        return kernel(q, k, v, None, scale)
+        return kernel(q, k, v, None, scoring)
     made = remembered(memo, q, k, free, lambda: whole_mask(q, 1, k.shape[2], free))
-    return kernel(q, k, v, made, scale)
+    return kernel(q, k, v, made, scoring)
 
 
-def _banded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    padding: Tensor | None = None,
-    mask: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """Attend by bands; the result always lies in memory as (B, T, H, E)."""
-    found = _attended(q, k, v, {}, padding=padding, mask=mask, **options)
-    return found.transpose(1, 2).contiguous().transpose(1, 2)
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return _attended(q, k, v, {}, **options)
 
 
-def _shaped(q: Tensor, k: Tensor, v: Tensor, *masks: Any, **options: Any) -> Tensor:
-    batch, heads, queries, _ = q.shape
-    return v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
-
-
-def _gradients(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Attend once more, and take the gradients of that."""
-    *tensors, padding, mask = context.saved_tensors
-    with torch.enable_grad():
-        own = [x.detach().requires_grad_() for x in tensors]
-        found = _attended(own[0], own[1], own[2], {}, padding=padding, mask=mask, **context.options)
-        return *torch.autograd.grad(found, own, gradient), None, None
-
-
-_NAME = "attnopt::banded_attention"
+SEALED: Final = Sealed(
+    "banded_attention",
+    (
+        "Tensor q", "Tensor k", "Tensor v", "Tensor? bias", "Tensor? mask", "Tensor? padding",
+        "Tensor? sinks",
+    ),
+    "float? scale, float? softcap, bool mean_if_blind, bool causal, int? window, int? right, "
+    "int? prefix, int? chunk, int? first, int[]? k_map, int[]? v_map",
+    ("q", "k", "v", "bias", "sinks"),
+    _by_blocks,
+    by_token=True,
+)  # fmt: skip
 _LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
-_LIBRARY.define(
-    "banded_attention(Tensor q, Tensor k, Tensor v, Tensor? padding=None, Tensor? mask=None, *, "
-    f"float? scale=None, bool mean_if_blind=False, {STRUCTURE_SCHEMA}, {MAPS_SCHEMA}) -> Tensor"
-)
-_LIBRARY.impl("banded_attention", _banded, "CompositeExplicitAutograd")
-torch.library.register_fake(_NAME, _shaped, lib=_LIBRARY)
-torch.library.register_autograd(_NAME, _gradients, setup_context=_save, lib=_LIBRARY)
+banded_attention, banded_attention_backward = SEALED.define(_LIBRARY)

@@ -20,7 +20,7 @@ class Sealed:
 
     `takes` is its schema: tensors first, by position, as autograd has no formula for those that
     come by name. Those in `learned` get gradients. The result has the shape of q and the width of
-    v.
+    v; with `by_token` it lies in memory as (B, T, H, E).
     """
 
     name: str
@@ -28,6 +28,7 @@ class Sealed:
     options: str
     learned: tuple[str, ...]
     run: Callable[..., Tensor]
+    by_token: bool = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -56,7 +57,7 @@ class Sealed:
         full = f"attnopt::{self.name}"
         library.impl(self.name, self._forward, "CompositeExplicitAutograd")
         library.impl(f"{self.name}_backward", self._backward, "CompositeExplicitAutograd")
-        torch.library.register_fake(full, _shaped, lib=library)
+        torch.library.register_fake(full, self._shaped, lib=library)
         torch.library.register_fake(f"{full}_backward", self._backward_shaped, lib=library)
         torch.library.register_autograd(
             full, self._gradients, setup_context=self._save, lib=library
@@ -68,7 +69,8 @@ class Sealed:
 
     def _forward(self, *args: Any) -> Tensor:
         given = dict(zip((*self.tensors, *self.names), args, strict=True))
-        return self.run(**{n: x for n, x in given.items() if x is not None}).contiguous()
+        found = self.run(**{n: x for n, x in given.items() if x is not None})
+        return _by_token(found) if self.by_token else found.contiguous()
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[: len(self.takes)])
@@ -103,6 +105,11 @@ class Sealed:
         tensors = [given[name] for name in self.learned]
         return tuple(gradient.new_empty(0 if t is None else t.shape) for t in tensors)
 
+    def _shaped(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        shape = v.new_empty(*q.shape[:3], v.shape[3])
+        return _by_token(shape) if self.by_token else shape
 
-def _shaped(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return v.new_empty(*q.shape[:3], v.shape[3])
+
+def _by_token(x: Tensor) -> Tensor:
+    """Return (B, H, T, D) as it lies in memory by token: (B, T, H, D)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
