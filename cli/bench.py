@@ -1,4 +1,4 @@
-"""Time a rewritten model beside another: the prompt, every further token, cache and memory.
+"""Time a rewritten model beside another: prompt, further tokens, cache and memory.
 
 attnopt bench examples/models/code-llama
 attnopt bench out/code-llama-half examples/models/code-llama --tokens 1024

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.cli import _source
 from attnopt.cli._errors import CommandError, Exit, suggestion
-from attnopt.cli._output import Output
+from attnopt.cli._output import Output, say
 
 if TYPE_CHECKING:
     from attnopt.program import Program
@@ -51,9 +51,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     encoded = tokenizer(prompts, return_tensors="pt", padding=True)
     streamer = None
     if arguments.stream:
-        from transformers import TextStreamer
-
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        streamer = _streamer(tokenizer)
     import torch
 
     torch.manual_seed(arguments.seed)
@@ -77,6 +75,19 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
                 output.line()
             output.line(prompt + text)
     return Exit.ACCEPTED
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Prints as all else is printed: the model goes on where nobody reads any more."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            """Print what is sure not to change any more."""
+            say(text, end="\n" if stream_end else "")
+
+    return Streamer(tokenizer, skip_special_tokens=True)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
