@@ -1,4 +1,4 @@
-"""Let a causal language model write: a checkpoint or an artifact, rewritten exactly.
+"""Let a language model write: a checkpoint or an artifact, rewritten exactly.
 
 attnopt generate out/code-llama-half "import " --max-new-tokens 40
 
@@ -63,7 +63,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             pad_token_id=tokenizer.pad_token_id,
             **settings,
         )
-    new = rows[:, encoded["input_ids"].shape[1] :].tolist()
+    # An encoder-decoder answers with a text of its own, after one token to start from.
+    decodes = bool(getattr(program.config, "is_encoder_decoder", False))
+    new = rows[:, 1 if decodes else encoded["input_ids"].shape[1] :].tolist()
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     if output.json:
         pairs = zip(prompts, texts, new, strict=True)
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             if number:
                 output.line()
-            output.line(prompt + text)
+            output.line(text if decodes else prompt + text)
     return Exit.ACCEPTED
 
 
@@ -141,7 +143,7 @@ def _model(program: "Program", arguments: argparse.Namespace) -> Any:
     if program.source.generation_config is None or not program.states:
         raise CommandError(
             "AO204",
-            f"{program.name} does not generate: it is no causal language model",
+            f"{program.name} does not generate: it is no language model that does",
             Exit.NOTHING,
         )
     with _source.quiet_libraries():
