@@ -24,9 +24,16 @@ def checked_goal(goal: Mapping[str, Any]) -> dict[str, float]:
     found = {name: fraction(value, name) for name, value in goal.items() if value is not None}
     for name in BUDGETS:
         if not 0 < found.get(name, 1.0) <= 1:
-            raise ValueError(f"{name} {goal[name]!r} must be above 0 and at most 100%")
+            hint = f"; did you mean {goal[name]}%?" if 1 < found[name] <= 100 else ""
+            raise ValueError(f"{name} {goal[name]!r} must be above 0 and at most 100%{hint}")
     if found.get("max_drop", 0.0) < 0:
         raise ValueError(f"max_drop {goal['max_drop']!r} must not be negative")
+    # Whoever writes 5 means 5 %, and a gate of 500 % lets everything pass.
+    if found.get("max_drop", 0.0) >= 1 and "%" not in str(goal["max_drop"]):
+        raise ValueError(
+            f"max_drop {goal['max_drop']!r} would be {found['max_drop']:.0%}; write it with a "
+            f"percent sign, such as {goal['max_drop']}%"
+        )
     return found
 
 

@@ -139,7 +139,8 @@ def measure(rewritten: Program, reference: Program, rows: Any) -> dict[str, Any]
     if rewritten.states:
         both = (reference, rewritten)
         found["kv_bytes_per_token"] = [
-            _cache_bytes(p, call["input_ids"]) if fits else _cache_told(p) for p in both
+            _cache_bytes(p, call["input_ids"]) if fits and not p.parts else _cache_told(p)
+            for p in both
         ]
         rings = [_ring_bytes(p) for p in both]
         if any(rings):

@@ -166,7 +166,7 @@ def _options(program: Program, names: Sequence[str] | None) -> dict[str, list[_O
         raise NothingToDoError("no attention of this program keeps a cache of keys and values")
     stuck = [name for name, options in found.items() if not options]
     if stuck:
-        why = next((str(r) for r in refusals if r.where == stuck[0]), "no pass applies")
+        why = next((r.why for r in refusals if r.where == stuck[0]), "no pass applies")
         more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
         raise NothingToDoError(f"the cache of {stuck[0]}{more} cannot shrink: {why}")
     return found

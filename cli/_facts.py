@@ -163,7 +163,7 @@ def sentences(site: Site) -> list[tuple[str, str]]:
     """Return every fact as a name and a few words."""
     return [
         ("module", site.module or "(the model itself)"),
-        ("kind", f"{site.kind}, {sharing(site)}"),
+        ("kind", f"{site.kind}, {sharing(site).removeprefix('cross ')}"),
         ("heads", f"{site.heads} query, {site.kv_heads} key and value"),
         ("channels", f"{site.head_dim} query and key, {site.v_head_dim} value"),
         ("scale", "none" if site.scale is None else f"{site.scale:.6g}"),

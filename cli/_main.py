@@ -7,7 +7,6 @@ exit status. Heavy imports belong inside `run`.
 
 import argparse
 import importlib
-import os
 import pkgutil
 import re
 import sys
@@ -52,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, output)
     except KeyboardInterrupt:
         return _failed(CommandError("AO130", "interrupted", Exit.INTERRUPTED), output)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.INTERNAL
     except MemoryError as error:
         return _failed(CommandError("AO601", f"out of memory: {error}", Exit.RESOURCES), output)
     # A bug, of any class: it is told in one line and a status like all else, with its place.
@@ -107,7 +103,8 @@ def _parse(name: str, words: list[str]) -> argparse.Namespace:
     made = parser(name)
     arguments, unknown = made.parse_known_args(words)
     if unknown:
-        hint = suggestion(unknown[0], re.findall(r"--?\w[\w-]*", made.format_help()))
+        flags = re.findall(r"--?\w[\w-]*", made.format_help())
+        hint = suggestion(unknown[0], flags, cutoff=0.7)
         raise CommandError(
             "AO101",
             f"{made.prog}: unknown argument {unknown[0]!r}{hint} (attnopt {name} --help lists all)",

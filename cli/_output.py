@@ -1,17 +1,20 @@
 """What a command prints: tables for people, one JSON document for machines, progress on stderr."""
 
+import codecs
 import json
+import os
 import sys
 import time
 from collections.abc import Container, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt import debug
-from attnopt.cli._errors import CommandError
+from attnopt.cli._errors import CommandError, Exit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 WIDTH = 100
 # A stage shorter than this leaves no line behind where there is no terminal.
 _WORTH_A_LINE = 2.0
+# What is folded is not folded to less than this.
+_FOLDED = 20
 
 
 def shown(place: Path) -> str:
@@ -46,12 +51,14 @@ class Output:
 
     def document(self, schema: str, content: dict[str, Any]) -> None:
         """Print a JSON document; its first key names the schema and its version."""
-        print(json.dumps({"schema": schema, **content}, indent=2, ensure_ascii=False))
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        plain = codecs.lookup(encoding).name != "utf-8"
+        say(json.dumps({"schema": schema, **content}, indent=2, ensure_ascii=plain))
 
     def line(self, text: str = "") -> None:
         """Print a line for people."""
         if not self.json:
-            print(text)
+            say(text)
 
     def note(self, text: str) -> None:
         """Print a line for people that `--quiet` leaves out."""
@@ -61,7 +68,10 @@ class Output:
     def table(
         self, headings: Sequence[str], rows: Sequence[Sequence[str]], *, foldable: Container[str]
     ) -> None:
-        """Print a table; what does not fit is folded in the columns that may be."""
+        """Print a table; what does not fit is folded in the columns that may be.
+
+        Where the others alone are wider than the terminal, so is the table: nothing is cut off.
+        """
         from rich.table import Table
         from rich.text import Text
 
@@ -76,16 +86,22 @@ class Output:
             )
         for row in rows:
             made.add_row(*(Text(cell) for cell in row))
-        self.rendered(made)
+        self.rendered(made, _least(headings, rows, foldable))
 
-    def rendered(self, thing: Any) -> None:
-        """Print anything that rich renders; where there is no terminal, without trailing blanks."""
+    def rendered(self, thing: Any, least: int = 0) -> None:
+        """Print anything that rich renders, in `least` columns or more.
+
+        Where there is no terminal, it has no trailing blanks.
+        """
+        from rich.console import Console
+
+        width = max(least, self.console.width)
         if self.console.is_terminal:
-            self.console.print(thing)
+            Console(highlight=False, width=width, emoji=False).print(thing)
             return
-        with self.console.capture() as captured:
-            self.console.print(thing)
-        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        page = StringIO()
+        Console(file=page, highlight=False, width=width, emoji=False).print(thing)
+        say("\n".join(line.rstrip() for line in page.getvalue().splitlines()))
 
     def error(self, error: CommandError) -> None:
         """Print a failure: a line on stderr, and with `--json` a document too."""
@@ -97,11 +113,34 @@ class Output:
     @contextmanager
     def progress(self) -> Generator["Stages"]:
         """Show the stages inside the block as they run."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet or sys.stderr is None or not sys.stderr.isatty():
             yield Stages(None, quiet=self.quiet)
             return
         with _bar() as bar:
             yield Stages(bar, quiet=False)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print a line at once; where nobody reads any more, the work goes on and its status counts."""
+    try:
+        try:
+            print(text, end=end, flush=True)
+        except UnicodeEncodeError:
+            known = sys.stdout.encoding
+            print(text.encode(known, "backslashreplace").decode(known), end=end, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise CommandError("AO602", f"cannot print: {error}", Exit.RESOURCES) from error
+
+
+def _least(headings: Sequence[str], rows: Sequence[Sequence[str]], foldable: Container[str]) -> int:
+    """Return how many columns a table needs at least, a blank on either side of a cell."""
+    total = 1
+    for heading, cells in zip(headings, zip(*rows, strict=True), strict=True):
+        widest = max(len(line) for cell in (heading, *cells) for line in cell.split("\n"))
+        total += 1 + (min(widest, _FOLDED) if heading in foldable else widest)
+    return total
 
 
 class Stages:

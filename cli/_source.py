@@ -53,6 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def resolve(arguments: argparse.Namespace) -> Source:
     """Decide what MODEL names, and refuse what cannot or must not be opened."""
     text: str = arguments.model
+    if not text.strip():
+        raise CommandError("AO102", "MODEL is empty: name a checkpoint directory")
     path = Path(text).expanduser()
     kind: Literal["directory", "hub", "factory", "exported"]
     if path.is_dir():
@@ -86,7 +88,7 @@ def capture(source: Source) -> "Program":
                 trust_remote_code=source.trust_remote_code,
             )
         except (ValueError, TypeError, ImportError, OSError) as error:
-            raise _explained(error, source) from error
+            raise explained(error, source) from error
 
 
 @contextmanager
@@ -152,7 +154,7 @@ _READINGS = (
 _OTHERWISE = _Reading(words="", code="AO104", status=Exit.USAGE)
 
 
-def _explained(error: Exception, source: Source) -> CommandError:
+def explained(error: Exception, source: Source) -> CommandError:
     """Tell the user's mistakes from refusals and from what the network does."""
     message = " ".join(str(error).split())
     reading = next((r for r in _READINGS if r.words in message), _OTHERWISE)

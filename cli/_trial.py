@@ -105,11 +105,12 @@ def _folder_of(source: _source.Source) -> Path:
     """Return the directory of config.json; of a hub id that of its cache."""
     if source.kind == "directory":
         return Path(source.text)
-    from transformers.utils.hub import cached_file
+    from attnopt.frontend.hub import fetched
 
-    found = cached_file(source.text, "config.json")
-    assert found is not None
-    return Path(found).parent
+    try:
+        return fetched(source.text, weights=False)
+    except ValueError as error:
+        raise _source.explained(error, source) from error
 
 
 def _few(recipe: "Recipe") -> "Source":

@@ -1,4 +1,4 @@
-"""Time a rewritten model beside another: the prompt, every further token, cache and memory.
+"""Time a rewritten model beside another: prompt, further tokens, cache and memory.
 
 attnopt bench examples/models/code-llama
 attnopt bench out/code-llama-half examples/models/code-llama --tokens 1024
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attnopt.program import Program
 
 _BACKENDS = ("eager", "inductor", "ort", "reference")
+_TOKENS = 512
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _source.configure(parser)
     parser.add_argument("other", metavar="OTHER", nargs="?", help="what to compare it with")
     parser.add_argument("--rows", type=int, default=1, help="rows of the batch (1)")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of the prompt (512)")
+    parser.add_argument(
+        "--tokens", type=int, help="tokens of the prompt (512, or what fits)"
+    )
     parser.add_argument("--new", type=int, default=32, help="tokens after it (32)")
     parser.add_argument("--rounds", type=int, default=40, help="rounds at most (40)")
     parser.add_argument(
@@ -45,10 +48,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.other is not None:
         other = _source.resolve(argparse.Namespace(**{**vars(arguments), "model": arguments.other}))
     with output.progress() as stages, stages.stage("bench"):
-        found = _measured(arguments, source, other)
+        found, tokens = _measured(arguments, source, other)
     names = {"a": arguments.model, "b": arguments.other or f"{arguments.model}, stock sdpa"}
     if output.json:
-        load = {n: getattr(arguments, n) for n in ("rows", "tokens", "new", "backend")}
+        load = {n: getattr(arguments, n) for n in ("rows", "new", "backend")} | {"tokens": tokens}
         content = {**names, "load": load, "threads": _threads(), **found.content()}
         output.document("attnopt.bench/1", content)
     else:
@@ -58,7 +61,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     for name in ("rows", "tokens", "new", "rounds"):
-        if getattr(arguments, name) < 1:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
             raise CommandError("AO111", f"--{name} must be at least 1")
     if arguments.rounds < 7:
         raise CommandError("AO111", "--rounds must be at least 7 for an interval")
@@ -69,7 +73,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _measured(
     arguments: argparse.Namespace, source: _source.Source, other: "_source.Source | None"
-) -> "Bench":
+) -> "tuple[Bench, int | None]":
+    """Run both; return what was measured, and the tokens of the prompt where there is one."""
     import attnopt
     from attnopt.benching import Load, bench, stock
     from attnopt.frontend.inputs import example_inputs
@@ -77,6 +82,7 @@ def _measured(
     if arguments.backend == "ort":
         _check_onnx()
     program = _source.capture(source)
+    load = _load(arguments, program, Load) if _is_language(program) else None
     with _source.quiet_libraries():
         try:
             a = attnopt.lower(attnopt.apply(program, "exact"), arguments.backend)
@@ -88,11 +94,12 @@ def _measured(
                 b = stock(program)
         except ValueError as error:
             raise CommandError("AO203", str(error), Exit.NOTHING) from error
-        load = _load(arguments, program, Load) if _is_language(program) else example_inputs(b)
+        given = example_inputs(b) if load is None else load
         try:
-            return bench(a, b, load, rounds=arguments.rounds)
+            rows = bench(a, b, given, rounds=arguments.rounds)
         except NotImplementedError as error:  # a graph that ONNX has no form of
             raise CommandError("AO203", str(error), Exit.NOTHING) from error
+    return rows, None if load is None else load.tokens
 
 
 def _check_onnx() -> None:
@@ -106,13 +113,16 @@ def _check_onnx() -> None:
 
 def _load(arguments: argparse.Namespace, program: "Program", load: Any) -> Any:
     room = getattr(program.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if room and arguments.tokens + arguments.new > room:
+    tokens = arguments.tokens
+    if tokens is None:
+        tokens = _TOKENS if room is None else max(min(_TOKENS, room - arguments.new), 1)
+    if room and tokens + arguments.new > room:
         raise CommandError(
             "AO111",
-            f"--tokens {arguments.tokens} and --new {arguments.new} are more than the {room} "
-            "positions of the model",
+            f"--tokens {tokens} and --new {arguments.new} are more than the {room} positions of "
+            f"{program.name}",
         )
-    return load(arguments.rows, arguments.tokens, arguments.new)
+    return load(arguments.rows, tokens, arguments.new)
 
 
 def _is_language(program: "Program") -> bool:

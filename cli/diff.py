@@ -80,6 +80,8 @@ def _table(
 def _said(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_said, value))}]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -73,7 +73,7 @@ def _explain(program: "Program", site: str, output: Output) -> int:
     output.line(f"{site}\n\nbefore:")
     _code(found.before, output)
     output.line("\nafter the exact rewrite:")
-    _code(found.after, output)
+    _code(found.after or "# there is none: see the end of why", output)
     output.line("\nwhy:")
     for reason in found.why:
         output.line(f"  - {reason}")

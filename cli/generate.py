@@ -1,4 +1,4 @@
-"""Let a causal language model write: a checkpoint or an artifact, rewritten exactly.
+"""Let a language model write: a checkpoint or an artifact, rewritten exactly.
 
 attnopt generate out/code-llama-half "import " --max-new-tokens 40
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.cli import _source
 from attnopt.cli._errors import CommandError, Exit, suggestion
-from attnopt.cli._output import Output
+from attnopt.cli._output import Output, say
 
 if TYPE_CHECKING:
     from attnopt.program import Program
@@ -51,9 +51,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     encoded = tokenizer(prompts, return_tensors="pt", padding=True)
     streamer = None
     if arguments.stream:
-        from transformers import TextStreamer
-
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        streamer = _streamer(tokenizer)
     import torch
 
     torch.manual_seed(arguments.seed)
@@ -65,7 +63,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             pad_token_id=tokenizer.pad_token_id,
             **settings,
         )
-    new = rows[:, encoded["input_ids"].shape[1] :].tolist()
+    # An encoder-decoder answers with a text of its own, after one token to start from.
+    decodes = bool(getattr(program.config, "is_encoder_decoder", False))
+    new = rows[:, 1 if decodes else encoded["input_ids"].shape[1] :].tolist()
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     if output.json:
         pairs = zip(prompts, texts, new, strict=True)
@@ -75,8 +75,21 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             if number:
                 output.line()
-            output.line(prompt + text)
+            output.line(text if decodes else prompt + text)
     return Exit.ACCEPTED
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Prints as all else is printed: the model goes on where nobody reads any more."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            """Print what is sure not to change any more."""
+            say(text, end="\n" if stream_end else "")
+
+    return Streamer(tokenizer, skip_special_tokens=True)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -130,7 +143,7 @@ def _model(program: "Program", arguments: argparse.Namespace) -> Any:
     if program.source.generation_config is None or not program.states:
         raise CommandError(
             "AO204",
-            f"{program.name} does not generate: it is no causal language model",
+            f"{program.name} does not generate: it is no language model that does",
             Exit.NOTHING,
         )
     with _source.quiet_libraries():

@@ -31,6 +31,7 @@ _LOADS_IN = {
 
 
 _NAME_WIDTH = 30
+_WHY_WIDTH = 28
 _HEADINGS = ("layers", "site", "kind", "heads", "dim", "mask", "rotary", "FLOPs", "KV B/token")
 
 
@@ -153,7 +154,7 @@ def parameters(program: "Program") -> int:
 
 def _report(found: Findings, output: Output, *, verbose: bool) -> None:
     program = found.program
-    how = f"in {len(program.parts)} parts" if program.parts else "whole"
+    how = f"in {_counted(len(program.parts), 'part')}" if program.parts else "whole"
     output.line(
         f"{found.model}: {program.name}, {_amount(parameters(program)).strip()} parameters, "
         f"captured {how}"
@@ -224,9 +225,10 @@ def _pass_table(found: Findings, output: Output) -> None:
             [
                 item.name,
                 "exact" if item.exact else "approximate",
-                _LOADS_IN[item.tier],
+                # What is no model of Transformers is stored as itself.
+                _LOADS_IN[item.tier if found.program.config is not None else 2],
                 f"{len(item.fits)} of {total}",
-                next(iter(item.refusals.values()), ""),
+                _refusal(item),
             ]
             for item in found.passes
         ],
@@ -234,11 +236,21 @@ def _pass_table(found: Findings, output: Output) -> None:
     )
 
 
+def _refusal(item: Applicable) -> str:
+    """Return the first refusal of a pass, with the name of its site broken after its dots."""
+    for site, why in item.refusals.items():
+        return why.replace(site, _facts.folded(site, _WHY_WIDTH), 1)
+    return ""
+
+
 def _leftovers(program: "Program", output: Output) -> None:
     """Print what was not found, not captured and not proved, or that there is no such thing."""
     lists: tuple[tuple[str, list[str]], ...] = (
-        ("Almost attention", [f"{m.module} ({m.node}): {m.why}" for m in program.near_misses]),
-        ("Not captured", [f"{u.module}: {u.why} ({u.where})" for u in program.uncaptured]),
+        (
+            "Almost attention",
+            [f"{_at(m.module)} ({m.node}): {m.why}" for m in program.near_misses],
+        ),
+        ("Not captured", [f"{_at(u.module)}: {u.why} ({u.where})" for u in program.uncaptured]),
         ("Refused", [str(refusal) for refusal in program.refused]),
     )
     for heading, items in lists:
@@ -251,12 +263,16 @@ def _leftovers(program: "Program", output: Output) -> None:
         output.note(f"\nNothing {', '.join(none[:-1])}{' or ' if none[1:] else ''}{none[-1]}.")
 
 
+def _at(module: str) -> str:
+    return module or "the model itself"
+
+
 def _nothing(program: "Program") -> CommandError:
     """Say that nothing was found, and what came closest."""
     losses: list[Any] = [*program.refused, *program.uncaptured]
     if program.near_misses:
         miss = program.near_misses[0]
-        closest = f"; closest: {miss.module} ({miss.node}): {miss.why}"
+        closest = f"; closest: {_at(miss.module)} ({miss.node}): {miss.why}"
     elif losses:
         closest = f"; {_counted(len(losses), 'part')} of it could not be read"
     else:
@@ -277,7 +293,6 @@ def _amount(number: int) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("it takes a number of at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)

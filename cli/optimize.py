@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 _MIXED = (
-    "all layers were treated alike here; --tier 2 measures every pass at every site and takes the "
-    "best mixture, which mostly loses less"
+    "all layers were treated alike here; --tier 2 measures every pass at every site and takes\n"
+    "the best mixture, which mostly loses less"
 )
 
 
@@ -178,6 +178,8 @@ def _summary(output: Output, result: "Result", place: Path) -> None:
         output.line(_verdict(result))
     tier = _tier(result)
     output.line(f"saved as {shown(place)} (tier {tier}): {_LOADS[tier]}")
+    if tier == 2 and "stock" in (result.measured or {}):
+        output.note(f"no stock checkpoint: {(result.measured or {})['stock']}")
     loader = f"{stock_name(place, result)}.from_pretrained" if tier < 2 else "attnopt.load"
     output.line(f'  {loader}("{shown(place)}")')
     output.note(f"the whole report: {shown(place / 'attnopt' / 'report.html')}")

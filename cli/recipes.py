@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.cli._errors import CommandError, Exit, suggestion
-from attnopt.cli._output import Output
+from attnopt.cli._output import Output, say
 
 _WHAT = ("list", "show", "validate", "schema")
 
@@ -75,7 +75,7 @@ def _schema(name: None, output: Output) -> None:
 
     from attnopt.recipes.schema import recipe_schema
 
-    print(json.dumps(recipe_schema(), indent=2))
+    say(json.dumps(recipe_schema(), indent=2))
 
 
 _DO: dict[str, Any] = {"list": _list, "show": _show, "validate": _validate, "schema": _schema}

@@ -1,4 +1,4 @@
-"""Judge a model beside its reference on held-out data: what it lost, and whether that is allowed.
+"""Judge on held-out data what a model lost beside its reference, and whether it may.
 
 attnopt verify out/code-llama-half examples/models/code-llama --max-drop 10%
 

@@ -48,6 +48,39 @@ def perceptron() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
     return nn.Sequential(nn.Linear(WIDTH, 5), nn.ReLU()).eval(), (torch.rand(2, WIDTH),), {}
 
 
+def alone() -> nn.Module:
+    """Return a model without an example call."""
+    return Blocks().eval()
+
+
+def failing() -> nn.Module:
+    """Return nothing."""
+    raise RuntimeError("not today")
+
+
+def too_wide() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return a model with a call that it does not take."""
+    return Blocks().eval(), (torch.rand(2, TOKENS, WIDTH + 1),), {}
+
+
+class Telling(nn.Module):
+    """One product of three tensors, with weights that are told, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Parameter(torch.rand(HEADS, WIDTH, 5))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        weights = torch.einsum("bhtd,bhsd->bhts", q, k).softmax(-1)
+        mixed = torch.einsum("bhts, bhsd, hdc -> btc", weights, v, self.out)
+        return {"mixed": mixed, "weights": weights}
+
+
+def telling() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return a model that hands out its attention weights, and an example call."""
+    return Telling().eval(), tuple(torch.rand(3, 2, HEADS, TOKENS, WIDTH)), {}
+
+
 def number() -> int:
     """Return what is no model."""
     return 7

@@ -109,6 +109,27 @@ def test_quiet_leaves_results_only(capsys: pytest.CaptureFixture[str]):
     assert "blocks.*" in out
 
 
+def test_a_model_that_does_not_run_says_what_it_raised(capsys: pytest.CaptureFixture[str]):
+    status, _, err = run(capsys, "inspect", "cli_models:too_wide")
+    assert status == Exit.NOTHING
+    assert "the source does not run on the example: RuntimeError: mat1 and mat2" in err
+
+
+def test_what_is_no_model_of_transformers_loads_as_its_own_program(
+    capsys: pytest.CaptureFixture[str],
+):
+    status, out, _ = run(capsys, "inspect", BLOCKS)
+    assert status == 0
+    assert "tier 0" not in out
+
+
+def test_weights_that_are_read_elsewhere_have_no_exact_form(capsys: pytest.CaptureFixture[str]):
+    status, out, _ = run(capsys, "explain", "cli_models:telling")
+    assert status == 0
+    assert "after the exact rewrite:\n# there is none" in out
+    assert "the attention weights are read elsewhere" in out.splitlines()[-1]
+
+
 def test_a_model_without_attention_is_status_three(capsys: pytest.CaptureFixture[str]):
     status, out, err = run(capsys, "inspect", "cli_models:perceptron")
     assert status == Exit.NOTHING
@@ -122,6 +143,8 @@ def test_a_model_without_attention_is_status_three(capsys: pytest.CaptureFixture
         ("cli_models:number", "must return a module"),
         ("cli_models:nothing", "cannot import 'cli_models:nothing'"),
         ("no_such_module:model", "cannot import 'no_such_module:model'"),
+        ("cli_models:alone", "returned a Blocks without an example call; return (module, args"),
+        ("cli_models:failing", "'cli_models:failing' failed: RuntimeError: not today ("),
     ],
 )
 def test_a_factory_that_gives_no_model_is_a_usage_error(

@@ -40,9 +40,11 @@ def test_help_lists_every_command_and_their_flags(capsys: pytest.CaptureFixture[
         line.split()[0] for line in out.split("commands:\n")[1].split("\n\n")[0].split("\n")
     ]
     assert (status, commands) == (0, COMMANDS.split(", "))
+    assert max(map(len, out.splitlines())) <= 100
     for command in commands:
         status, out, _ = run(capsys, command, "--help")
         assert status == 0
+        assert max(map(len, out.splitlines())) <= 100
         assert {"--json", "--verbose", "--quiet"} <= set(out.replace(",", " ").split())
 
 
@@ -65,7 +67,11 @@ def test_nothing_at_all_is_a_usage_error_with_help(capsys: pytest.CaptureFixture
         (["inspect", "x", "--seq", "9"], "unknown argument '--seq'"),
         (["inspect"], "AO101 attnopt inspect: the following arguments are required: MODEL"),
         (["inspect", "x", "--sequence", "0"], "at least 1"),
-        (["inspect", "x", "--sequence", "many"], "--sequence"),
+        (["inspect", "x", "--sequence", "many"], "'many' is no whole number of at least 1"),
+        (["inspect", "--model", "x"], "unknown argument '--model' (attnopt inspect --help"),
+        (["inspect", ""], "AO102 MODEL is empty"),
+        (["plan", "x", "--kv-cache", "50"], "at most 100%; did you mean 50%?"),
+        (["plan", "x", "--kv-cache", "1", "--max-drop", "5"], "max_drop '5' would be 500%"),
         (["inspect", "no/such/model"], "AO102 no file or directory no/such/model"),
         (["inspect", "missing.pt2"], "AO102 no file or directory missing.pt2"),
         (["inspect", "~/no/such/model"], "AO102 no file or directory"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from dha_models import decoder, ids
 from safetensors.torch import save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 import attnopt
 from attnopt.data import Source, Split, batches_of, calls, documents, split_for, split_of
@@ -431,3 +431,29 @@ def test_rows_to_judge_by_are_of_as_many_documents_as_there_are(tmp_path: Path):
     assert torch.equal(
         few.held_out, split_of(Source(str(tmp_path), 8, 20), Bytes(), held_out=100).held_out
     )
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "has no tokenizer"),
+        ({"tokenizer_config.json": "{}"}, "has no usable tokenizer"),
+        ({"tokenizer.json": "{"}, "has no usable tokenizer"),
+    ],
+)
+def test_a_tokenizer_without_words_is_none(files: dict[str, str], says: str, tmp_path: Path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    model.config.name_or_path = str(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        split_for(model, "stdlib:4x16")
+
+
+def test_a_model_of_pictures_says_what_it_takes(tmp_path: Path):
+    model = vision()
+    model.save_pretrained(tmp_path)
+    model.config.name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="takes pixel_values, no text; give a folder of images"):
+        split_for(model, "stdlib:4x16")

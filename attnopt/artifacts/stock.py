@@ -86,8 +86,9 @@ def _forms(program: Program, cls: Any) -> Iterator[tuple[Any, Any]]:
 def shapes_of(program: Program) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and buffer that a program knows by name."""
     return {
-        binding.name: described(program.weights, binding.name).shape
-        for binding in program.bindings.values()
+        binding.name: described(part.weights, binding.name).shape
+        for part in (program, *program.parts.values())
+        for binding in part.bindings.values()
         if binding.kind in ("parameter", "buffer")
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from torch import Tensor
+from torch.nn import functional
 
 from attnopt.data.splitting import Split
 from attnopt.program import Program
@@ -23,14 +24,28 @@ def batches_of(
     """Turn rows, or an iterable of rows or of named inputs, into calls of a program.
 
     An iterable is read once and needs no length. Labels are left out unless they are wanted, or the
-    program takes them.
+    program takes them. Where they are not, an encoder-decoder that is given text alone reads the
+    first half of each row, and goes on with the second.
     """
     names = taken_by(program)
     bound = _vocabulary(program)
     for call in _calls(names, data, tokens):
         kept = {n: v for n, v in call.items() if labels or n != _LABELS or n in names}
         _check_ids(kept, bound)
-        yield kept
+        yield kept if labels else _decoding(program, names, kept)
+
+
+def _decoding(program: Any, names: tuple[str, ...], call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call of which an encoder-decoder has something to decode."""
+    config, ids = getattr(program, "config", None), call.get("input_ids")
+    if not getattr(config, "is_encoder_decoder", False) or not isinstance(ids, Tensor):
+        return call
+    if set(call) & {"decoder_input_ids", "labels"} or "decoder_input_ids" not in names:
+        return call
+    half = max(ids.shape[1] // 2, 1)
+    start = getattr(config, "decoder_start_token_id", None) or 0
+    shifted = functional.pad(ids[:, half:-1], (1, 0), value=start)
+    return {**{n: v[:, :half] for n, v in call.items()}, "decoder_input_ids": shifted}
 
 
 def taken_by(program: Any) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Data for a model: whatever a user gives becomes two halves, read with the model's own files."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.data.calls import batches_of, bounded
+from attnopt.data.calls import batches_of, bounded, taken_by
 from attnopt.data.sources import Source, checked
 from attnopt.data.splitting import HELD_OUT, Split, halved, split_of
 from attnopt.untrusted import check_tokenizer, code_of, read_json
@@ -99,6 +100,15 @@ def folder_of(program: Any) -> Path | None:
     return Path(name) if name and (Path(name) / "config.json").is_file() else None
 
 
+_TOKENIZES = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|.*\.(spm|tiktoken|model)$")
+_PROBE = "a few plain words, 1 2 3"
+_NO_TEXT = {
+    "pixel_values": "a folder of images, or pixels as a .npy or .safetensors file",
+    "input_values": "sounds as a .safetensors file with input_values",
+    "input_features": "features of sounds as a .safetensors file with input_features",
+}
+
+
 def tokenizer_of(program: Any) -> Any:
     """Return the tokenizer that lies beside a program's checkpoint."""
     from transformers import AutoTokenizer
@@ -109,14 +119,34 @@ def tokenizer_of(program: Any) -> Any:
             f"{_named(program)} was not captured from a directory, so it has no tokenizer; give "
             "token ids as data: a tensor (rows, tokens) or a .safetensors file with input_ids"
         )
+    _refuse_text(program)
+    if not any(_TOKENIZES.match(p.name) for p in folder.iterdir()):
+        raise ValueError(
+            f"{folder} has no tokenizer (tokenizer.json and its like); copy it there, or give "
+            "token ids as data: a .safetensors file with input_ids"
+        )
     try:
         check_tokenizer(folder)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        # Without its files some classes make a tokenizer that knows no word.
+        if set(known) <= set(tokenizer.all_special_ids):
+            raise ValueError("it has no vocabulary")
     except (ValueError, OSError, KeyError) as error:
+        told = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{folder} has no usable tokenizer ({error}); give token ids as data: a .safetensors "
-            "file with input_ids"
+            f"{folder} has no usable tokenizer ({told}); give token ids as data: a "
+            ".safetensors file with input_ids"
         ) from error
+    return tokenizer
+
+
+def _refuse_text(program: Any) -> None:
+    """Raise ValueError where a model takes pixels or sounds, which no text becomes."""
+    names = taken_by(program)
+    other = next((n for n in _NO_TEXT if n in names), None)
+    if other is not None and "input_ids" not in names:
+        raise ValueError(f"{_named(program)} takes {other}, no text; give {_NO_TEXT[other]}")
 
 
 def processor_of(program: Any) -> Any:

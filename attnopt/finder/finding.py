@@ -81,6 +81,11 @@ def find_sites(program: Program) -> Findings:
     return found
 
 
+def _told(found: No, node: fx.Node) -> str:
+    """Return the reason of a near miss, and its place where that is another."""
+    return found.why if found.where == node.name else str(found)
+
+
 def _find(program: Program) -> Findings:
     view = View(program)
     walker = view.scalars = Walker(view)
@@ -92,7 +97,7 @@ def _find(program: Program) -> Findings:
             anchors.setdefault(anchor.weights, anchor)
     for node, found in _candidates(view, walker, anchors):
         if isinstance(found, No):
-            misses.append(NearMiss(module_path(node), node.name, str(found)))
+            misses.append(NearMiss(module_path(node), node.name, _told(found, node)))
             debug.log(4, f"near miss in {module_path(node)}: {found}")
         else:
             pieces.append(found)

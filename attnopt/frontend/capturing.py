@@ -18,7 +18,15 @@ from attnopt.frontend.encoderdecoder import (
     trace_decode,
     trace_encode,
 )
-from attnopt.frontend.exporting import FIRST, Attempt, Trace, branches_on_values, judged, trace
+from attnopt.frontend.exporting import (
+    FIRST,
+    Attempt,
+    Trace,
+    attempted,
+    branches_on_values,
+    judged,
+    trace,
+)
 from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
 from attnopt.frontend.lengths import with_lengths
 from attnopt.frontend.modules import capture_parts, with_parts
@@ -87,18 +95,28 @@ def call_factory(
 ) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
     """Import "package.module:factory" and call it for a module, or (module, args, kwargs)."""
     module_name, name = place.split(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {place!r}: {error}") from error
-    made = factory()
+    factory = attempted(lambda: getattr(importlib.import_module(module_name), name))
+    if isinstance(factory, No):
+        raise ValueError(f"cannot import {place!r}: {_said(factory)}")
+    made = attempted(factory)
+    if isinstance(made, No):
+        raise ValueError(f"{place!r} failed: {_said(made)}")
     if isinstance(made, nn.Module):
+        if not args and not kwargs and not hasattr(made, "config"):
+            raise ValueError(
+                f"{place!r} returned a {type(made).__name__} without an example call; return "
+                "(module, args, kwargs)"
+            )
         return made, args, kwargs
     if isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module):
         return made
     raise ValueError(
         f"{place!r} must return a module or (module, args, kwargs), not {type(made).__name__}"
     )
+
+
+def _said(failure: No) -> str:
+    return failure.why + (f" ({failure.where})" if failure.where else "")
 
 
 def capture_saved(place: str, *, trust_pickle: bool) -> Program:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnopt.frontend.hub import INDEX as _INDEX
+from attnopt.frontend.hub import SINGLE as _SINGLE
+from attnopt.frontend.hub import fetched
 from attnopt.perlayer import TURN
 from attnopt.tensorfiles import Described, TensorFile
 from attnopt.untrusted import (
@@ -28,8 +31,6 @@ from attnopt.untrusted import (
 from attnopt.weights import spread
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -206,20 +207,7 @@ def _directory(place: str | os.PathLike[str]) -> Path:
             f"{place} is no checkpoint directory; allowed are such a directory, a hub id, "
             "package.module:factory and a .pt2 file"
         )
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(str(place), "config.json")
-        for name in (_SINGLE, _INDEX):
-            cached_file(str(place), name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise ValueError(
-            f"cannot find {str(place)!r}: no such directory, and the Hugging Face hub did not "
-            f"give it ({str(error).splitlines()[0].rstrip('.')}); check the spelling, "
-            "or download it and give the directory"
-        ) from error
-    assert found is not None
-    return Path(found).parent
+    return fetched(str(place))
 
 
 def _refuse_delta(directory: Path, described: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate
 
+from attnopt.frontend.einsums import split_einsums
+
 _ASSERTS = frozenset(
     {
         "_assert_tensor_metadata",
@@ -37,6 +39,7 @@ def clean(graph_module: fx.GraphModule) -> None:
     inline_regions(graph_module)
     drop_asserts(graph_module)
     drop_copies(graph_module)
+    split_einsums(graph_module)
     name_dtypes(graph_module)
     read_sizes_from_inputs(graph_module)
     remove_dead(graph_module)

@@ -46,12 +46,14 @@ def capture_parts(
     source: nn.Module, examples: list[Example], make: MakeProgram, why: No
 ) -> Parts | No:
     """Capture the largest capturable modules; `examples` call the source at several sizes."""
-    runs = [r for e in examples if not isinstance(r := _record(source, e), No)]
+    tried = [_record(source, e) for e in examples]
+    runs = [r for r in tried if not isinstance(r, No)]
     if not runs:
-        return No("the source does not run on the example", why.where)
+        failed = next((r for r in tried if isinstance(r, No)), why)
+        told = f"the source does not run on the example: {failed.why}"
+        return No(told, failed.where or why.where)
     search = _Search(runs, make)
-    failed = search.open("", source)
-    if not failed:
+    if not search.open("", source):
         search.uncaptured.append(Uncaptured("", why.why, why.where))
     return Parts(search.programs, tuple(search.uncaptured))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.frontend.cleanup import drop_asserts, remove_dead
+from attnopt.frontend.einsums import split_einsums
 
 aten = torch.ops.aten
 
@@ -27,6 +28,7 @@ _PASSED_ON = (
 def normalize(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     """Clean a graph and make its constants inputs, in place; return the constants by name."""
     drop_asserts(graph_module)
+    split_einsums(graph_module)
     for node in list(graph_module.graph.nodes):
         if node.target in _PASSED_ON:
             node.replace_all_uses_with(node.args[0])
