@@ -88,9 +88,15 @@ class Measuring:
 
     def second(self, candidate: Candidate) -> Look:
         """Look at a candidate on more rows."""
-        name = f"second {candidate.key}"
-        judge = self.judge(SECOND)
-        return Look(*self.scores.get(name, lambda: judge.look(self._must(candidate)).content()))
+        made = self.scores.get(
+            f"second {candidate.key}",
+            lambda: self.judge(SECOND).look(self._must(candidate)).content(),
+        )
+        return Look(*made)
+
+    def unit(self) -> str:
+        """Return what damage is counted in."""
+        return str(self.scores.get("unit", lambda: self.judge().unit))
 
     def whole(self, choices: Sequence[Choice]) -> Look:
         """Look at a plan, carried out as it would be, on all rows."""

@@ -144,7 +144,7 @@ def search(lister: Lister, goal: Mapping[str, float], *, extra: Sequence[Plan] =
         able[0],
         tuple(able),
         measuring.whole(able[0].choices).base,
-        measuring.judge(None).unit,
+        measuring.unit(),
         goals,
         source,
         _front(rows, budgets, source, Model.fitted([t.measured for t in trials.tried])),
