@@ -9,17 +9,23 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attnopt.data import Split, batches_of
 from attnopt.nouns import Mlp, No, Plan, Site
 from attnopt.probing import Probe, available, resident, rows_in
 from attnopt.program import Program
+from attnopt.search.measuring import FIRST, SECOND
 from attnopt.sizing import Reader, Rewrite, elements
 from attnopt.weights import LARGEST
 
+if TYPE_CHECKING:
+    from attnopt.search.foreseeing import Looks
+
 # How many times the copy of a graph takes what a stage does with graphs.
 _GRAPHS: Final = {"plan": 2.0, "rewrite": 6.0, "verify": 8.0, "measure": 12.0, "save": 4.0}
+# The same for carrying out a plan at one site, and making it ready to run.
+_CARRIED_OUT: Final = 10.0
 # Numbers of a softmax that the comparison of two logits costs, and logits held at once.
 _COMPARED: Final = 12.0
 _LOGITS: Final = 2**26
@@ -68,12 +74,12 @@ def estimate(
     plan: Plan | None = None,
     *,
     searched: bool = False,
-    looks: int = 0,
+    looks: "Looks | None" = None,
 ) -> Estimate | No:
     """Estimate what it takes to optimize an exact program for a goal, or as a plan says.
 
-    A plan that is `searched` is what the search will find as far as is known; `looks` counts the
-    rewrites that it will judge on all calibration rows.
+    A plan that is `searched` is what the search will find as far as is known; `looks` counts what
+    it will look at where every pass is measured at every site.
     """
     if set(program.parts) - {"encode", "decode"}:
         return No("it was captured in parts, of which no single run can be timed", program.name)
@@ -107,7 +113,7 @@ class _Run:
 
     rewrite: Rewrite
     searched: bool
-    looks: int
+    looks: "Looks | None"
     probe: Probe
     rows: tuple[int, int]
     calls: tuple[int, int]
@@ -121,7 +127,7 @@ class _Run:
         goal: Mapping[str, float],
         plan: Plan | None,
         searched: bool,
-        looks: int,
+        looks: "Looks | None",
     ) -> "_Run":
         """Count the data, and take the probe."""
         main = program.main
@@ -150,16 +156,34 @@ class _Run:
         graphs = {stage: times * probe.copy for stage, times in _GRAPHS.items()}
         gathered = sum(self._gathered(name, width) for name, width in probe.widths.items())
         solved = sum(_SOLVED * size.width**3 for size in self.rewrite.refitted) * probe.multiply
-        given = solved + self.looks * whole[0] if self.searched else 0.0
-        yield "plan", graphs["plan"] + run + gathered + given
+        given = solved if self.searched else 0.0
         refits = sum(map(self._refit, self.rewrite.refitted))
         again = 2 * run if self.rewrite.refitted else 0.0
+        looked = self._looked(solved + again + refits)
+        yield "plan", graphs["plan"] + run + gathered + given + looked
         yield "rewrite", graphs["rewrite"] + solved + again + refits
         compared = _COMPARED * probe.touch * held * probe.results / 4
         yield "verify", graphs["verify"] + 2 * whole[1] + compared + 4 * probe.whole_call
         steps = _SAMPLED if self.rewrite.program.generates else 0
         yield "measure", graphs["measure"] + (6 + steps) * probe.whole_call
         yield "save", graphs["save"] + self._disk() / _WRITTEN
+
+    def _looked(self, refitted: float) -> float:
+        """Return the seconds that the looks of a search take; a whole plan is refitted, too."""
+        looks = self.looks
+        if looks is None:
+            return 0.0
+        carried = _CARRIED_OUT * self.probe.copy
+        first = carried + self._judged(FIRST)
+        second = carried + self._judged(SECOND)
+        whole = carried + refitted + self._judged(looks.rows)
+        return looks.first * first + looks.second * second + looks.whole * whole
+
+    def _judged(self, rows: int) -> float:
+        """Return the seconds that a look at so many rows takes, with the source's kept."""
+        probe = self.probe
+        compared = _COMPARED * probe.touch * rows * probe.results / 4
+        return probe.whole_call + rows * probe.whole_row + compared
 
     def _gathered(self, name: str, width: int) -> float:
         """Return the seconds that the sums of one input take."""

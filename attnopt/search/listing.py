@@ -15,9 +15,9 @@ from attnopt.search.solving import Scored
 
 # Candidates of a site that another pass may follow, what is tried after each of them, and those
 # that are looked at twice.
-_FOLLOWED: Final = 6
-_FOLLOWERS: Final = 4
-_FINALISTS: Final = 12
+FOLLOWED: Final = 6
+FOLLOWERS: Final = 4
+FINALISTS: Final = 12
 _MARGIN: Final = 1.25
 _NEAR: Final = 1.5
 
@@ -125,14 +125,14 @@ class Lister:
     def _followed(self, alone: Sequence[Weighed]) -> list[Weighed]:
         """Choose a few of the best that another pass may follow."""
         best = best_of(alone, self.asked.goals[0], margin=_NEAR)
-        return spread([w for w in best if following(w.candidate.label, self.names)], _FOLLOWED)
+        return spread([w for w in best if following(w.candidate.label, self.names)], FOLLOWED)
 
     def _followers(self, thing: Site | Mlp, first: Weighed, refused: list[No]) -> list[Candidate]:
         """List what may follow a candidate, asked of the site that it leaves."""
         if isinstance(thing, Mlp):
             return []
         steps = self._steps(first.candidate, lambda: self._after(thing, first.candidate), refused)
-        return [first.candidate.then(s) for s in spread(steps, _FOLLOWERS)]
+        return [first.candidate.then(s) for s in spread(steps, FOLLOWERS)]
 
     def _after(self, thing: Site, first: Candidate) -> _Place | None:
         """Return a site as a candidate leaves it, and what passes are asked of it."""
@@ -182,7 +182,7 @@ def finalists(weighed: Sequence[Weighed], goals: Sequence[str]) -> list[Weighed]
     """Choose the candidates of a site that could be the best for some budget."""
     found: dict[str, Weighed] = {}
     for goal in goals:
-        for one in spread(best_of(weighed, goal, margin=_MARGIN), _FINALISTS):
+        for one in spread(best_of(weighed, goal, margin=_MARGIN), FINALISTS):
             found[one.candidate.key] = one
     return list(found.values())
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 from attnopt import debug
 from attnopt.goals import BUDGETS, budgets_of
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
+from attnopt.program import Program
 from attnopt.refusals import NothingToDoError
 from attnopt.search.judging import Look, rate_of
 from attnopt.search.listing import Listed, Lister, scored
@@ -158,12 +159,17 @@ def _kind(thing: Site | Mlp) -> str:
     return "MLP" if isinstance(thing, Mlp) else "attention"
 
 
+def searched_things(main: Program, goals: Sequence[str]) -> list[Site | Mlp]:
+    """List what could serve some goals."""
+    if set(goals) <= {"kv_cache"}:
+        return [s for s in main.sites if s.cached]
+    return [*main.sites, *main.mlps]
+
+
 def _listed(lister: Lister) -> list[Listed]:
     """List the candidates of every site that could serve the goals."""
-    main, goals = lister.asked.program.main, lister.asked.goals
-    only_cache = set(goals) <= {"kv_cache"}
-    things: list[Site | Mlp] = [s for s in main.sites if s.cached or not only_cache]
-    things += [] if only_cache else main.mlps
+    goals = lister.asked.goals
+    things = searched_things(lister.asked.program.main, goals)
     if not things:
         raise NothingToDoError("no attention of this program keeps a cache of keys and values")
     found: list[Listed] = []
