@@ -63,15 +63,16 @@ def resumed(plan: Plan, place: Path | None) -> Plan:
 
 
 @contextmanager
-def kept(place: Path | None) -> Generator[None]:
+def kept(place: Path | None, *, saved: bool = True) -> Generator[None]:
     """Use a directory of `folder_of` for a run; what is of no use afterwards goes at its end.
 
-    An interrupted or failed run leaves everything, and so does one beside which another runs.
+    An interrupted or failed run leaves everything, and so does one whose result is not `saved` or
+    beside which another runs.
     """
     lock = None if place is None else shared_lock(place)
     try:
         yield
-        if place is not None and (lock is None or lock.alone()):
+        if place is not None and saved and (lock is None or lock.alone()):
             _tidy(place)
     finally:
         if lock is not None:
@@ -93,6 +94,14 @@ def _drop_empty(place: Path) -> None:
     for folder in (place, place.parent):
         with contextlib.suppress(OSError):  # it is not empty, or gone already
             folder.rmdir()
+
+
+def moved(plan: Plan, file: Path) -> Plan:
+    """Return a plan whose statistics are read from where they were saved."""
+    if plan.statistics is None or not file.is_file():
+        return plan
+    found = Statistics.load(file, plan.statistics.weights)
+    return replace(plan, statistics=replace(found, batches=plan.statistics.batches))
 
 
 def is_kept(work: str | os.PathLike[str]) -> bool:

@@ -17,7 +17,7 @@ from attnopt.data import Split, batches_of, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
 from attnopt.estimating import Estimate, estimate, refuse_too_large
 from attnopt.frontend import capture
-from attnopt.keeping import calibrated, folder_of, kept, resumed
+from attnopt.keeping import calibrated, folder_of, kept, moved, resumed
 from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, foreseen
 from attnopt.planning import plan as make_plan
@@ -75,7 +75,7 @@ def optimize(
         debug.announce(f"takes {expected}")
         refuse_too_large(expected, None if out is None else Path(out).absolute())
     place = None if work is None else folder_of(work, exact, split)
-    with kept(place):
+    with kept(place, saved=out is not None):
         with debug.stage("plan"):
             if plan is None:
                 given = {"rules": rules, "tensor_parallel": tensor_parallel, "tokens": tokens}
@@ -94,7 +94,10 @@ def optimize(
         result = Result(rewritten, exact, made, report, measured, command, recipe)
         if out is not None:
             with debug.stage("save"):
-                save(result, target(out, result))
+                where = save(result, target(out, result))
+            if place is not None:
+                plan = moved(made, where / "attnopt" / "statistics.safetensors")
+                result = replace(result, plan=plan)
     return result
 
 

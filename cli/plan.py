@@ -45,10 +45,6 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         stages.stage("plan"),
     ):
         made = _planned(arguments, source, recipe)
-    plan = made.plan
-    if arguments.out is not None:
-        with told(arguments.out, "AO113"):
-            plan.save(arguments.out)
     if output.json:
         output.document("attnopt.plan/1", _document(made))
     else:
@@ -112,6 +108,8 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
                 )
                 # That fills in what its statistics need to give the same weights without data.
                 after = apply(program, made)
+                if arguments.out is not None:
+                    made.save(arguments.out)
             return _Made(program, after, made, estimate(program, split, goal, made))
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
