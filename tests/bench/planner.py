@@ -111,11 +111,13 @@ class Excess:
 def _best_of_each(plan: Plan) -> dict[str, Any]:
     """Return, for each pass alike everywhere, what reaches the budget and damages least."""
     found: dict[str, Any] = {}
-    for tried in plan.search.tried:
+    search = plan.search
+    told = [(t.cost, t) for t in search.tried] + [(f.predicted, f) for f in search.foregone]
+    # The least cost on the calibration rows first, as it was measured or is predicted.
+    for _, tried in sorted(told, key=lambda x: x[0]):
         if "everywhere" in tried.name:
             passes = "+".join(sorted({c.rewrite for c in tried.choices}))
             kinds = {"neurons" if c.config.get("neurons") else "heads" for c in tried.choices}
-            # They come with the least cost on the calibration rows first.
             found.setdefault(f"{passes} ({' and '.join(sorted(kinds))})", tried.choices)
     return found
 
