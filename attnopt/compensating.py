@@ -7,7 +7,7 @@ makes up for what the layers before it have changed there. Source and rewritten 
 side and wait for each other at every projection, so that each runs once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,19 +69,32 @@ def _gather(
     ]
     kept = [kept_tokens(b) for b in stats.batches]
     for number, name in enumerate(sorted(places, key=lambda n: order[looks[1].inputs[n]]), 1):
-        moments = _Moments()
-        together = all(name in look.residuals for look in looks)
-        for (old, new), counted in zip(walks, kept, strict=True):
-            streams = [w.residual(name) for w in (old, new)] if together else []
-            drift = rows_of(DRIFT * (streams[0] - streams[1]), counted) if together else None
-            after, before = (rows_of(w.input(name), counted) for w in (new, old))
-            moments.add(after, before, drift)
-        stats.refits[places[name]] = moments.means()
+        # An earlier process may have gathered some of them.
+        if places[name] not in stats.refits:
+            together = all(name in look.residuals for look in looks)
+            stats.refits[places[name]] = _moments(name, walks, kept, together=together)
         both = rewritten.weights[name], source.weights[name]
-        solved = _solve(*both, axes[name], *moments.means())
+        solved = _solve(*both, axes[name], *stats.refits[places[name]])
         for _, new in walks:
             new.run.weights[name] = solved.float()
         debug.advance("refit", number, len(places))
+
+
+def _moments(
+    name: str,
+    walks: Sequence[Sequence["_Walk"]],
+    kept: Sequence[Tensor | None],
+    *,
+    together: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the moments of a projection over all calls, of its drift too where both have one."""
+    moments = _Moments()
+    for (old, new), counted in zip(walks, kept, strict=True):
+        streams = [w.residual(name) for w in (old, new)] if together else []
+        drift = rows_of(DRIFT * (streams[0] - streams[1]), counted) if together else None
+        after, before = (rows_of(w.input(name), counted) for w in (new, old))
+        moments.add(after, before, drift)
+    return moments.means()
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,18 @@
 """What a program costs: floating-point operations and cache bytes at a stated workload.
 
-Every contraction of the graph counts two operations per multiply-add, masked pairs included; all
-else is free. Symbolic sizes are read off the graph: the first axis of an input is the batch, what
-grows with a cache is the past, and every other free size is the sequence.
+Every contraction of the graph counts (`attnopt.counting`); all else is free. Symbolic sizes are
+read off the graph: the first axis of an input is the batch, what grows with a cache is the past,
+and every other free size is the sequence.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnopt.neighborhoods import Neighborhood
+from attnopt.counting import COUNTS
 from attnopt.nouns import Site
 from attnopt.program import Program
 
@@ -100,7 +99,7 @@ def uncounted(program: Program) -> Iterator[str]:
     for leaf in _leaves(program):
         for node in leaf.graph.nodes:
             ours = node.op == "call_function" and str(node.target).startswith("attnopt.")
-            if ours and len(node.all_input_nodes) > 1 and _op_name(node) not in _COUNTS:
+            if ours and len(node.all_input_nodes) > 1 and _op_name(node) not in COUNTS:
                 yield _op_name(node)
 
 
@@ -148,7 +147,7 @@ def _contractions(program: Program, workload: Workload) -> Iterator[tuple[str, i
     """Yield the module and the operations of every contraction."""
     sizes = _Sizes(program, workload)
     for node in program.graph.nodes:
-        count = _COUNTS.get(_op_name(node)) if node.op == "call_function" else None
+        count = COUNTS.get(_op_name(node)) if node.op == "call_function" else None
         if count is not None:
             yield module_path(node), count(node, sizes)
 
@@ -177,6 +176,10 @@ class _Sizes:
         """Return the shape of a node's value."""
         tensor = value.meta["val"] if isinstance(value, fx.Node) else value
         return tuple(self._size(size) for size in tensor.shape)
+
+    def number(self, value: Any) -> int:
+        """Return a whole number, or the value of a node that is one."""
+        return self._size(value.meta["val"] if isinstance(value, fx.Node) else value)
 
     def _size(self, size: Any) -> int:
         if isinstance(size, int):
@@ -231,92 +234,3 @@ def _note(found: dict[Any, int], size: Any, number: int) -> None:
     """Remember the number of a size that is one symbol by itself."""
     if len(_symbols(size)) == 1:
         found.setdefault(_symbols(size).pop(), number)
-
-
-Count = Callable[[fx.Node, _Sizes], int]
-
-
-def _product(left: int) -> Count:
-    """Count a matrix product whose left operand is argument number `left`."""
-
-    def count(node: fx.Node, sizes: _Sizes) -> int:
-        return 2 * math.prod(sizes(node)) * sizes(node.args[left])[-1]
-
-    return count
-
-
-def _einsum(node: fx.Node, sizes: _Sizes) -> int:
-    """Count every combination of labels once; an ellipsis stands for the output's leading axes."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    assert isinstance(operands, list | tuple)
-    lengths: dict[str, int] = {}
-    for labels, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
-        shape = sizes(operand)
-        before, _, after = labels.partition("...")
-        lengths.update(zip(before, shape, strict=False))
-        lengths.update(zip(reversed(after), reversed(shape), strict=False))
-        lengths["..."] = math.prod(shape[len(before) : len(shape) - len(after)])
-    return 2 * math.prod(lengths.values())
-
-
-def _convolution(node: fx.Node, sizes: _Sizes) -> int:
-    return 2 * math.prod(sizes(node)) * math.prod(sizes(node.args[1])[1:])
-
-
-def _attention(node: fx.Node, sizes: _Sizes) -> int:
-    """Count scores and mixing; queries, keys and values are the first three arguments."""
-    query, key, value = (sizes(node.args[i]) for i in range(3))
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _neighborhood(node: fx.Node, sizes: _Sizes) -> int:
-    """Count the pairs of tokens that see each other."""
-    names = ("grid", "window", "stride", "dilation", "causal", "border", "leading")
-    given: dict[str, Any] = {n: node.kwargs[n] for n in names if n in node.kwargs}
-    return round(_attention(node, sizes) * Neighborhood.of(**given).share)
-
-
-def _routed(node: fx.Node, sizes: _Sizes) -> int:
-    """Count the pairs of the heads that are on, where the op that makes the gates says how many."""
-    gates = node.args[3]
-    if not isinstance(gates, fx.Node) or "count" not in gates.kwargs:
-        return _attention(node, sizes)
-    given: dict[str, Any] = dict(gates.kwargs)
-    heads = sizes(node.args[0])[1]
-    always = heads - sizes(gates.args[1])[0] if "heads" in given else 0
-    on: int = always + given["count"] * given.get("group", 1)
-    return _attention(node, sizes) * on // heads
-
-
-def _agents(node: fx.Node, sizes: _Sizes) -> int:
-    """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
-    given: dict[str, Any] = dict(node.kwargs)
-    cells, agents = (int(math.prod(given[n])) for n in ("grid", "agents"))
-    leading = int(given.get("leading", 0))
-    tokens = leading + cells
-    pairs = (leading + agents) * tokens + cells * agents
-    return _attention(node, sizes) * pairs // (tokens * tokens)
-
-
-_COUNTS: Mapping[str, Count] = {
-    "mm": _product(0),
-    "bmm": _product(0),
-    "mv": _product(0),
-    "dot": _product(0),
-    "matmul": _product(0),
-    "linear": _product(0),
-    "_grouped_mm": _product(0),
-    "addmm": _product(1),
-    "baddbmm": _product(1),
-    "einsum": _einsum,
-    "conv1d": _convolution,
-    "conv2d": _convolution,
-    "conv3d": _convolution,
-    "convolution": _convolution,
-    "scaled_dot_product_attention": _attention,
-    "flex_attention": _attention,
-    "attention": _attention,
-    "neighborhood_attention": _neighborhood,
-    "routed_attention": _routed,
-    "agent_attention": _agents,
-}

@@ -4,6 +4,7 @@ As long as there are no more rows than channels, the rows themselves are smaller
 moment, exact, and enough for every solve (by Woodbury's identity); then they are kept instead.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnopt.ridge import Dense, Few, Ridge
-from attnopt.tensorfiles import TensorFile, settle, write_tensors
+from attnopt.tensorfiles import TensorFile, put, settle, write_tensors
 from attnopt.weights import Spool, described
 
 FORMAT = 2
@@ -94,11 +95,19 @@ def contribution(rows: Tensor, weight: Tensor, heads: tuple[tuple[int, ...], ...
 
 
 class Refits(MutableMapping[str, tuple[Tensor, Tensor]]):
-    """Pairs of moments by name, on disk where they are large."""
+    """Pairs of moments by name, on disk where they are large.
 
-    def __init__(self) -> None:
+    With a `folder` each pair is also kept there, for a process that goes on after this one.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self._held = Spool()
         self._names: dict[str, None] = {}
+        self._folder: Path | None = None
+        for place in sorted(folder.glob("pair-*.safetensors")) if folder is not None else ():
+            file = TensorFile(place)
+            self[file.notes["name"]] = file["gram"], file["cross"]
+        self._folder = folder
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         if name not in self._names:
@@ -108,6 +117,11 @@ class Refits(MutableMapping[str, tuple[Tensor, Tensor]]):
     def __setitem__(self, name: str, pair: tuple[Tensor, Tensor]) -> None:
         self._names[name] = None
         self._held[f"refit.gram.{name}"], self._held[f"refit.cross.{name}"] = pair
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            both = dict(zip(("gram", "cross"), pair, strict=True))
+            put(self._folder / f"pair-{digest}.safetensors", both, {"name": name})
 
     def __delitem__(self, name: str) -> None:
         del self._names[name]

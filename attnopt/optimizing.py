@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from attnopt import debug
 from attnopt.artifacts.saving import Result, needed_tier, refuse_foreign, save, stock_model
 from attnopt.branches import branches, has_branches
-from attnopt.calibrating import calibrate
 from attnopt.data import Split, batches_of, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
 from attnopt.estimating import Estimate, estimate, refuse_too_large
 from attnopt.frontend import capture
+from attnopt.keeping import calibrated, folder_of, kept, moved, resumed
 from attnopt.nouns import No, Plan
 from attnopt.planning import checked_goal, foreseen
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program, State
 from attnopt.reporting import samples
 from attnopt.rewriting import apply, settled
+from attnopt.search.foreseeing import looks_of
+from attnopt.search.preparing import Terms
 from attnopt.search.rules import Rule
 from attnopt.verifying import in_float32, verify
 from attnopt.weights import described
@@ -59,42 +61,72 @@ def optimize(
     with debug.stage("prove"):
         exact = apply(program, "exact")
         # Where one pass alone can serve, what it will do is known before its data.
-        given = (exact, wanted, passes, tier, rules, tensor_parallel)
-        found = foreseen(*given) if plan is None else None
-    likely = Plan(tuple(o.choice for o in found[0])) if found and len(found) == 1 else None
+        found = []
+        if plan is None:
+            found = foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
     split = split_for(program, data, held_out)
     with debug.stage("estimate"):
-        known = plan if isinstance(plan, Plan) else likely
-        expected = estimate(exact, split, wanted, known, searched=plan is None)
-    if isinstance(expected, Estimate):
-        beside = ", and the search besides" if plan is None and found is None else ""
-        debug.announce(f"takes {expected}{beside}")
-        refuse_too_large(expected, None if out is None else Path(out).absolute())
-    with debug.stage("plan"):
-        if plan is None:
-            terms = {"rules": rules, "tensor_parallel": tensor_parallel, "tokens": tokens}
-            made = _made(exact, wanted, split, passes, tier=tier, work=work, **terms)
+        if isinstance(plan, Plan):
+            expected = estimate(exact, split, wanted, plan)
         else:
-            made = _given(exact, wanted, plan, split)
-    with debug.stage("rewrite"):
-        rewritten = apply(exact, made)
-    with debug.stage("verify"):
-        report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
-    with debug.stage("measure"):
-        measured = measure(rewritten, exact, split.held_out)
-        if out is not None:
-            measured["samples"] = samples(rewritten, exact, split.held_out)
-        if isinstance(split.held_out, Tensor) and rewritten.states and has_branches(rewritten):
-            linear = branches(rewritten, split.held_out)
-            measured["linear"] = linear.content()
-            rewritten = replace(rewritten, history=(*rewritten.history, *linear.told))
+            terms = Terms(tier, tuple(passes or ()), tuple(rules), tensor_parallel, tokens)
+            expected = foretold(exact, split, wanted, found, terms, work)
     if isinstance(expected, Estimate):
-        measured["estimate"] = expected.content()
-    result = Result(rewritten, exact, made, report, measured, command, recipe)
-    if out is not None:
-        with debug.stage("save"):
-            save(result, target(out, result))
+        debug.announce(f"takes {expected}")
+        refuse_too_large(expected, None if out is None else Path(out).absolute())
+    place = None if work is None else folder_of(work, exact, split)
+    with kept(place, saved=out is not None):
+        with debug.stage("plan"):
+            if plan is None:
+                given = {"rules": rules, "tensor_parallel": tensor_parallel, "tokens": tokens}
+                made = _made(exact, wanted, split, passes, tier=tier, work=work, **given)
+            else:
+                made = _given(exact, wanted, plan, split, place)
+        with debug.stage("rewrite"):
+            made = resumed(made, place)
+            rewritten = apply(exact, made)
+        with debug.stage("verify"):
+            report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
+        with debug.stage("measure"):
+            rewritten, measured = _measured(rewritten, exact, split, sampled=out is not None)
+        if isinstance(expected, Estimate):
+            measured["estimate"] = expected.content()
+        result = Result(rewritten, exact, made, report, measured, command, recipe)
+        if out is not None:
+            with debug.stage("save"):
+                where = save(result, target(out, result))
+            if place is not None:
+                plan = moved(made, where / "attnopt" / "statistics.safetensors")
+                result = replace(result, plan=plan)
     return result
+
+
+def foretold(
+    exact: Program,
+    split: Split,
+    goal: Mapping[str, Any],
+    found: Sequence[Sequence[Any]] | None,
+    terms: Terms,
+    work: str | os.PathLike[str] | None = None,
+) -> Estimate | No:
+    """Estimate what it takes to find a plan and to carry it out, as far as `foreseen` tells."""
+    likely = Plan(tuple(o.choice for o in found[0])) if found and len(found) == 1 else None
+    looks = looks_of(exact, goal, split, terms, work) if found is None else None
+    return estimate(exact, split, goal, likely, searched=True, looks=looks)
+
+
+def _measured(
+    rewritten: Program, exact: Program, split: Split, *, sampled: bool
+) -> tuple[Program, dict[str, Any]]:
+    """Measure a result; its history says what linear branches do."""
+    measured = measure(rewritten, exact, split.held_out)
+    if sampled:
+        measured["samples"] = samples(rewritten, exact, split.held_out)
+    if isinstance(split.held_out, Tensor) and rewritten.states and has_branches(rewritten):
+        linear = branches(rewritten, split.held_out)
+        measured["linear"] = linear.content()
+        rewritten = replace(rewritten, history=(*rewritten.history, *linear.told))
+    return rewritten, measured
 
 
 def target(out: str | os.PathLike[str], result: Result) -> Path:
@@ -114,7 +146,9 @@ def _made(
     return make_plan(exact, goal, split, passes, provenance=told, **terms)
 
 
-def _given(exact: Program, goal: Mapping[str, Any], plan: Plan | str, split: Split) -> Plan:
+def _given(
+    exact: Program, goal: Mapping[str, Any], plan: Plan | str, split: Split, place: Path | None
+) -> Plan:
     """Return a plan that needs no search, with the statistics that it needs."""
     if plan == "exact":
         return Plan((), dict(goal))
@@ -122,7 +156,7 @@ def _given(exact: Program, goal: Mapping[str, Any], plan: Plan | str, split: Spl
         plan = Plan.load(plan)
     needs = any(c.rewrite != "exact" for c in plan.choices)
     if needs and plan.statistics is None and plan.source is None:
-        return settled(exact, replace(plan, statistics=calibrate(exact, split)))
+        return settled(exact, replace(plan, statistics=calibrated(exact, split, place)))
     return plan
 
 

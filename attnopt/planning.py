@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from attnopt import passes as registry
-from attnopt.calibrating import Statistics, calibrate
 from attnopt.costs import default_workload, parameters
 from attnopt.goals import GOALS as GOALS
 from attnopt.goals import budgets_of
 from attnopt.goals import checked_goal as checked_goal
 from attnopt.goals import fraction as fraction
 from attnopt.heads import removable
+from attnopt.keeping import calibrated, folder_of
+from attnopt.moments import Statistics
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.program import Program
 from attnopt.refusals import NothingToDoError as NothingToDoError
@@ -58,7 +59,8 @@ def plan(
         terms = Terms(tier, tuple(passes or ()), tuple(rules), tensor_parallel, tokens)
         return searched(program, wanted, data, terms, statistics=statistics, told=told, work=work)
     if statistics is None:
-        statistics = calibrate(program, data)
+        place = None if work is None else folder_of(work, program, data)
+        statistics = calibrated(program, data, place)
     spread = _spreading(passes) if "kv_cache" in wanted else None
     if spread is not None:
         length = default_workload(program).sequence

@@ -27,6 +27,10 @@ _OTHER = {
 }
 
 
+class BusyError(ValueError):
+    """A directory in which another process calibrates."""
+
+
 def place_of(out: Path) -> Path:
     """Return the file of statistics that a file or a directory stands for."""
     return out if out.suffix == ".safetensors" else out / "statistics.safetensors"
@@ -133,13 +137,50 @@ def _locked(folder: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise ValueError(
+        raise BusyError(
             f"another process is calibrating in {folder}; wait for it, or choose another place"
         ) from error
     except OSError:
         os.close(handle)
         return -1
     return handle
+
+
+class SharedLock:
+    """A directory that several processes use at once; none of them may remove it under another."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def alone(self) -> bool:
+        """Whether no other process uses it."""
+        import fcntl
+
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Use it no more."""
+        os.close(self._handle)
+
+
+def shared_lock(folder: Path) -> SharedLock | None:
+    """Use a directory, made where there is none; None where the system cannot lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    except OSError:
+        os.close(handle)
+        return None
+    return SharedLock(handle)
 
 
 def _flat(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

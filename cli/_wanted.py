@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnopt.cli._errors import CommandError
+from attnopt.cli._errors import CommandError, Exit
 
 if TYPE_CHECKING:
     from attnopt.recipes import Recipe
@@ -130,6 +132,21 @@ def work_of(arguments: argparse.Namespace, out: str | None) -> Path:
     if arguments.work is not None:
         return Path(arguments.work)
     return (Path(out).absolute().parent if out else Path.cwd()) / WORK
+
+
+@contextmanager
+def interruptible(arguments: argparse.Namespace, left: str) -> Generator[None]:
+    """Say what an interruption leaves, and how to go on; `left` says what the result is."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        from attnopt.keeping import is_kept
+
+        work = work_of(arguments, arguments.out)
+        more = "the same command starts again: nothing was finished yet"
+        if is_kept(work):
+            more = f"what was finished is kept in {work}, and the same command goes on from there"
+        raise CommandError("AO130", f"interrupted; {left}; {more}", Exit.INTERRUPTED) from error
 
 
 def words(arguments: argparse.Namespace, *names: str) -> list[str]:

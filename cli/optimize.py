@@ -4,7 +4,7 @@ attnopt optimize examples/models/code-llama -o out --kv-cache 50% --max-drop 10%
 
 Exit status: 0 accepted, 2 usage, 3 nothing to do, 4 the quality gate failed (the best candidate is
 kept as OUT.rejected), 5 refused for safety, 6 resources, 130 interrupted (OUT is what it was, and
-the same command goes on where a search stopped).
+the same command goes on where it stopped).
 """
 
 import argparse
@@ -44,7 +44,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     source = _source.resolve(arguments)
     if arguments.test:
         return _trial.run(arguments, output, source, recipe)
-    with output.progress() as stages, stages.stage("optimize"):
+    left = f"{arguments.out} is what it was before"
+    with (
+        _wanted.interruptible(arguments, left),
+        output.progress() as stages,
+        stages.stage("optimize"),
+    ):
         result = _optimize(arguments, source, recipe)
     place = _place(arguments, result)
     if output.json:
@@ -112,20 +117,6 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
         except TooLargeError as error:
             raise CommandError("AO603", str(error), Exit.RESOURCES) from error
-        except KeyboardInterrupt as error:
-            raise _interrupted(Path(arguments.out)) from error
-
-
-def _interrupted(out: Path) -> CommandError:
-    """Say what an interruption left, and how to go on."""
-    kept = sorted(p.name for p in out.absolute().parent.glob(f".{out.name}.*") if p.is_dir())
-    told = f"what was measured is kept in {', '.join(kept)}, and " if kept else ""
-    return CommandError(
-        "AO130",
-        f"interrupted; {out} is what it was before; {told}the same command goes on"
-        + ("" if kept else " from the start"),
-        Exit.INTERRUPTED,
-    )
 
 
 def _command(arguments: argparse.Namespace, recipe: "Recipe") -> str:

@@ -9,6 +9,7 @@ safety, 6 resources, 130 interrupted (the same command goes on where it stopped)
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from attnopt.cli._errors import CommandError, Exit, told
 from attnopt.cli._output import Output, shown
 
 if TYPE_CHECKING:
-    from attnopt.nouns import Plan
+    from attnopt.estimating import Estimate
+    from attnopt.nouns import No, Plan
     from attnopt.program import Program
     from attnopt.recipes import Recipe
 
@@ -37,67 +39,92 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Plan, and print what the plan would do."""
     recipe = _wanted.wanted(arguments)
     source = _source.resolve(arguments)
-    with output.progress() as stages, stages.stage("plan"):
-        program, after, plan = _planned(arguments, source, recipe)
-    if arguments.out is not None:
-        with told(arguments.out, "AO113"):
-            plan.save(arguments.out)
+    with (
+        _wanted.interruptible(arguments, "no plan was written"),
+        output.progress() as stages,
+        stages.stage("plan"),
+    ):
+        made = _planned(arguments, source, recipe)
     if output.json:
-        output.document("attnopt.plan/1", _document(program, after, plan))
+        output.document("attnopt.plan/1", _document(made))
     else:
-        _print(output, program, after, plan, verbose=arguments.verbose)
+        _print(output, made, verbose=arguments.verbose)
         if arguments.out is not None:
             output.line(f"saved as {shown(Path(arguments.out).absolute())}; carry it out with")
             output.line(f"  attnopt optimize {arguments.model} -o OUT --plan {arguments.out}")
     return Exit.ACCEPTED
 
 
-def _planned(
-    arguments: argparse.Namespace, source: _source.Source, recipe: "Recipe"
-) -> tuple["Program", "Program", "Plan"]:
-    """Return the program, what the plan makes of it, and the plan."""
+@dataclass(frozen=True)
+class _Made:
+    """A plan, the program that it is for, what becomes of it, and what carrying it out takes."""
+
+    program: "Program"
+    after: "Program"
+    plan: "Plan"
+    expected: "Estimate | No"
+
+
+def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Recipe") -> _Made:
+    """Say what planning takes, plan, and say what carrying it out would take."""
+    from attnopt import debug
     from attnopt.data import Source, checked, split_for
+    from attnopt.estimating import Estimate, TooLargeError, estimate, refuse_too_large, told_time
+    from attnopt.keeping import folder_of, kept
+    from attnopt.optimizing import foretold
     from attnopt.planning import NothingToDoError, foreseen, plan
     from attnopt.rewriting import apply
+    from attnopt.search.preparing import Terms
 
     try:
         data = checked(Source.parse(recipe.data, seed=recipe.seed))
     except ValueError as error:
         raise CommandError("AO112", str(error)) from error
     captured = _source.capture(source)
+    work = _wanted.work_of(arguments, arguments.out)
+    goal, rules, devices = recipe.goal, recipe.rules, recipe.tensor_parallel
+    terms = Terms(recipe.tier, recipe.passes, rules, devices, recipe.tokens)
     with told(arguments.out or "the scores", "AO113"), _source.quiet_libraries():
         try:
             program = apply(captured, "exact")
-            passes = recipe.passes or None
-            foreseen(
-                program, recipe.goal, passes, recipe.tier, recipe.rules, recipe.tensor_parallel
-            )
+            found = foreseen(program, goal, recipe.passes or None, recipe.tier, rules, devices)
             split = split_for(captured, data, recipe.held_out)
-            made = plan(
-                program,
-                recipe.goal,
-                split,
-                passes,
-                tier=recipe.tier,
-                provenance={"data": split.source, "data_sha256": split.digest},
-                rules=recipe.rules,
-                tensor_parallel=recipe.tensor_parallel,
-                tokens=recipe.tokens,
-                work=_wanted.work_of(arguments, arguments.out),
-            )
-            # That fills in what its statistics need to give the same weights without data.
-            return program, apply(program, made), made
+            expected = foretold(program, split, goal, found, terms, work)
+            if isinstance(expected, Estimate):
+                debug.announce(f"planning takes about {told_time(expected.seconds['plan'])}")
+                refuse_too_large(expected, None)
+            with kept(folder_of(work, program, split)):
+                made = plan(
+                    program,
+                    goal,
+                    split,
+                    recipe.passes or None,
+                    tier=recipe.tier,
+                    provenance={"data": split.source, "data_sha256": split.digest},
+                    rules=rules,
+                    tensor_parallel=devices,
+                    tokens=recipe.tokens,
+                    work=work,
+                )
+                # That fills in what its statistics need to give the same weights without data.
+                after = apply(program, made)
+                if arguments.out is not None:
+                    made.save(arguments.out)
+            return _Made(program, after, made, estimate(program, split, goal, made))
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
+        except TooLargeError as error:
+            raise CommandError("AO603", str(error), Exit.RESOURCES) from error
 
 
-def _document(program: "Program", after: "Program", plan: "Plan") -> dict[str, Any]:
-    found = plan.search
+def _document(made: _Made) -> dict[str, Any]:
+    plan, found = made.plan, made.plan.search
     return {
-        "model": program.name,
+        "model": made.program.name,
         "goal": dict(plan.goal),
         "provenance": dict(plan.provenance),
-        "costs": _costs(program, after, plan),
+        "costs": _costs(made),
+        "estimate": _estimate(made),
         "choices": [
             {"site": c.site, "pass": c.rewrite, "config": dict(c.config), "why": c.why}
             for c in plan.choices
@@ -106,33 +133,47 @@ def _document(program: "Program", after: "Program", plan: "Plan") -> dict[str, A
     }
 
 
-def _costs(program: "Program", after: "Program", plan: "Plan") -> dict[str, list[float]]:
+def _estimate(made: _Made) -> dict[str, Any]:
+    """Return what carrying the plan out takes, or why that is not known."""
+    from attnopt.nouns import No
+
+    found = made.expected
+    return {"unknown": str(found)} if isinstance(found, No) else found.content()
+
+
+def _costs(made: _Made) -> dict[str, list[float]]:
     """Return what the source takes and what the plan leaves, by budget."""
     from attnopt.costs import Workload, default_workload
     from attnopt.search.weighing import weights_of
 
-    usual = default_workload(program)
-    tokens = int(plan.provenance.get("tokens", 0)) or usual.sequence
+    usual = default_workload(made.program)
+    tokens = int(made.plan.provenance.get("tokens", 0)) or usual.sequence
     workload = Workload(1, tokens if usual.sequence else 0, 0)
-    both = [weights_of(p, workload) for p in (program, after)]
+    both = [weights_of(p, workload) for p in (made.program, made.after)]
     return {name: [w[name] for w in both] for name in both[0]}
 
 
-def _print(
-    output: Output, program: "Program", after: "Program", plan: "Plan", *, verbose: bool
-) -> None:
+def _print(output: Output, made: _Made, *, verbose: bool) -> None:
+    plan = made.plan
     things = {c.site for c in plan.choices}
-    output.line(f"{program.name}: {len(things)} sites would be rewritten")
+    output.line(f"{made.program.name}: {len(things)} sites would be rewritten")
     output.line()
     rows = [
         (_NAMES[name], f"{before:,.0f}", f"{left:,.0f}", _change(before, left))
-        for name, (before, left) in _costs(program, after, plan).items()
+        for name, (before, left) in _costs(made).items()
         if before
     ]
     output.table(("", "before", "after", "change"), rows, foldable={""})
     output.line()
     chosen = [(c.site, _said(c.rewrite, c.config), c.why) for c in plan.choices]
     output.table(("site", "what", "why"), chosen, foldable={"what", "why"})
+    output.line()
+    unknown = "unknown" in _estimate(made)
+    output.line(
+        f"what it takes is not known: {made.expected}"
+        if unknown
+        else f"carrying it out takes {made.expected}"
+    )
     output.line()
     if plan.search is not None:
         _print_search(output, plan.search, verbose=verbose)

@@ -86,21 +86,33 @@ def _whole(site: Site, base: Config, asked: Any) -> list[tuple[int, ...]]:
     """Return the heads that stay whole: fewer and fewer, at last none."""
     if isinstance(_may_choose(site, base), No):
         return [()]
-    alone = bool(asked.before)
+    order = _ranked(site, base, asked)
+    if order is None:
+        return [()]
+    step = max(site.kv_heads / _STEPS, 1)
+    counts = {round(step * i) for i in range(_STEPS) if round(step * i) < site.kv_heads}
+    return [tuple(sorted(order[:n])) for n in sorted(counts, reverse=True)]
+
+
+def _ranked(site: Site, base: Config, asked: Any) -> list[int] | None:
+    """Return the heads in the order of what a window would spoil, the most first.
+
+    As they come where nothing is known of the data yet; None where that cannot be told.
+    """
+    if asked.statistics is None:
+        return list(range(site.kv_heads))
     key = f"window/streaming/{base.window}/{base.first}"
     if key not in asked.statistics.memo:
-        names = {site.name} if alone else None
+        names = {site.name} if asked.before else None
         rows = dataclasses.replace(asked.statistics, batches=_few_rows(asked.statistics.batches))
         asked.statistics.memo[key] = streaming(
             asked.program, rows, base.window, base.first, names=names
         )
     known = asked.statistics.memo[key].get(site.name)
     if known is None:
-        return [()]
-    order = known.damage.argsort(descending=True, stable=True).tolist()
-    step = max(site.kv_heads / _STEPS, 1)
-    counts = {round(step * i) for i in range(_STEPS) if round(step * i) < site.kv_heads}
-    return [tuple(sorted(order[:n])) for n in sorted(counts, reverse=True)]
+        return None
+    order: list[int] = known.damage.argsort(descending=True, stable=True).tolist()
+    return order
 
 
 def _few_rows(batches: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:

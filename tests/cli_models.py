@@ -104,3 +104,15 @@ def save_checkpoint(folder: Path) -> Path:
     """Save a narrow Llama with random weights."""
     LlamaForCausalLM(config()).save_pretrained(folder)
     return folder
+
+
+class Undecided(nn.Module):
+    """Something that asks its input what to do, and has no attention inside that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+def undecided() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return a model that cannot be captured, and an example call."""
+    return Undecided().eval(), (torch.rand(2, WIDTH),), {}

@@ -1,7 +1,9 @@
 """What a run will take, told before it."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from attnopt.data import split_for
 from attnopt.estimating import Estimate, TooLargeError, estimate, refuse_too_large
 from attnopt.nouns import No
 from attnopt.program import Program
+from attnopt.search.foreseeing import Looks, looks_of
+from attnopt.search.preparing import Terms
+from attnopt.search.scores import Scores
 
 SIZES = {
     "hidden_size": 128,
@@ -52,8 +57,36 @@ def test_more_data_takes_more(program, monkeypatch: pytest.MonkeyPatch):
     assert many.seconds["verify"] > few.seconds["verify"]
     assert many.memory > few.memory
     assert many.disk > few.disk
-    looked = estimate(program, small, {"kv_cache": 0.5}, looks=1000)
+    looks = Looks(first=100, second=10, whole=10, rows=8)
+    looked = estimate(program, small, {"kv_cache": 0.5}, looks=looks)
     assert looked.seconds["plan"] > few.seconds["plan"]
+    assert looked.seconds["rewrite"] == few.seconds["rewrite"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "passes"), [({"kv_cache": 0.5}, ("dha",)), ({"params": 0.9}, ("amp",))]
+)
+def test_the_looks_of_a_search_are_counted_before_it(
+    goal: dict[str, float], passes: tuple[str, ...], program, tmp_path: Path, monkeypatch
+):
+    made: Counter[str] = Counter()
+    get = Scores.get
+
+    def counting(self: Scores, name: str, make: Any) -> Any:
+        made[name.split()[0]] += name not in self
+        return get(self, name, make)
+
+    monkeypatch.setattr(Scores, "get", counting)
+    split, terms = split_for(program, ids(40, 24)), Terms(2, passes)
+    told = looks_of(program, goal, split, terms, tmp_path)
+    attnopt.plan(program, goal, split, passes, tier=2, work=tmp_path)
+    assert told.first == made["first"]
+    assert made["second"] <= told.second <= 2 * made["second"]
+    assert made["whole"] <= told.whole + 2
+    assert told.whole <= 2 * made["whole"]
+    again = looks_of(program, goal, split, terms, tmp_path)
+    assert again.first == 0
+    assert again.whole < told.whole
 
 
 def probed(program: Program) -> estimating.Probe:

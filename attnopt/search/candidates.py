@@ -24,13 +24,14 @@ from attnopt.search.rules import Rule, rule_of
 class Asked:
     """What the planner asks a pass for.
 
-    `goals` names the budgets, `tier` is the highest that may hold the result, `tokens` is the
-    length of text that the plan is for (0 where there is none), `seen` that of the rows at hand.
-    `before` names the passes that the site has behind it: then the statistics are of this site.
+    Without `statistics` it only wants to know how many proposals there will be. `goals` names the
+    budgets, `tier` is the highest that may hold the result, `tokens` is the length of text that the
+    plan is for (0 where there is none), `seen` that of the rows at hand. `before` names the passes
+    that the site has behind it: then the statistics are of this site.
     """
 
     program: Program
-    statistics: Statistics
+    statistics: Statistics | None
     goals: tuple[str, ...]
     tier: int
     tokens: int

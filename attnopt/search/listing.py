@@ -1,7 +1,7 @@
 """Listing: every candidate of a site, weighed and looked at; what is declined, with the reason."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -15,11 +15,14 @@ from attnopt.search.solving import Scored
 
 # Candidates of a site that another pass may follow, what is tried after each of them, and those
 # that are looked at twice.
-_FOLLOWED: Final = 6
-_FOLLOWERS: Final = 4
-_FINALISTS: Final = 12
+FOLLOWED: Final = 6
+FOLLOWERS: Final = 4
+FINALISTS: Final = 12
 _MARGIN: Final = 1.25
 _NEAR: Final = 1.5
+
+# A site, and what passes are asked of it.
+_Place = tuple[Site | Mlp, Asked]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Lister:
     def listed(self, thing: Site | Mlp) -> Listed:
         """List the candidates of a site: every pass alone, then those that may follow the best."""
         refused: list[No] = []
-        steps = self._steps(thing, self.asked, Candidate(thing.name), refused)
+        steps = self._steps(Candidate(thing.name), lambda: (thing, self.asked), refused)
         alone = self._weighed(thing, [Candidate(thing.name, (s,)) for s in steps], refused)
         both: list[Candidate] = []
         for first in self._followed(alone):
@@ -53,16 +56,23 @@ class Lister:
         return Listed(thing, (*alone, *together), tuple(dict.fromkeys(refused)))
 
     def _steps(
-        self, thing: Site | Mlp, asked: Asked, before: Candidate, refused: list[No]
+        self, before: Candidate, place: Callable[[], _Place | None], refused: list[No]
     ) -> list[Step]:
-        """Ask the passes, once: what they say of a site follows from the program and the data."""
+        """Ask the passes, once: what they say of a site follows from the program and the data.
+
+        `place` makes what they are asked about, where that is not known yet.
+        """
         after = before.steps[-1].rewrite if before.steps else None
         names = self.names if after is None else following(after, self.names)
 
         def make() -> Any:
-            steps, declined = steps_at(thing, asked, names, self.rules)
+            found = place()
+            if found is None:
+                return [], []
+            steps, declined = steps_at(*found, names, self.rules)
             return [[s.rewrite, s.settings] for s in steps], [[n.why, n.where] for n in declined]
 
+        asked = self.asked
         said = [names, asked.goals, asked.tier, asked.tokens, [repr(r) for r in self.rules]]
         name = f"steps {before.key} {json.dumps(said)}"
         steps, declined = self.measuring.scores.get(name, make)
@@ -115,24 +125,27 @@ class Lister:
     def _followed(self, alone: Sequence[Weighed]) -> list[Weighed]:
         """Choose a few of the best that another pass may follow."""
         best = best_of(alone, self.asked.goals[0], margin=_NEAR)
-        return spread([w for w in best if following(w.candidate.label, self.names)], _FOLLOWED)
+        return spread([w for w in best if following(w.candidate.label, self.names)], FOLLOWED)
 
     def _followers(self, thing: Site | Mlp, first: Weighed, refused: list[No]) -> list[Candidate]:
         """List what may follow a candidate, asked of the site that it leaves."""
         if isinstance(thing, Mlp):
             return []
-        made = self.measuring.alone(first.candidate)
+        steps = self._steps(first.candidate, lambda: self._after(thing, first.candidate), refused)
+        return [first.candidate.then(s) for s in spread(steps, FOLLOWERS)]
+
+    def _after(self, thing: Site, first: Candidate) -> _Place | None:
+        """Return a site as a candidate leaves it, and what passes are asked of it."""
+        made = self.measuring.alone(first)
         if isinstance(made, str):
-            return []
+            return None
         main = made.main
         site = next((s for s in main.sites if s.name == thing.name), None)
         if site is None:
-            return []
-        seen = replace(self.asked.statistics, weights=main.weights, memo={})
-        before = tuple(s.rewrite for s in first.candidate.steps)
-        asked = replace(self.asked, program=main, statistics=seen, before=before)
-        steps = self._steps(site, asked, first.candidate, refused)
-        return [first.candidate.then(s) for s in spread(steps, _FOLLOWERS)]
+            return None
+        seen = replace(self.measuring.statistics, weights=main.weights, memo={})
+        before = tuple(s.rewrite for s in first.steps)
+        return site, replace(self.asked, program=main, statistics=seen, before=before)
 
 
 def scored(
@@ -169,7 +182,7 @@ def finalists(weighed: Sequence[Weighed], goals: Sequence[str]) -> list[Weighed]
     """Choose the candidates of a site that could be the best for some budget."""
     found: dict[str, Weighed] = {}
     for goal in goals:
-        for one in spread(best_of(weighed, goal, margin=_MARGIN), _FINALISTS):
+        for one in spread(best_of(weighed, goal, margin=_MARGIN), FINALISTS):
             found[one.candidate.key] = one
     return list(found.values())
 

@@ -88,9 +88,15 @@ class Measuring:
 
     def second(self, candidate: Candidate) -> Look:
         """Look at a candidate on more rows."""
-        name = f"second {candidate.key}"
-        judge = self.judge(SECOND)
-        return Look(*self.scores.get(name, lambda: judge.look(self._must(candidate)).content()))
+        made = self.scores.get(
+            f"second {candidate.key}",
+            lambda: self.judge(SECOND).look(self._must(candidate)).content(),
+        )
+        return Look(*made)
+
+    def unit(self) -> str:
+        """Return what damage is counted in."""
+        return str(self.scores.get("unit", lambda: self.judge().unit))
 
     def whole(self, choices: Sequence[Choice]) -> Look:
         """Look at a plan, carried out as it would be, on all rows."""
@@ -107,14 +113,19 @@ class Measuring:
 
         return Look(*self.scores.get(f"whole {name}", make))
 
-    def refits(self, choices: Sequence[Choice]) -> Refits:
-        """Return the moments that a plan is refitted with, so that it needs no data any more."""
+    def refits(self, choices: Sequence[Choice], known: Refits) -> Refits:
+        """Return the moments that a plan is refitted with, so that it needs no data any more.
+
+        `known` are those of them that an earlier process has left; it takes the others.
+        """
         if self._refits is not None and self._refits[1] == _named(choices):
             return self._refits[2]
-        return self._carried_out(choices)[1]
+        return self._carried_out(choices, known)[1]
 
-    def _carried_out(self, choices: Sequence[Choice]) -> tuple[Program, Refits]:
-        statistics = self._fresh()
+    def _carried_out(
+        self, choices: Sequence[Choice], known: Refits | None = None
+    ) -> tuple[Program, Refits]:
+        statistics = self._fresh() if known is None else replace(self._fresh(), refits=known)
         made = apply(self.program, Plan(tuple(choices), statistics=statistics))
         return made, statistics.refits
 

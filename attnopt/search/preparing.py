@@ -5,16 +5,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
 from attnopt import debug
 from attnopt import passes as registry
-from attnopt.calibrating import Statistics, calibrate
 from attnopt.costs import Workload, default_workload
 from attnopt.data import Split, batches_of
 from attnopt.goals import BUDGETS, budgets_of
+from attnopt.keeping import FORMAT, NAMED, calibrated, folder_of, refits_of
+from attnopt.moments import Statistics
 from attnopt.nouns import Plan
 from attnopt.program import Program
 from attnopt.refusals import NothingToDoError
@@ -27,9 +28,6 @@ from attnopt.search.rules import Rule, unused
 from attnopt.search.scores import Scores
 from attnopt.search.searching import Found, search
 from attnopt.weights import fingerprint
-
-_FORMAT: Final = 1
-_NAMED: Final = 16
 
 
 @dataclass(frozen=True)
@@ -58,29 +56,13 @@ def searched(
     _check(exact, terms)
     place = None if work is None else folder_of(work, exact, data)
     if statistics is None:
-        statistics = _calibrated(exact, data, place)
+        statistics = calibrated(exact, data, place)
     lister = _lister(exact, goal, data, terms, statistics, place)
     found = search(lister, goal, extra=_budgeted(exact, goal, terms))
     provenance = {**(told or {}), **_provenance(found, lister)}
-    own = replace(statistics, memo={}, refits=lister.measuring.refits(found.best.choices))
-    return Plan(found.best.choices, dict(goal), provenance, statistics=own, search=found)
-
-
-def folder_of(work: str | os.PathLike[str], program: Program, data: Any) -> Path:
-    """Return the directory inside `work` that belongs to a program and its data."""
-    calls = list(batches_of(program, data))
-    said = f"{_FORMAT} {program.name} {fingerprint(program.weights)} {data_digest(calls)}"
-    return Path(work).absolute() / hashlib.sha256(said.encode()).hexdigest()[:_NAMED]
-
-
-def _calibrated(program: Program, data: Any, place: Path | None) -> Statistics:
-    if place is None:
-        return calibrate(program, data)
-    try:
-        return calibrate(program, data, place)
-    except NotImplementedError as error:
-        debug.log(1, f"the calibration is not kept: {error}")
-        return calibrate(program, data)
+    made = Plan(found.best.choices, dict(goal), provenance, search=found)
+    refits = lister.measuring.refits(made.choices, refits_of(made, place))
+    return replace(made, statistics=replace(statistics, memo={}, refits=refits))
 
 
 def _check(program: Program, terms: Terms) -> None:
@@ -109,18 +91,23 @@ def _lister(
     statistics: Statistics,
     place: Path | None,
 ) -> Lister:
-    calls = _rows(program, data, statistics)
-    seen = _length(calls)
+    calls = rows_of(program, data, statistics)
+    seen = length_of(calls)
     workload = _workload(program, terms.tokens or seen)
     scores = _scores(program, statistics, calls, workload, place)
     goals = tuple(budgets_of(goal))
     asked = Asked(program, statistics, goals, terms.tier, workload.sequence, seen)
-    names = terms.passes or tuple(n for n in registry.names() if not registry.load(n).exact)
+    names = names_of(terms)
     measuring = Measuring(program, statistics, calls, workload, scores)
     return Lister(asked, measuring, names, terms.rules, terms.tensor_parallel)
 
 
-def _rows(program: Program, data: Any, statistics: Statistics) -> list[dict[str, Any]]:
+def names_of(terms: Terms) -> tuple[str, ...]:
+    """Return the passes that are asked."""
+    return terms.passes or tuple(n for n in registry.names() if not registry.load(n).exact)
+
+
+def rows_of(program: Program, data: Any, statistics: Statistics) -> list[dict[str, Any]]:
     """Return calls to judge by: rows that nothing is solved on, or those of the calibration."""
     if isinstance(data, Split) and data.scoring is not None:
         return list(batches_of(program, data.scoring, labels=True))
@@ -132,7 +119,7 @@ def _rows(program: Program, data: Any, statistics: Statistics) -> list[dict[str,
     return [dict(batch) for batch in statistics.batches]
 
 
-def _length(calls: list[dict[str, Any]]) -> int:
+def length_of(calls: list[dict[str, Any]]) -> int:
     """Return the length of the longest row of tokens; 0 where rows are no text."""
     ids = [call.get("input_ids") for call in calls]
     return max((i.shape[1] for i in ids if isinstance(i, Tensor) and i.dim() == 2), default=0)
@@ -152,10 +139,10 @@ def _scores(
 ) -> Scores:
     """Return the scores of this program on these rows, from disk or from memory."""
     said = (
-        f"{_FORMAT} {program.name} {fingerprint(program.weights)} {data_digest(calls)} {workload} "
+        f"{FORMAT} {program.name} {fingerprint(program.weights)} {data_digest(calls)} {workload} "
         f"{sorted(statistics.identity.items())}"
     )
-    key = hashlib.sha256(said.encode()).hexdigest()[:_NAMED]
+    key = hashlib.sha256(said.encode()).hexdigest()[:NAMED]
     if place is not None:
         return Scores(place / f"scores-{key}.jsonl")
     held: dict[str, Any] = statistics.memo.setdefault(f"scores/{key}", {})

@@ -38,6 +38,11 @@ class Scores:
         return self._held[name]
 
 
+def names_in(path: Path) -> list[str]:
+    """List the scores that a file has."""
+    return list(_read(path))
+
+
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if not path.is_file():

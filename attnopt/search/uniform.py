@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from attnopt.nouns import Choice
 from attnopt.search.solving import Scored
 
-_MOST = 4
+# Plans of one pass that are measured, from the weakest to the strongest.
+MOST = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def reaching(plans: Iterable[Uniform], budgets: Sequence[float]) -> list[Uniform
 
 def thinned(plans: Sequence[Uniform]) -> list[Uniform]:
     """Take a few plans of one pass, from the weakest to the strongest."""
-    if len(plans) <= _MOST:
+    if len(plans) <= MOST:
         return list(plans)
-    places = {round(i * (len(plans) - 1) / (_MOST - 1)) for i in range(_MOST)}
+    places = {round(i * (len(plans) - 1) / (MOST - 1)) for i in range(MOST)}
     return [plans[i] for i in sorted(places)]

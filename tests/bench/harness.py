@@ -31,10 +31,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
+def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
     """Write rows and the machine to results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    place = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{name}.json"
     place.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     return place
 

@@ -1,0 +1,155 @@
+"""How many floating-point operations one op of a graph takes: two for each multiply-add.
+
+Masked pairs count where they are computed, as a causal mask has them computed. Of a window or of
+chunks those pairs count that `attnopt.ops.bands` attends to.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import fx
+
+from attnopt.neighborhoods import Neighborhood
+from attnopt.ops.bands import bands
+from attnopt.ops.hidden import Hidden, Keys, Structure
+from attnopt.ops.structure import OPTIONS
+
+
+class Sizes(Protocol):
+    """The sizes of a graph's values, as numbers."""
+
+    def __call__(self, value: Any) -> tuple[int, ...]:
+        """Return the shape of a node's value."""
+        ...
+
+    def number(self, value: Any) -> int:
+        """Return a whole number, or the value of a node that is one."""
+        ...
+
+
+Count = Callable[[fx.Node, Sizes], int]
+
+
+def _product(left: int) -> Count:
+    """Count a matrix product whose left operand is argument number `left`."""
+
+    def count(node: fx.Node, sizes: Sizes) -> int:
+        return 2 * math.prod(sizes(node)) * sizes(node.args[left])[-1]
+
+    return count
+
+
+def _einsum(node: fx.Node, sizes: Sizes) -> int:
+    """Count every combination of labels once; an ellipsis stands for the output's leading axes."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    assert isinstance(operands, list | tuple)
+    lengths: dict[str, int] = {}
+    for labels, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+        shape = sizes(operand)
+        before, _, after = labels.partition("...")
+        lengths.update(zip(before, shape, strict=False))
+        lengths.update(zip(reversed(after), reversed(shape), strict=False))
+        lengths["..."] = math.prod(shape[len(before) : len(shape) - len(after)])
+    return 2 * math.prod(lengths.values())
+
+
+def _convolution(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * math.prod(sizes(node)) * math.prod(sizes(node.args[1])[1:])
+
+
+def _attention(node: fx.Node, sizes: Sizes) -> int:
+    """Count scores and mixing; queries, keys and values are the first three arguments."""
+    return _mixed(node, sizes, sizes(node.args[0])[-2] * sizes(node.args[1])[-2])
+
+
+def _mixed(node: fx.Node, sizes: Sizes, pairs: int) -> int:
+    """Count scores and mixing of so many pairs of a query and a key, in every head."""
+    query, value = sizes(node.args[0]), sizes(node.args[2])
+    return 2 * math.prod(query[:-2]) * pairs * (query[-1] + value[-1])
+
+
+def _structured(node: fx.Node, sizes: Sizes) -> int:
+    """Count the canonical attention: the pairs that its kernels do not skip."""
+    queries, keys = sizes(node.args[0])[-2], sizes(node.args[1])[-2]
+    structure = {name: x for name, x in node.kwargs.items() if name in OPTIONS}
+    return _mixed(node, sizes, _pairs(node, queries, keys, structure))
+
+
+def _pairs(node: fx.Node, queries: int, keys: int, structure: Mapping[str, Any]) -> int:
+    """Return the pairs that are computed of one head, with what positions hide."""
+    given = {name: x for name, x in node.kwargs.items() if isinstance(x, fx.Node)}
+    if "sinks" in given or node.kwargs.get("softcap") is not None:
+        return queries * keys
+    needed = Structure(**structure).needed(queries, keys)
+    if queries == 1:
+        return Keys.of(needed, needed.first_key(keys - 1), keys).count
+    sides = (given[n].meta["val"] if n in given else None for n in ("padding", "mask", "bias"))
+    cut = bands(queries, keys, Hidden(needed, *sides))
+    return queries * keys if cut is None else cut.scores + cut.blocks * cut.size * cut.first
+
+
+def _windowed(node: fx.Node, sizes: Sizes) -> int:
+    """Count attention over a ring: the keys that it holds, and those of the call."""
+    queries, slots = sizes(node.args[0])[-2], sizes(node.args[3])[-2]
+    window, first = (int(node.kwargs.get(name) or 0) for name in ("window", "first"))  # type: ignore[arg-type]
+    held = min(sizes.number(node.args[5]), slots)
+    keys = held + queries
+    if queries == 1:
+        return _mixed(node, sizes, min(keys, first + window))
+    structure = {"causal": True, "window": window, "first": first or None}
+    return _mixed(node, sizes, _pairs(node, queries, keys, structure))
+
+
+def _neighborhood(node: fx.Node, sizes: Sizes) -> int:
+    """Count the pairs of tokens that see each other."""
+    names = ("grid", "window", "stride", "dilation", "causal", "border", "leading")
+    given: dict[str, Any] = {n: node.kwargs[n] for n in names if n in node.kwargs}
+    return round(_attention(node, sizes) * Neighborhood.of(**given).share)
+
+
+def _routed(node: fx.Node, sizes: Sizes) -> int:
+    """Count the pairs of the heads that are on, where the op that makes the gates says how many."""
+    gates = node.args[3]
+    if not isinstance(gates, fx.Node) or "count" not in gates.kwargs:
+        return _attention(node, sizes)
+    given: dict[str, Any] = dict(gates.kwargs)
+    heads = sizes(node.args[0])[1]
+    always = heads - sizes(gates.args[1])[0] if "heads" in given else 0
+    on: int = always + given["count"] * given.get("group", 1)
+    return _attention(node, sizes) * on // heads
+
+
+def _agents(node: fx.Node, sizes: Sizes) -> int:
+    """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
+    given: dict[str, Any] = dict(node.kwargs)
+    cells, agents = (int(math.prod(given[n])) for n in ("grid", "agents"))
+    leading = int(given.get("leading", 0))
+    tokens = leading + cells
+    pairs = (leading + agents) * tokens + cells * agents
+    return _attention(node, sizes) * pairs // (tokens * tokens)
+
+
+COUNTS: Mapping[str, Count] = {
+    "mm": _product(0),
+    "bmm": _product(0),
+    "mv": _product(0),
+    "dot": _product(0),
+    "matmul": _product(0),
+    "linear": _product(0),
+    "_grouped_mm": _product(0),
+    "addmm": _product(1),
+    "baddbmm": _product(1),
+    "einsum": _einsum,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+    "convolution": _convolution,
+    "scaled_dot_product_attention": _attention,
+    "flex_attention": _attention,
+    "attention": _structured,
+    "window_attention": _windowed,
+    "neighborhood_attention": _neighborhood,
+    "routed_attention": _routed,
+    "agent_attention": _agents,
+}
