@@ -96,10 +96,10 @@ def _measured(
             raise CommandError("AO203", str(error), Exit.NOTHING) from error
         given = example_inputs(b) if load is None else load
         try:
-            rows = bench(a, b, given, rounds=arguments.rounds)
+            measured = bench(a, b, given, rounds=arguments.rounds)
         except NotImplementedError as error:  # a graph that ONNX has no form of
             raise CommandError("AO203", str(error), Exit.NOTHING) from error
-    return rows, None if load is None else load.tokens
+    return measured, None if load is None else load.tokens
 
 
 def _check_onnx() -> None:
