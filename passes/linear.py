@@ -11,6 +11,7 @@ https://arxiv.org/abs/2410.10254, https://arxiv.org/abs/2405.17381, https://arxi
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -237,15 +238,39 @@ def allocate(
 
 
 def choose(
-    program: Program, stats: Statistics, layers: float, **settings: Any
+    program: Program,
+    stats: Statistics,
+    layers: float,
+    *,
+    over_window: bool = False,
+    **settings: Any,
 ) -> tuple[Choice, ...]:
-    """Convert so many layers, or a share of all below 1, those that lose least."""
+    """Convert so many layers, or a share of all below 1, those that lose least.
+
+    With `over_window` they are those whose matrix saves most of what a window of as many bytes
+    would lose: where that is nothing, a window is the better choice.
+    """
     base = Config(**settings)
     able = _able(program, base)
     count = round(layers * len(program.main.sites)) if 0 < layers < 1 else int(layers)
     if not 0 <= count <= len(able):
         raise NothingToDoError(f"layers {layers!r}: {len(able)} attentions can be linear")
-    return _choices(base, _order(program, stats, base, able)[:count]) if count else ()
+    if not count:
+        return ()
+    order = _order(program, stats, base, able)
+    if not over_window:
+        return _choices(base, order[:count])
+    alone = _lost(program, stats, {s.name: as_window(s, base) for s in able})
+    order.sort(key=lambda item: item[1] - alone[item[0]])
+    return _choices(base, order[:count], alone)
+
+
+def as_window(site: Site, config: Config) -> Choice:
+    """Return a window alone whose cache has as many elements as that of this config, or more."""
+    slots = cost(site, config, None)["kv_elements"] / (
+        site.kv_heads * (site.head_dim + site.v_head_dim)
+    )
+    return Choice(site.name, "window", {"window": math.ceil(slots), "first": 0})
 
 
 def _able(program: Program, base: Config) -> list[Site]:
@@ -262,25 +287,38 @@ def _order(
     program: Program, stats: Statistics, base: Config, able: list[Site]
 ) -> list[tuple[str, float]]:
     """Return the attentions with what each loses of its output alone, the least first."""
+    settings = dataclasses.asdict(base)
+    lost = _lost(program, stats, {s.name: Choice(s.name, "linear", settings) for s in able})
+    return sorted(lost.items(), key=lambda item: (item[1], item[0]))
+
+
+def _lost(program: Program, stats: Statistics, made: Mapping[str, Choice]) -> dict[str, float]:
+    """Return what each attention loses of its output by what is made of it alone."""
     from attnopt.healing.comparing import site_losses
     from attnopt.rewriting import apply
 
-    if not able:
-        return []
-    plan = Plan(_choices(base, [(s.name, 0.0) for s in able]), statistics=stats)
+    if not made:
+        return {}
     exact_form = apply(program.main, "exact").growing
-    converted = apply(exact_form, plan).growing
+    converted = apply(exact_form, Plan(tuple(made.values()), statistics=stats)).growing
     batch = {n: x[:_ROWS] for n, x in stats.batches[-1].items()}
     lost = site_losses(converted, exact_form, batch)
-    return sorted(((s.name, lost[s.name]) for s in able), key=lambda item: (item[1], item[0]))
+    return {name: lost[name] for name in made}
 
 
-def _choices(base: Config, chosen: list[tuple[str, float]]) -> tuple[Choice, ...]:
+def _choices(
+    base: Config, chosen: list[tuple[str, float]], alone: Mapping[str, float] | None = None
+) -> tuple[Choice, ...]:
     settings = dataclasses.asdict(base)
     return tuple(
-        Choice(name, "linear", settings, f"loses {lost:.2%} of its output before healing")
+        Choice(name, "linear", settings, _why(lost, None if alone is None else alone[name]))
         for name, lost in sorted(chosen)
     )
+
+
+def _why(lost: float, alone: float | None) -> str:
+    found = f"loses {lost:.2%} of its output before healing"
+    return found if alone is None else f"{found}, a window of as many bytes {alone:.2%}"
 
 
 _ROWS: Final = 8
