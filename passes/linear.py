@@ -11,8 +11,8 @@ https://arxiv.org/abs/2410.10254, https://arxiv.org/abs/2405.17381, https://arxi
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -247,8 +247,8 @@ def choose(
 ) -> tuple[Choice, ...]:
     """Convert so many layers, or a share of all below 1, those that lose least.
 
-    With `over_window` they are those whose matrix saves most of what a window of as many bytes
-    would lose: where that is nothing, a window is the better choice.
+    With `over_window` they are those whose matrix saves most of the loss of a text that a window of
+    as many bytes would cost; where that is nothing, a window is the better choice.
     """
     base = Config(**settings)
     able = _able(program, base)
@@ -257,12 +257,19 @@ def choose(
         raise NothingToDoError(f"layers {layers!r}: {len(able)} attentions can be linear")
     if not count:
         return ()
-    order = _order(program, stats, base, able)
     if not over_window:
-        return _choices(base, order[:count])
-    alone = _lost(program, stats, {s.name: as_window(s, base) for s in able})
-    order.sort(key=lambda item: item[1] - alone[item[0]])
-    return _choices(base, order[:count], alone)
+        return _choices(base, _order(program, stats, base, able)[:count])
+    ours, windows = ([make(s, base) for s in able] for make in (_hybrid, as_window))
+    costs = [_raised(program, stats, made) for made in (ours, windows)]
+    lost = {c.site: pair for c, *pair in zip(ours, *costs, strict=True)}
+    order = sorted(ours, key=lambda c: (lost[c.site][0] - lost[c.site][1], c.site))[:count]
+    told = "costs {:.5f} nats alone, a window of as many bytes {:.5f}"
+    chosen = [replace(c, why=told.format(*lost[c.site])) for c in order]
+    return tuple(sorted(chosen, key=lambda c: c.site))
+
+
+def _hybrid(site: Site, config: Config) -> Choice:
+    return Choice(site.name, "linear", dataclasses.asdict(config))
 
 
 def as_window(site: Site, config: Config) -> Choice:
@@ -287,38 +294,45 @@ def _order(
     program: Program, stats: Statistics, base: Config, able: list[Site]
 ) -> list[tuple[str, float]]:
     """Return the attentions with what each loses of its output alone, the least first."""
-    settings = dataclasses.asdict(base)
-    lost = _lost(program, stats, {s.name: Choice(s.name, "linear", settings) for s in able})
-    return sorted(lost.items(), key=lambda item: (item[1], item[0]))
-
-
-def _lost(program: Program, stats: Statistics, made: Mapping[str, Choice]) -> dict[str, float]:
-    """Return what each attention loses of its output by what is made of it alone."""
     from attnopt.healing.comparing import site_losses
     from attnopt.rewriting import apply
 
-    if not made:
-        return {}
+    if not able:
+        return []
+    plan = Plan(_choices(base, [(s.name, 0.0) for s in able]), statistics=stats)
     exact_form = apply(program.main, "exact").growing
-    converted = apply(exact_form, Plan(tuple(made.values()), statistics=stats)).growing
+    converted = apply(exact_form, plan).growing
     batch = {n: x[:_ROWS] for n, x in stats.batches[-1].items()}
     lost = site_losses(converted, exact_form, batch)
-    return {name: lost[name] for name in made}
+    return sorted(((s.name, lost[s.name]) for s in able), key=lambda item: (item[1], item[0]))
 
 
-def _choices(
-    base: Config, chosen: list[tuple[str, float]], alone: Mapping[str, float] | None = None
-) -> tuple[Choice, ...]:
+def _raised(program: Program, stats: Statistics, made: Sequence[Choice]) -> list[float]:
+    """Return by how much each choice alone raises the loss, nats a token."""
+    from attnopt.rewriting import apply
+    from attnopt.verifying import losses
+
+    batches = stats.batches[1:] or stats.batches  # centres are those of the first
+    texts = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+    if not texts:
+        raise NothingToDoError("over_window compares losses of texts, and there are none")
+    rows = torch.cat(texts)[:_JUDGED]
+    exact_form = apply(program.main, "exact").growing
+    base = losses(exact_form, rows, "linear")
+    found: list[float] = []
+    for choice in made:
+        student = apply(exact_form, Plan((choice,), statistics=stats)).growing
+        found.append(float((losses(student, rows, "linear") - base).mean()))
+    return found
+
+
+def _choices(base: Config, chosen: list[tuple[str, float]]) -> tuple[Choice, ...]:
     settings = dataclasses.asdict(base)
     return tuple(
-        Choice(name, "linear", settings, _why(lost, None if alone is None else alone[name]))
+        Choice(name, "linear", settings, f"loses {lost:.2%} of its output before healing")
         for name, lost in sorted(chosen)
     )
 
 
-def _why(lost: float, alone: float | None) -> str:
-    found = f"loses {lost:.2%} of its output before healing"
-    return found if alone is None else f"{found}, a window of as many bytes {alone:.2%}"
-
-
+_JUDGED: Final = 32
 _ROWS: Final = 8

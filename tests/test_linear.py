@@ -1,5 +1,6 @@
 """The pass linear: what it refuses, what it starts from, and what is kept of a text."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -200,7 +201,7 @@ def test_layers_are_chosen_by_what_a_window_of_as_many_bytes_would_lose() -> Non
     teacher, stats = source()
     (one,) = linear.choose(teacher, stats, 1, over_window=True, **HYBRID)
     both = linear.choose(teacher, stats, 2, over_window=True, **HYBRID)
-    gains = {c.site: [float(x.rstrip("%")) for x in c.why.split() if "%" in x] for c in both}
+    gains = {c.site: [float(x) for x in re.findall(r"-?[0-9.]+", c.why)] for c in both}
     assert one.site == max(gains, key=lambda name: gains[name][1] - gains[name][0])
     site = teacher.sites[0]
     window = linear.as_window(site, linear.Config(**HYBRID))

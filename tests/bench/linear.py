@@ -15,6 +15,7 @@ condition of JUDGED is missed.
 """
 
 import argparse
+import gc
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from harness import RESULTS, as_row, compare, machine, write
+from harness import RESULTS, Timing, as_row, compare, machine, write
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,6 +53,8 @@ RECIPE: Final = {
 CALIBRATED: Final = 16
 HEADS, WIDTH, FEATURES, WINDOW = 8, 64, 64, 64
 FIRST: Final = 4
+# Rounds of steps that are not timed.
+WARMING: Final = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +100,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--site-steps", type=int, default=60, help="of them site by site")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--texts", type=int, nargs="+", default=[512, 2048, 8192, 16384])
-    parser.add_argument("--rounds", type=int, default=30, help="of timing, at most")
+    parser.add_argument("--rounds", type=int, default=15, help="of timing prefill, at most")
+    parser.add_argument("--steps-rounds", type=int, default=2000, help="of timing steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="write no results")
@@ -335,18 +339,36 @@ def _decoding(options: argparse.Namespace) -> list[dict[str, Any]]:
         calls[str(seen)] = lambda cache=cache: run(input_ids=token, past_key_values=cache)
     first, last = str(options.texts[0]), str(options.texts[-1])
     with torch.no_grad():
-        timing = compare(calls, base=first, most=options.rounds)
+        timing = _interleaved(calls, options.steps_rounds)
     rows: list[dict[str, Any]] = [
         {
             "seen": seen,
             "step_ms": round(1e3 * timing.median(str(seen)), 3),
             "state_bytes": states[seen],
+            "over_first": as_row(timing.speedup(first, str(seen))),
         }
         for seen in options.texts
     ]
     assert len(set(states.values())) == 1
     growth = timing.speedup(first, last)
-    return [*rows, {"growth": round(growth.ratio, 3), "growth_ci95": [growth.low, growth.high]}]
+    told = {"growth": round(growth.ratio, 4), "growth_ci95": [growth.low, growth.high]}
+    return [*rows, {**told, "rounds": options.steps_rounds}]
+
+
+def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> Timing:
+    """Time one call of each in every round, so that what slows the machine slows all alike."""
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.disable()
+    for number in range(-WARMING, rounds):
+        turn = number % len(names)
+        for name in (*names[turn:], *names[:turn]):
+            start = time.perf_counter()
+            calls[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    gc.enable()
+    return Timing({name: tuple(found) for name, found in seconds.items()})
 
 
 PARTS: Final[dict[str, Callable[[argparse.Namespace], Iterable[dict[str, Any]]]]] = {
