@@ -11,7 +11,8 @@ https://arxiv.org/abs/2410.10254, https://arxiv.org/abs/2405.17381, https://arxi
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -237,15 +238,46 @@ def allocate(
 
 
 def choose(
-    program: Program, stats: Statistics, layers: float, **settings: Any
+    program: Program,
+    stats: Statistics,
+    layers: float,
+    *,
+    over_window: bool = False,
+    **settings: Any,
 ) -> tuple[Choice, ...]:
-    """Convert so many layers, or a share of all below 1, those that lose least."""
+    """Convert so many layers, or a share of all below 1, those that lose least.
+
+    With `over_window` they are those whose matrix saves most of the loss of a text that a window of
+    as many bytes would cost; where that is nothing, a window is the better choice.
+    """
     base = Config(**settings)
     able = _able(program, base)
     count = round(layers * len(program.main.sites)) if 0 < layers < 1 else int(layers)
     if not 0 <= count <= len(able):
         raise NothingToDoError(f"layers {layers!r}: {len(able)} attentions can be linear")
-    return _choices(base, _order(program, stats, base, able)[:count]) if count else ()
+    if not count:
+        return ()
+    if not over_window:
+        return _choices(base, _order(program, stats, base, able)[:count])
+    ours, windows = ([make(s, base) for s in able] for make in (_hybrid, as_window))
+    costs = [_raised(program, stats, made) for made in (ours, windows)]
+    lost = {c.site: pair for c, *pair in zip(ours, *costs, strict=True)}
+    order = sorted(ours, key=lambda c: (lost[c.site][0] - lost[c.site][1], c.site))[:count]
+    told = "costs {:.5f} nats alone, a window of as many bytes {:.5f}"
+    chosen = [replace(c, why=told.format(*lost[c.site])) for c in order]
+    return tuple(sorted(chosen, key=lambda c: c.site))
+
+
+def _hybrid(site: Site, config: Config) -> Choice:
+    return Choice(site.name, "linear", dataclasses.asdict(config))
+
+
+def as_window(site: Site, config: Config) -> Choice:
+    """Return a window alone whose cache has as many elements as that of this config, or more."""
+    slots = cost(site, config, None)["kv_elements"] / (
+        site.kv_heads * (site.head_dim + site.v_head_dim)
+    )
+    return Choice(site.name, "window", {"window": math.ceil(slots), "first": 0})
 
 
 def _able(program: Program, base: Config) -> list[Site]:
@@ -275,6 +307,25 @@ def _order(
     return sorted(((s.name, lost[s.name]) for s in able), key=lambda item: (item[1], item[0]))
 
 
+def _raised(program: Program, stats: Statistics, made: Sequence[Choice]) -> list[float]:
+    """Return by how much each choice alone raises the loss, nats a token."""
+    from attnopt.rewriting import apply
+    from attnopt.verifying import losses
+
+    batches = stats.batches[1:] or stats.batches  # centres are those of the first
+    texts = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+    if not texts:
+        raise NothingToDoError("over_window compares losses of texts, and there are none")
+    rows = torch.cat(texts)[:_JUDGED]
+    exact_form = apply(program.main, "exact").growing
+    base = losses(exact_form, rows, "linear")
+    found: list[float] = []
+    for choice in made:
+        student = apply(exact_form, Plan((choice,), statistics=stats)).growing
+        found.append(float((losses(student, rows, "linear") - base).mean()))
+    return found
+
+
 def _choices(base: Config, chosen: list[tuple[str, float]]) -> tuple[Choice, ...]:
     settings = dataclasses.asdict(base)
     return tuple(
@@ -283,4 +334,5 @@ def _choices(base: Config, chosen: list[tuple[str, float]]) -> tuple[Choice, ...
     )
 
 
+_JUDGED: Final = 32
 _ROWS: Final = 8

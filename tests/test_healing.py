@@ -400,6 +400,7 @@ def test_a_broken_checkpoint_is_told(tmp_path: Path) -> None:
     [
         ({"steps": 0}, ValueError, "steps 0 must be at least 1"),
         ({"steps": 4, "lr": 0.0}, ValueError, "lr 0.0 must be above 0"),
+        ({"steps": 4, "added_lr": 0.0}, ValueError, "added_lr 0.0 must be above 0"),
         ({"steps": 4, "train": "some"}, ValueError, "changed, sites, all"),
         ({"steps": 4, "site_steps": 5}, ValueError, "more than all steps"),
         ({"steps": 4, "learning_rate": 1.0}, TypeError, "no setting 'learning_rate'"),

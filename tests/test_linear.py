@@ -1,5 +1,6 @@
 """The pass linear: what it refuses, what it starts from, and what is kept of a text."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -182,6 +183,32 @@ def test_healing_starts_at_its_attention_and_is_told_what_the_matrix_brings() ->
     assert len(added) == 6
     assert all(not torch.equal(before[n], after[n]) for n in added)
     assert "linear" in result.content()
+
+
+def test_maps_may_learn_faster_than_the_weights_that_were_there() -> None:
+    teacher, _ = source()
+    student = converted({"window": 2, "feature": "hedgehog"})
+    left: list[float] = []
+    for added in (None, 3e-2):
+        recipe = Recipe(20, site_steps=20, site_lr=1e-5, added_lr=added, every=20)
+        lost = healed(student, teacher, rows(), recipe).losses["sites"]
+        left.append(sum(lost[-5:]) / sum(lost[:5]))
+    assert left[0] > 0.95
+    assert left[1] < 0.97 * left[0]
+
+
+def test_layers_are_chosen_by_what_a_window_of_as_many_bytes_would_lose() -> None:
+    teacher, stats = source()
+    (one,) = linear.choose(teacher, stats, 1, over_window=True, **HYBRID)
+    both = linear.choose(teacher, stats, 2, over_window=True, **HYBRID)
+    gains = {c.site: [float(x) for x in re.findall(r"-?[0-9.]+", c.why)] for c in both}
+    assert one.site == max(gains, key=lambda name: gains[name][1] - gains[name][0])
+    site = teacher.sites[0]
+    window = linear.as_window(site, linear.Config(**HYBRID))
+    assert window.rewrite == "window"
+    told = linear.cost(site, linear.Config(**HYBRID), None)["kv_elements"]
+    slots = window.config["window"]
+    assert slots - 1 < told / (site.kv_heads * (site.head_dim + site.v_head_dim)) <= slots
 
 
 def test_the_share_of_far_keys_is_measured() -> None:

@@ -115,7 +115,7 @@ def moving(program: Program, teacher: Program, recipe: Recipe) -> frozenset[str]
     if recipe.train == "sites":
         named = {p.parameter for s in program.sites for p in s.projections.values()}
         named |= {p.bias for s in program.sites for p in s.projections.values() if p.bias}
-        return frozenset((named | _new(program, teacher)) & floating)
+        return frozenset((named | added(program, teacher)) & floating)
     found = {n for n in floating if changed(program, teacher, n)}
     # The weights around an op that was replaced are to make up for what it does differently.
     found |= {p for r in regions_of(program, (), teacher) for p in r.ends} & floating
@@ -127,10 +127,10 @@ def moving(program: Program, teacher: Program, recipe: Recipe) -> frozenset[str]
     return frozenset(found)
 
 
-def _new(program: Program, teacher: Program) -> set[str]:
+def added(program: Program, teacher: Program) -> frozenset[str]:
     """Return the parameters that the teacher does not have."""
     read = (b.name for b in program.bindings.values() if b.kind == "parameter")
-    return {name for name in read if name not in teacher.weights}
+    return frozenset(name for name in read if name not in teacher.weights)
 
 
 def changed(program: Program, teacher: Program, name: str) -> bool:

@@ -13,7 +13,7 @@ from attnopt.branches import Branches, branches, has_branches
 from attnopt.frontend import capture
 from attnopt.healing import checkpoints
 from attnopt.healing.functional import Functional, wide_weights
-from attnopt.healing.learner import Learner, changed, moving
+from attnopt.healing.learner import Learner, added, changed, moving
 from attnopt.healing.pace import Pace
 from attnopt.healing.recipe import Recipe
 from attnopt.healing.regions import Cut, cut, regions_of
@@ -139,6 +139,7 @@ def _task(program: Program, teacher: Program, rows: Rows, recipe: Recipe, worker
         workers,
         _cut(program, teacher, names),
         pace,
+        added(program, teacher),
     )
 
 

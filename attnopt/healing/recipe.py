@@ -23,6 +23,7 @@ class Recipe:
     site_steps: int | None = None  # of them site by site; None: a quarter
     lr: float = 3e-4
     site_lr: float = 1e-3  # a model of a few million weights takes four times as much
+    added_lr: float | None = None  # site by site, of what the rewrite added; None: site_lr
     batch: int = 8
     accumulate: int = 1
     train: Train = "changed"
@@ -55,6 +56,8 @@ class Recipe:
         for name in ("lr", "site_lr", "alpha", "temperature", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be above 0")
+        if self.added_lr is not None and not self.added_lr > 0:
+            raise ValueError(f"added_lr {self.added_lr!r} must be above 0")
         if self.site_steps is not None and self.site_steps > self.steps:
             raise ValueError(f"site_steps {self.site_steps} are more than all steps ({self.steps})")
         for name, allowed in (("train", _TRAIN), ("dtype", _DTYPES)):
@@ -65,6 +68,11 @@ class Recipe:
     def first_steps(self) -> int:
         """How many steps go site by site."""
         return self.steps // 4 if self.site_steps is None else self.site_steps
+
+    @property
+    def haste(self) -> float:
+        """How many times faster than other weights those learn that the rewrite added."""
+        return 1.0 if self.added_lr is None else self.added_lr / self.site_lr
 
     def strength(self, step: int) -> float:
         """Return how strong ops that are annealed are at a step, 0 to 1."""

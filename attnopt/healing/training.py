@@ -50,7 +50,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Task:
-    """A student, its teacher, their rows, and what is done with them."""
+    """A student, its teacher, their rows, and what is done with them.
+
+    `added` names the weights that the teacher does not have.
+    """
 
     recipe: Recipe
     rows: Rows
@@ -62,6 +65,7 @@ class Task:
     workers: Workers
     cut: Cut | None = None
     pace: Pace = field(default_factory=Pace)
+    added: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -214,8 +218,12 @@ class Run:
             self.optimizer = self._made(stage)
 
     def _made(self, stage: Stage) -> torch.optim.AdamW:
-        decay = self.task.recipe.weight_decay
-        return torch.optim.AdamW(list(stage.leaves.values()), lr=stage.lr, weight_decay=decay)
+        recipe, added = self.task.recipe, self.task.learner.leaves_of(self.task.added)
+        groups = [
+            {"params": [x for n, x in stage.leaves.items() if (n in added) is new], "haste": haste}
+            for new, haste in ((False, 1.0), (True, recipe.haste))
+        ]
+        return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=recipe.weight_decay)
 
     def _steps(self, stage: Stage) -> Iterator[None]:
         """Take the steps of a stage; yield after each."""
@@ -254,7 +262,7 @@ class Run:
         task.workers.average([*(x.grad for x in leaves if x.grad is not None), total])
         torch.nn.utils.clip_grad_norm_(leaves, recipe.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = stage.rate(step, recipe)
+            group["lr"] = stage.rate(step, recipe) * group["haste"]
         if math.isfinite(float(total)):
             self.optimizer.step()
         return float(total)
