@@ -388,8 +388,8 @@ def test_healing_brings_a_mixture_closer(teacher, tmp_path):
     program, stats, rows = teacher
     student = routed(program, stats)
     settings = {"lr": 1e-2, "site_lr": 1e-2, "train": "sites", "batch": 8, "every": 20}
-    result = healed(student, program, rows, Recipe(60, **settings))
-    assert 0 < result.left < 0.85
+    result = healed(student, program, rows, Recipe(60, anneal=0, **settings))
+    assert 0 < result.left < 0.9
     attnopt.save(result.program, tmp_path / "healed")
     loaded = attnopt.load(tmp_path / "healed")
     with torch.no_grad():
