@@ -30,7 +30,7 @@ _DENSE: Final = 0.8
 # of all heads where there is one query.
 _SMALL, _SMALL_STEP = 2**16, 2**14
 # Keys before a tile's first token that are worth a call without a mask.
-_PREFIX: Final = 512
+_PREFIX: Final = 128
 
 _with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
