@@ -1,53 +1,59 @@
 """Let each token use only the heads that matter to it: mixture of heads, with or without training.
 
-`dynamic` chooses by the norms of a token's queries, each head's scaled to what it gives for it, and
-solves the output projection anew for what is left. `group` chooses key heads with their readers, so
-that a step need not read the cache of those that are off. `trained` has routers that begin as zeros
-and learn while the model is healed, beside heads that are always on.
+`dynamic` chooses by what each head is expected to give to a token, which a router fitted on
+calibration rows tells from the token and the norms of its queries, and solves the output projection
+anew for what is left. `group` chooses key heads with their readers, so that a step need not read
+the cache of those that are off. `trained` has routers that begin as zeros and learn while the model
+is healed, beside heads that are always on. A number of heads on average is spread over the
+attentions by what each of them loses (`attnopt.spreading`).
 https://arxiv.org/abs/2410.11842
 """
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, fx
 
-from attnopt.calibrating import inputs_of
-from attnopt.contributing import norm_scales
+from attnopt.contributing import fitted_router, norm_scales, tokens_of
 from attnopt.finder.emit import Writer
-from attnopt.finder.ops import args, kind, value
+from attnopt.finder.ops import value
 from attnopt.moments import Statistics
-from attnopt.nouns import No, Site
-from attnopt.ops import norm_gates, routed_attention, router_gates
+from attnopt.nouns import Choice, No, Site
+from attnopt.ops import fitted_gates, norm_gates, routed_attention, router_gates
+from attnopt.program import Program
 from attnopt.refusals import unreadable
+from attnopt.spreading import numbers, spread
 from attnopt.surgery import GraphEdit
 
 exact = False
 tier = 2
 
 Mode = Literal["dynamic", "group", "trained"]
+Score = Literal["fitted", "scaled", "norm"]
 _MODES: Final = ("dynamic", "group", "trained")
+_SCORES: Final = ("fitted", "scaled", "norm")
 _ROUTERS: Final = ("pair", "shared", "routed")
 
 
 @dataclass(frozen=True)
 class Config:
-    """How many `heads` each token uses; None for half of them.
+    """How many `heads` each token uses, at this site or on `average`; None for half of them.
 
     In the mode `group` these are key heads. `shared` of them, those that give most, are always on
-    in the mode `trained`. `scaled` makes the norms of different heads comparable by what
-    calibration saw; `refit` solves the output projection for the heads that are on, layer after
-    layer, unless the mode is `trained`.
+    in the mode `trained`. Unless it is, `score` says by what heads are chosen: a `fitted` router,
+    the norms of queries, each head's `scaled` to what it gives for it, or the bare `norm`; and
+    `refit` solves the output projection for the heads that are on, layer after layer.
     """
 
     mode: Mode = "dynamic"
     heads: int | None = None
     shared: int = 0
-    scaled: bool = True
+    score: Score = "fitted"
     refit: bool | None = None
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if self.refit is None:
@@ -56,7 +62,7 @@ class Config:
 
 def weightless(config: Config) -> bool:
     """Tell whether nothing is read from calibration."""
-    return config.mode != "trained" and not (config.scaled or config.refit)
+    return config.mode != "trained" and config.score == "norm" and not config.refit
 
 
 def fits(site: Site, config: Config) -> Literal[True] | No:
@@ -68,12 +74,18 @@ def fits(site: Site, config: Config) -> Literal[True] | No:
 
 
 def _settings(site: Site, config: Config) -> Iterable[No | None]:
-    if config.mode not in _MODES:
-        near = difflib.get_close_matches(str(config.mode), _MODES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(_MODES)}"
-        yield No(f"unknown mode {config.mode!r}; {hint}", site.name)
-        return
+    for name, allowed in (("mode", _MODES), ("score", _SCORES)):
+        given = getattr(config, name)
+        if given not in allowed:
+            near = difflib.get_close_matches(str(given), allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(allowed)}"
+            yield No(f"unknown {name} {given!r}; {hint}", site.name)
+            return
     units, kind = _units(site, config), "key heads" if config.mode == "group" else "heads"
+    if config.average is not None and config.heads is not None:
+        yield No("either `heads` of this site, or an `average` over sites", site.name)
+    if config.average is not None and not 1 <= config.average <= units:
+        yield No(f"average {config.average}: each token uses 1 to {units} {kind}", site.name)
     if not 1 <= _count(site, config) <= units:
         yield No(f"heads {config.heads}: each token uses 1 to {units} {kind}", site.name)
     if config.mode == "trained" and not 0 <= config.shared < _count(site, config):
@@ -94,10 +106,10 @@ def _site(site: Site, config: Config) -> Iterable[No | None]:
                  site.name)  # fmt: skip
     if config.mode == "group" and site.heads % site.kv_heads:
         yield No("its key heads have unlike numbers of query heads", site.name)
-    if config.mode != "trained" and site.qk_norm is not None:
+    if config.mode != "trained" and config.score != "fitted" and site.qk_norm is not None:
         yield No(
             f"its queries pass a {site.qk_norm} norm, after which all are about as long; choose "
-            "the mode 'trained'",
+            "the score 'fitted'",
             site.name,
         )
 
@@ -112,6 +124,8 @@ def convert(site: Site, stats: Statistics, config: Config) -> dict[str, Tensor]:
 
 def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
     """Make gates, and let the attention of a site have them."""
+    if is_open(config):
+        return No(f"{config.average} heads on average have to be spread over all sites", site.name)
     if config.mode != "trained" and _is_whole(site, config):
         return None
     match = edit.match_of(site)
@@ -119,10 +133,7 @@ def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
         return match
     node = edit.mapping[match.anchor]
     writer = Writer(edit.graph, edit.view.shapes, node, edit.mapping)
-    if config.mode == "trained":
-        gates = _learned_gates(edit, writer, node, site, config)
-    else:
-        gates = _gates_of_norms(edit, writer, node, site, config)
+    gates = _gates(edit, writer, match.anchor, site, config)
     if isinstance(gates, No):
         return gates
     node.target = routed_attention
@@ -154,6 +165,8 @@ def _units(site: Site, config: Config) -> int:
 
 
 def _count(site: Site, config: Config) -> int:
+    if config.average is not None:
+        return round(config.average)
     return max(1, _units(site, config) // 2) if config.heads is None else config.heads
 
 
@@ -161,47 +174,96 @@ def _is_whole(site: Site, config: Config) -> bool:
     return _count(site, config) == _units(site, config)
 
 
+# ---------------------------------------------------------------------------------------- spreading
+
+
+def is_open(config: Config) -> bool:
+    """Tell whether a site's own number of heads is left to the calibration data."""
+    return config.average is not None
+
+
+def settle(program: Program, stats: Statistics, choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Say how many heads each site uses, where a number is given on average.
+
+    Choices of the same settings share what is on.
+    """
+    found = list(choices)
+    sites = {s.name: s for s in program.sites}
+    asked = [Config(**c.config) for c in choices]
+    for config in dict.fromkeys(c for c in asked if is_open(c)):
+        own = {c.site: i for i, c in enumerate(choices) if asked[i] == config}
+        own = {name: i for name, i in own.items() if fits(sites[name], config) is True}
+        assert config.average is not None
+        ways = {name: _ways(sites[name], config) for name in own}
+        for name, count in spread(program, stats, ways, config.average).items() if ways else ():
+            settings = asdict(replace(config, heads=count, average=None))
+            why = f"{count} heads; {config.average:.4g} on average over {len(own)} sites"
+            found[own[name]] = replace(found[own[name]], config=settings, why=why)
+    return tuple(found)
+
+
+def _ways(site: Site, config: Config) -> dict[int, Choice | None]:
+    """Return how a site has each number of heads, before its output projection is refitted."""
+    units = _units(site, config)
+    least = config.shared + 1 if config.mode == "trained" else 1
+    found: dict[int, Choice | None] = {}
+    for count in numbers(units):
+        alone = replace(config, heads=count, average=None, refit=False)
+        if count >= least:
+            found[count] = None if count == units else Choice(site.name, "moh", asdict(alone))
+    return found
+
+
 # ------------------------------------------------------------------------------------------- gates
 
 
+def _gates(
+    edit: GraphEdit, writer: Writer, anchor: fx.Node, site: Site, config: Config
+) -> fx.Node | No:
+    """Insert what chooses heads; routers read what the queries are made of."""
+    read: Any = anchor.args[0]
+    queries = edit.mapping[read]
+    if config.mode != "trained" and config.score != "fitted":
+        return _gates_of_norms(edit, writer, queries, site, config)
+    source = tokens_of(edit.program, read, site)
+    if isinstance(source, No):
+        return source
+    if config.mode == "trained":
+        return _learned_gates(edit, writer, source, site, config)
+    options = _options(site, config)
+    router = fitted_router(edit.program, edit.statistics, site, group="group" in options)
+    router = router.to(edit.program.weights[site.projections["o"].parameter].dtype)
+    made = edit.parameter(_named(site, "fitted"), router.contiguous())
+    return writer.call(fitted_gates, queries, edit.mapping[source], made, **options)
+
+
+def _options(site: Site, config: Config) -> dict[str, Any]:
+    """Say how many heads are on, and how many go together."""
+    found = {"count": _count(site, config)}
+    return found | ({"group": site.heads // site.kv_heads} if config.mode == "group" else {})
+
+
 def _gates_of_norms(
-    edit: GraphEdit, writer: Writer, node: fx.Node, site: Site, config: Config
+    edit: GraphEdit, writer: Writer, queries: fx.Node, site: Site, config: Config
 ) -> fx.Node:
-    options: dict[str, Any] = {"count": _count(site, config)}
-    if config.scaled:
+    options = _options(site, config)
+    if config.score == "scaled":
         options["scales"] = norm_scales(edit.program, edit.statistics, site).tolist()
-    if config.mode == "group":
-        options["group"] = site.heads // site.kv_heads
-    return writer.call(norm_gates, node.args[0], **options)
+    return writer.call(norm_gates, queries, **options)
 
 
 def _learned_gates(
-    edit: GraphEdit, writer: Writer, node: fx.Node, site: Site, config: Config
-) -> fx.Node | No:
-    """Insert the routers; they read what the queries are made of."""
-    source = _source(edit, node, site)
-    if isinstance(source, No):
-        return source
+    edit: GraphEdit, writer: Writer, source: fx.Node, site: Site, config: Config
+) -> fx.Node:
+    """Insert routers of zeros."""
     shapes = _routers(site, config, int(value(source).shape[-1]))
     like = edit.program.weights[site.projections["o"].parameter]
     made = {n: edit.parameter(_named(site, n), like.new_zeros(s)) for n, s in shapes.items()}
     options = {"count": _count(site, config) - config.shared, "heads": _order(edit, site, config)}
-    routers = [made[n] for n in ("routed", "pair", "shared") if n in made]
+    routers = [made.get(n) for n in ("routed", "pair", "shared")]
+    while routers[-1] is None:
+        routers.pop()
     return writer.call(router_gates, edit.mapping[source], *routers, **options)
-
-
-def _source(edit: GraphEdit, node: fx.Node, site: Site) -> fx.Node | No:
-    """Return what the queries are made of, as tokens (B, T, C); some sources flatten it first."""
-    name = site.projections["q"].parameter
-    queries: Any = node.args[0]
-    batch, _, tokens, _ = value(queries).shape
-    found = inputs_of(edit.program, [name]).get(name)
-    while found is not None and found.op == "call_function":
-        shape = value(found).shape
-        if len(shape) == 3 and shape[0] == batch and shape[1] == tokens:
-            return found
-        found = args(found)[0] if kind(found) in ("view", "reshape", "_unsafe_view") else None
-    return No("its queries are not made of tokens in the order of a batch", site.name)
 
 
 def _order(edit: GraphEdit, site: Site, config: Config) -> list[int]:
@@ -212,9 +274,10 @@ def _order(edit: GraphEdit, site: Site, config: Config) -> list[int]:
 
 
 def _routers(site: Site, config: Config, width: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the routers."""
+    """Return the shapes of the routers; one shared head has nothing to share, and none."""
     rows = {"pair": 2, "shared": config.shared, "routed": site.heads - config.shared}
-    return {n: (rows[n], width) for n in _ROUTERS if config.shared or n == "routed"}
+    least = {"pair": 1, "shared": 2, "routed": 0}
+    return {n: (rows[n], width) for n in _ROUTERS if config.shared >= least[n]}
 
 
 def _named(site: Site, router: str) -> str:

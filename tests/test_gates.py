@@ -4,7 +4,7 @@ import pytest
 import torch
 from conformance import draw
 
-from attnopt.ops import norm_gates, router_gates
+from attnopt.ops import fitted_gates, norm_gates, router_gates
 from attnopt.ops.gates import annealed, balance, norm_gates_reference, router_gates_reference
 
 
@@ -29,6 +29,19 @@ def test_groups_go_together_by_the_root_of_their_squares():
     assert torch.equal(gates[:, 0] > 0, sizes[:, 0] > sizes[:, 1])
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_fitted_router_reads_tokens_and_norms(group):
+    q, x, router = draw(2, 6, 5, 4), draw(2, 5, 7, seed=1), draw(6 // group, 14, seed=2)
+    gates = fitted_gates(q, x, router, count=1, group=group)
+    assert gates.shape == (2, 6, 5)
+    for row in range(2):
+        for token in range(5):
+            told = torch.cat([x[row, token], q[row, :, token].norm(dim=-1), torch.ones(1)])
+            best = int((router @ told).argmax())
+            on = gates[row, :, token].nonzero().flatten().tolist()
+            assert on == list(range(best * group, (best + 1) * group))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_of_equal_heads_the_first_ones_are_on(dtype):
     gates = norm_gates(torch.ones(1, 5, 3, 8, dtype=dtype), count=2)
@@ -48,6 +61,14 @@ def test_routers_of_zeros_let_all_heads_through_as_they_are(shared):
         draw(2, 7, 8).float(), zeros[shared:], *both, count=5 - shared, heads=heads
     )
     torch.testing.assert_close(gates, torch.ones(2, 5, 7))
+
+
+def test_a_single_shared_head_needs_no_router():
+    x, routed, pair = draw(2, 7, 8), draw(3, 8, seed=1), draw(2, 8, seed=2)
+    alone = router_gates(x, routed, pair, count=2, heads=[1, 0, 2, 3])
+    beside = router_gates(x, routed, pair, draw(1, 8, seed=3), count=2, heads=[1, 0, 2, 3])
+    torch.testing.assert_close(alone, beside)
+    torch.testing.assert_close(alone[:, 1], 2 * torch.softmax(x @ pair.T, -1)[..., 0])
 
 
 def test_learned_gates_are_those_of_the_formula():

@@ -4,7 +4,7 @@ from attnopt.ops.agent import agent_attention, agent_attention_reference
 from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
-from attnopt.ops.gates import norm_gates, router_gates
+from attnopt.ops.gates import fitted_gates, norm_gates, router_gates
 from attnopt.ops.linear import (
     linear_attention,
     linear_attention_reference,
@@ -35,6 +35,7 @@ __all__ = [
     "block_attention_reference",
     "cached_attention",
     "cached_attention_reference",
+    "fitted_gates",
     "linear_attention",
     "linear_attention_reference",
     "linear_attention_step",

@@ -31,7 +31,7 @@ _DENSE: Final = 0.8
 # of all heads where there is one query.
 _SMALL, _SMALL_STEP = 2**16, 2**14
 # Keys before a tile's first token that are worth a call without a mask.
-_PREFIX: Final = 512
+_PREFIX: Final = 128
 
 _with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -85,20 +85,25 @@ def by_rows(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, given: Options) -> T
     row, key_head, token, member = on.nonzero(as_tuple=True)
     head = key_head * group + member
     place = (row * tokens + token) * heads + head
-    rows = _Rows(_by_token(q).index_select(0, place), token, head)
-    counts = on.sum((2, 3)).tolist()
+    rows = _Rows(_by_token(q), place, token, head)
+    shares = _by_token(gates.unsqueeze(-1)).to(v.dtype)
+    found = v.new_zeros(batch * tokens * heads, v.shape[3])
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gates))
     parts: list[Tensor] = []
     start = 0
-    for number, own in enumerate(counts):
+    for number, own in enumerate(on.sum((2, 3)).tolist()):
         mine = rows.part(start, sum(own))
         start += sum(own)
-        if sum(own):
-            parts += _Keys.of(q, k, v, given, number).attended(mine, own)
-    found = v.new_zeros(batch, tokens, heads, v.shape[3])
+        for tile, part in _Keys.of(q, k, v, given, number).attended(mine, own) if sum(own) else ():
+            if learns:
+                parts.append(part)
+                continue
+            # What a tile gives goes where it belongs at once: memory is taken once and not thrice.
+            part *= shares.index_select(0, tile.place)
+            found.index_copy_(0, tile.place, part)
     if parts:
-        shares = _by_token(gates.unsqueeze(-1)).index_select(0, place).to(v.dtype)
-        found.view(-1, v.shape[3]).index_copy_(0, place, torch.cat(parts) * shares)
-    return found.transpose(1, 2)
+        found = found.index_copy(0, place, torch.cat(parts) * shares.index_select(0, place))
+    return found.view(batch, tokens, heads, -1).transpose(1, 2)
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -116,15 +121,22 @@ def _in_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Queries that are on, (rows, D), and which token and head each is of."""
+    """Where queries that are on are among all of them, and which token and head each is of."""
 
-    queries: Tensor
+    all: Tensor
+    place: Tensor
     token: Tensor
     head: Tensor
 
+    @property
+    def queries(self) -> Tensor:
+        """The queries that are on, (rows, D)."""
+        return self.all.index_select(0, self.place)
+
     def part(self, start: int, count: int) -> "_Rows":
         """Return some of them."""
-        return _Rows(*(x.narrow(0, start, count) for x in (self.queries, self.token, self.head)))
+        cut = (x.narrow(0, start, count) for x in (self.place, self.token, self.head))
+        return _Rows(self.all, *cut)
 
 
 @dataclass(frozen=True)
@@ -166,20 +178,22 @@ class _Keys:
         held = real.nonzero().squeeze(1)
         return replace(whole, k=k[:, :, held], v=v[:, :, held], seen=counts[seen])
 
-    def attended(self, rows: _Rows, counts: list[int]) -> Iterator[Tensor]:
-        """Yield the results of rows, tile by tile, of which so many are of each key head."""
+    def attended(self, rows: _Rows, counts: list[int]) -> Iterator[tuple[_Rows, Tensor]]:
+        """Yield rows, tile by tile, with their results; so many rows are of each key head."""
         tiles = list(_tiles(counts, self.tokens))
         if self.seen is None:
             for key_head, start, count in tiles:
-                yield self._masked(rows.part(start, count), key_head)
+                tile = rows.part(start, count)
+                yield tile, self._masked(tile, key_head)
             return
         seen = self.seen[rows.token]
         edges = torch.tensor([[start, start + count - 1] for _, start, count in tiles])
         bounds = seen[edges.to(seen.device)].tolist()
-        joins = _joins(rows.queries, self.k, self.v)
+        joins = _joins(rows.all, self.k, self.v)
         for (key_head, start, count), (least, most) in zip(tiles, bounds, strict=True):
-            q, own = rows.queries.narrow(0, start, count)[None, None], seen.narrow(0, start, count)
-            yield self._first(q, own, key_head, least, most, joins=joins)
+            tile, own = rows.part(start, count), seen.narrow(0, start, count)
+            q = tile.queries[None, None]
+            yield tile, self._first(q, own, key_head, least, most, joins=joins)
 
     def _first(
         self, q: Tensor, seen: Tensor, key_head: int, least: int, most: int, *, joins: bool

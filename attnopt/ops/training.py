@@ -37,5 +37,6 @@ def trainings() -> dict[Any, Training]:
 
     return {
         gates.norm_gates: Training(gates.norm_options),
+        gates.fitted_gates: Training(gates.norm_options),
         gates.router_gates: Training(gates.router_options, gates.router_loss),
     }

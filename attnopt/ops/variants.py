@@ -51,6 +51,8 @@ def fast_copies() -> dict[Any, Fast]:
 def direct_calls() -> dict[Any, Callable[..., Any]]:
     """Return what to call in place of other ops where a graph runs op by op or is traced."""
     from attnopt.ops.gates import (
+        fitted_gates,
+        fitted_gates_reference,
         norm_gates,
         norm_gates_reference,
         router_gates,
@@ -61,5 +63,6 @@ def direct_calls() -> dict[Any, Callable[..., Any]]:
     return {
         plan_blocks: plan_tiles,
         norm_gates: norm_gates_reference,
+        fitted_gates: fitted_gates_reference,
         router_gates: router_gates_reference,
     }

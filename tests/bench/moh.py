@@ -1,17 +1,20 @@
 """What it costs and saves that each token uses some heads only: pass moh.
 
     python tests/bench/moh.py
-    python tests/bench/moh.py --only quality --rows 24 --draws 1
-    python tests/bench/moh.py --only times --tokens 1024 --rounds 7
+    python tests/bench/moh.py --parts quality --rows 24 --draws 1
+    python tests/bench/moh.py --parts times --tokens 1024 --rounds 7
 
 `quality`: excess held-out loss of a bundled model with 6 and 4 of 8 heads on, without training, by
-mode, beside static pruning of as many heads (pass amp with a ridge; the best of its scores).
+mode, beside static pruning of as many heads (pass amp with a ridge; the best of its scores). Both
+are shown with as many heads on average, too, spread over the layers by the same measured damage.
 `healing`: what is left of that at 4 of 8 after distillation. `times`: the op with half of the heads
 on, beside all of them, and beside the masked form that computes all and hides half; compared after
-the results were. Exit status 1 where a point of acceptance fails.
+the results were. A part takes its place among the results that there are of the others. Exit status
+1 where a point of acceptance fails.
 """
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +24,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from harness import as_row, compare, write
+from harness import RESULTS, as_row, compare, machine
 from torch import Tensor
 
 import attnopt
@@ -33,21 +36,25 @@ from attnopt.ops.packed import attend_routed
 from attnopt.ops.routed import gated
 from attnopt.ops.sdpa import attend
 from attnopt.program import Program
+from attnopt.spreading import spread
 from attnopt.verifying import losses
 
 MODEL: Final = Path(__file__).parents[2] / "examples" / "models" / "code-llama"
+RESULT: Final = RESULTS / "moh.json"
 HEADS: Final = (6, 4)
 LENGTHS: Final = (1024, 2048, 4096)
 # Of a call that is timed: query heads, key heads, channels. The first is judged.
 SHAPES: Final = ((32, 8, 128), (8, 8, 64), (8, 8, 128))
 SCORES: Final = ("obs", "amp", "flap", "l2")
 MODES: Final = {
-    "norm": {"scaled": False, "refit": False},
-    "scaled norm": {"refit": False},
-    "scaled norm + refit": {},
+    "norm": {"score": "norm", "refit": False},
+    "scaled norm + refit": {"score": "scaled"},
+    "fitted": {"refit": False},
+    "fitted + refit": {},
     "group": {"mode": "group"},
 }
-OURS: Final = "scaled norm + refit"
+OURS: Final = "fitted + refit"
+SPREAD: Final = ", spread"
 LARGEST_EXCESS: Final = 0.75
 LARGEST_LEFT: Final = 1 / 3
 LARGEST_TIME: Final = 0.62
@@ -82,8 +89,27 @@ class Draw:
 
     def applied(self, rewrite: str, **config: Any) -> Program:
         """Carry one setting out at every attention."""
-        choices = tuple(Choice(s.name, rewrite, config) for s in self.program.sites)
+        average = None if rewrite == "moh" else config.pop("average", None)
+        kept = {} if average is None else self.pruned(average, **config)
+        choices = tuple(
+            Choice(s.name, rewrite, config | kept.get(s.name, {})) for s in self.program.sites
+        )
         return attnopt.apply(self.program, Plan(choices, statistics=self.stats))
+
+    def pruned(self, average: float, **config: Any) -> dict[str, dict[str, int]]:
+        """Spread what static pruning leaves over the layers, as pass moh spreads what is on."""
+        alone = {**config, "refit": False}
+        ways = {
+            s.name: {
+                n: Choice(s.name, "amp", {**alone, "groups": s.kv_heads - n})
+                if n < s.kv_heads
+                else None
+                for n in range(1, s.kv_heads + 1)
+            }
+            for s in self.program.sites
+        }
+        found = spread(self.program, self.stats, ways, average)
+        return {s.name: {"groups": s.kv_heads - found[s.name]} for s in self.program.sites}
 
 
 def draw(program: Program, seed: int, rows: int) -> Draw:
@@ -120,6 +146,10 @@ def settings(heads: int) -> dict[str, tuple[str, dict[str, Any]]]:
         for refit in (False, True):
             pruned = {"groups": 8 - heads, "score": score, "refit": refit}
             found[f"static, {score}{' + refit' if refit else ''}"] = ("amp", pruned)
+    found[OURS + SPREAD] = ("moh", {"average": float(heads)})
+    for score in ("obs", "flap"):
+        spread_out = {"average": float(heads), "score": score, "refit": True}
+        found[f"static, {score} + refit{SPREAD}"] = ("amp", spread_out)
     return found
 
 
@@ -188,10 +218,13 @@ def points(rows: list[dict[str, Any]]) -> list[Point]:
     judged: list[Point] = []
     for heads in HEADS:
         found = {r["method"]: r["excess"] for r in rows if r.get("heads") == heads}
-        if found:
-            best = min((m for m in found if m.startswith("static")), key=lambda m: found[m])
-            ratio = found[OURS] / found[best]
-            what = f"{heads} of 8 heads on: at most {LARGEST_EXCESS} of {best}"
+        for last in ("", SPREAD) if found else ():
+            static = [
+                m for m in found if m.startswith("static") and m.endswith(SPREAD) == bool(last)
+            ]
+            best = min(static, key=lambda m: found[m])
+            ratio = found[OURS + last] / found[best]
+            what = f"{heads} of 8 heads on{last}: at most {LARGEST_EXCESS} of {best}"
             judged.append(Point(what, f"{ratio:.3f}", ratio <= LARGEST_EXCESS))
     free = [r["excess"] for r in rows if r.get("heads") == 4 and r["method"] == OURS]
     for row in rows:
@@ -217,7 +250,10 @@ def timed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line a row, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["quality", "healing", "times"])
+    parts = ["quality", "healing", "times"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dry", action="store_true", help="write no results")
     parser.add_argument("--rows", type=int, default=96, help="held-out rows of 256 tokens")
     parser.add_argument("--draws", type=int, default=3, help="of the calibration text")
     parser.add_argument("--steps", type=int, default=400, help="of healing")
@@ -228,21 +264,31 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    parts = {
+    torch.set_num_threads(options.threads)
+    measured = {
         "quality": lambda: quality(options.rows, options.draws),
         "healing": lambda: healing(options.rows, options.steps, options.learned),
         "times": lambda: timed(options),
     }
-    found: list[dict[str, Any]] = []
-    for name, part in parts.items():
-        for row in part() if options.only in (None, name) else ():
+    content = _known()
+    for name in options.parts:
+        found: list[dict[str, Any]] = []
+        for row in measured[name]():
             print(row, flush=True)
             found.append(row)
-    judged = points(found)
-    write("moh", [*found, *({"point": p.what, "found": p.found, "met": p.met} for p in judged)])
+        content[name] = {"machine": machine(), "rows": found}
+        judged = points([row for part in parts for row in content.get(part, {}).get("rows", ())])
+        content["points"] = [{"point": p.what, "found": p.found, "met": p.met} for p in judged]
+        if not options.dry:
+            RESULT.write_text(json.dumps(content, indent=1) + "\n")
     for point in judged:
         print(f"{'met ' if point.met else 'FAIL'} {point.what}: {point.found}")
     return 0 if all(point.met for point in judged) else 1
+
+
+def _known() -> dict[str, Any]:
+    """Return what was measured before, by part."""
+    return dict(json.loads(RESULT.read_text())) if RESULT.exists() else {}
 
 
 if __name__ == "__main__":
