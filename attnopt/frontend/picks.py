@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from attnopt.frontend.cleanup import remove_dead
+
 _aten = torch.ops.aten
 
 
@@ -19,10 +21,11 @@ def picks_as_slices(graph_module: fx.GraphModule, lists: Mapping[str, Tensor]) -
     for node in graph.find_nodes(op="call_function", target=_aten.index.Tensor):
         source, indices = node.args
         given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-        if len(given) != 1 or given[0][1].name not in lists:
+        if len(given) != 1:
             continue
         axis, index = given[0]
-        bounds = _bounds(lists[index.name])
+        numbers = lists.get(_copied_from(index).name)
+        bounds = None if numbers is None else _bounds(numbers)
         if bounds is None:
             continue
         with graph.inserting_before(node):
@@ -34,6 +37,14 @@ def picks_as_slices(graph_module: fx.GraphModule, lists: Mapping[str, Tensor]) -
         picked.meta, copied.meta = {**node.meta, "val": value}, dict(node.meta)
         node.replace_all_uses_with(copied)
         graph.erase_node(node)
+    remove_dead(graph_module)
+
+
+def _copied_from(node: fx.Node) -> fx.Node:
+    """Return what a node is a copy of: a list of the source is copied before it is read."""
+    while node.target is _aten.clone.default and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _bounds(numbers: Tensor) -> tuple[int, int] | None:

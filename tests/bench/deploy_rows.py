@@ -21,7 +21,7 @@ CHECKS: Final = (
     "tokens_onnx",
     "mutants",
 )
-SHOWN: Final = {"failed": "**failed**", "refused": "refused", "limit": "not by torch", "n/a": ""}
+SHOWN: Final = {"failed": "**failed**", "refused": "refused", "limit": "torch cannot", "n/a": ""}
 IN_PARTS: Final = ("module by module",)
 """Words of the reason for which models captured in pieces are not exported."""
 
@@ -135,7 +135,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         asked = len(states) - states.count("n/a")
         others = [
             f"{states.count(state)} {told}"
-            for state, told in (("refused", "refused"), ("limit", "not by torch"))
+            for state, told in (("refused", "refused"), ("limit", "torch cannot"))
             if state in states
         ]
         told = f" ({', '.join(others)})" if others else ""
