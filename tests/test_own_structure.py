@@ -22,10 +22,10 @@ SHAPE = {
 STEPS = (5, 1, 1, 1, 10, 1, 1, 20)
 
 
-def llama4():
+def llama4(chunk=8):
     config = Llama4TextConfig(
         **SHAPE, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=1,
-        attention_chunk_size=8, interleave_moe_layer_step=2, no_rope_layers=[1, 0],
+        attention_chunk_size=chunk, interleave_moe_layer_step=2, no_rope_layers=[1, 0],
     )  # fmt: skip
     return made(Llama4ForCausalLM, config)
 
@@ -146,7 +146,7 @@ def test_no_call_goes_by_the_slow_definition(rewritten, monkeypatch):
 
 def test_a_window_that_is_longer_than_the_example_moves_with_padding():
     """Chunks of more tokens than the capture saw are counted from the first real token, too."""
-    source = llama4()
+    source = llama4(chunk=25)
     program = attnopt.apply(attnopt.capture(source, (ids()[:, :5],)), "exact")
     mask = padding(13)
     with torch.no_grad():

@@ -479,9 +479,12 @@ class MaskReader:
         """
         padded = False
         exact = True
+        base = torch.ones(())
+        tried: Sizes | None = None
         for sizes, seed in self.padding_trials(structure):
             try:
-                base = self.visible(sizes, self._all_visible(sizes))
+                if sizes is not tried:
+                    base, tried = self.visible(sizes, self._all_visible(sizes)), sizes
                 visible = self.visible(sizes, self.random_masks(sizes, seed, right=right))
             except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
                 return True, False
