@@ -29,9 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _source.configure(parser)
     parser.add_argument("other", metavar="OTHER", nargs="?", help="what to compare it with")
     parser.add_argument("--rows", type=int, default=1, help="rows of the batch (1)")
-    parser.add_argument(
-        "--tokens", type=int, help="tokens of the prompt (512, or what fits)"
-    )
+    parser.add_argument("--tokens", type=int, help="tokens of the prompt (512, or what fits)")
     parser.add_argument("--new", type=int, default=32, help="tokens after it (32)")
     parser.add_argument("--rounds", type=int, default=40, help="rounds at most (40)")
     parser.add_argument(
