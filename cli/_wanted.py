@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.cli._errors import CommandError
+from attnopt.cli._output import shown
 
 if TYPE_CHECKING:
     from attnopt.recipes import Recipe
@@ -130,6 +131,14 @@ def work_of(arguments: argparse.Namespace, out: str | None) -> Path:
     if arguments.work is not None:
         return Path(arguments.work)
     return (Path(out).absolute().parent if out else Path.cwd()) / WORK
+
+
+def kept(work: Path, started: float) -> str:
+    """Say what an interruption left of what was measured since a time, and how to go on."""
+    written = (p for p in work.rglob("*") if p.is_file() and p.stat().st_mtime >= started)
+    if next(written, None) is None:
+        return "the same command goes on from the start"
+    return f"what was measured is kept in {shown(work)}, and the same command goes on"
 
 
 def words(arguments: argparse.Namespace, *names: str) -> list[str]:

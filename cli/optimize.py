@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
     from attnopt.planning import NothingToDoError
     from attnopt.recipes import recipe_text
 
+    started = time.time()
     try:
         refuse_foreign(Path(arguments.out).absolute())
         for name in recipe.passes:
@@ -113,18 +115,15 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
         except TooLargeError as error:
             raise CommandError("AO603", str(error), Exit.RESOURCES) from error
         except KeyboardInterrupt as error:
-            raise _interrupted(Path(arguments.out)) from error
+            work = _wanted.work_of(arguments, arguments.out)
+            raise _interrupted(Path(arguments.out), work, started) from error
 
 
-def _interrupted(out: Path) -> CommandError:
+def _interrupted(out: Path, work: Path, started: float) -> CommandError:
     """Say what an interruption left, and how to go on."""
-    kept = sorted(p.name for p in out.absolute().parent.glob(f".{out.name}.*") if p.is_dir())
-    told = f"what was measured is kept in {', '.join(kept)}, and " if kept else ""
+    kept = _wanted.kept(work, started)
     return CommandError(
-        "AO130",
-        f"interrupted; {out} is what it was before; {told}the same command goes on"
-        + ("" if kept else " from the start"),
-        Exit.INTERRUPTED,
+        "AO130", f"interrupted; {out} is what it was before; {kept}", Exit.INTERRUPTED
     )
 
 

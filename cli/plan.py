@@ -8,6 +8,7 @@ safety, 6 resources, 130 interrupted (the same command goes on where it stopped)
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ def _planned(
     from attnopt.planning import NothingToDoError, foreseen, plan
     from attnopt.rewriting import apply
 
+    started = time.time()
     try:
         data = checked(Source.parse(recipe.data, seed=recipe.seed))
     except ValueError as error:
@@ -89,6 +91,9 @@ def _planned(
             return program, apply(program, made), made
         except NothingToDoError as error:
             raise CommandError("AO201", str(error), Exit.NOTHING) from error
+        except KeyboardInterrupt as error:
+            kept = _wanted.kept(_wanted.work_of(arguments, arguments.out), started)
+            raise CommandError("AO130", f"interrupted; {kept}", Exit.INTERRUPTED) from error
 
 
 def _document(program: "Program", after: "Program", plan: "Plan") -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
 
 from attnopt.cli import Exit, main
+from attnopt.cli._wanted import kept
 
 CONFIG = '{"model_type": "llama"}'
 COMMANDS = (
@@ -170,6 +172,15 @@ def test_a_saved_program_needs_trust(tmp_path: Path, capsys: pytest.CaptureFixtu
     status, _, err = run(capsys, "inspect", str(tmp_path / "model.pt2"))
     assert status == Exit.SAFETY
     assert "--trust-pickle" in err
+
+
+def test_an_interruption_says_what_is_kept_of_what_was_measured(tmp_path: Path):
+    work = tmp_path / "work"
+    assert kept(work, 0.0) == "the same command goes on from the start"
+    (work / "deep").mkdir(parents=True)
+    (work / "deep" / "scores.json").write_text("{}")
+    assert kept(work, 0.0) == f"what was measured is kept in {work}, and the same command goes on"
+    assert kept(work, time.time() + 60) == "the same command goes on from the start"
 
 
 def test_an_error_is_a_document_too_with_json(capsys: pytest.CaptureFixture[str]):
