@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.cli._errors import CommandError, Exit
+from attnopt.cli._output import shown
 
 if TYPE_CHECKING:
     from attnopt.recipes import Recipe
@@ -145,7 +146,7 @@ def interruptible(arguments: argparse.Namespace, left: str) -> Generator[None]:
         work = work_of(arguments, arguments.out)
         more = "the same command starts again: nothing was finished yet"
         if is_kept(work):
-            more = f"what was finished is kept in {work}, and the same command goes on from there"
+            more = f"what was finished is kept in {shown(work)}, and the same command goes on from there"
         raise CommandError("AO130", f"interrupted; {left}; {more}", Exit.INTERRUPTED) from error
 
 

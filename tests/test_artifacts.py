@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 import attnopt
 from attnopt.artifacts.manifest import IntegrityError
+from attnopt.artifacts.saving import refuse_foreign
 from attnopt.program import Program
 
 
@@ -200,3 +201,15 @@ def _killed_after(seconds: float, program: Program, out: Path) -> None:
     if child.is_alive() and child.pid is not None:
         os.kill(child.pid, signal.SIGKILL)
     child.join()
+
+
+def test_a_place_that_cannot_be_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is a file; name another directory"):
+        refuse_foreign(tmp_path / "file" / "deep" / "out")
+    refuse_foreign(tmp_path / "new" / "deep" / "out")
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    with pytest.raises(ValueError, match="cannot be written to; name another directory"):
+        refuse_foreign(tmp_path / "new" / "out")

@@ -2,13 +2,17 @@
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from dha_models import decoder, ids
 
 import attnopt
-from attnopt.cli import main
+from attnopt.benching import Load
+from attnopt.cli import bench, main
+from attnopt.cli._errors import CommandError
 from attnopt.timing import Timing, compare, ratio
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -40,6 +44,22 @@ def test_a_model_is_compared_with_its_stock_class(folders, capsys):
         gain = rows[name]["gain"]
         assert gain["low"] <= gain["ratio"] <= gain["high"]
         assert rows[name]["a"] > 0
+
+
+@pytest.mark.parametrize(("room", "tokens"), [(None, 512), (4096, 512), (100, 68), (20, 0)])
+def test_a_prompt_is_as_long_as_the_model_has_room_for(room, tokens):
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace())
+    if room is not None:
+        config.get_text_config = lambda decoder: SimpleNamespace(max_position_embeddings=room)
+    program, given = (
+        SimpleNamespace(config=config, name="It"),
+        Namespace(tokens=None, rows=1, new=32),
+    )
+    if not tokens:
+        with pytest.raises(CommandError, match="more than the 20 positions of It"):
+            bench._load(given, program, Load)
+        return
+    assert bench._load(given, program, Load).tokens == tokens
 
 
 def test_two_models_are_compared(folders, capsys):

@@ -11,6 +11,7 @@ from dha_models import decoder, ids
 
 import attnopt
 from attnopt.cli import main
+from attnopt.cli.diff import _said
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,10 @@ def test_a_stored_program_has_the_tensors_of_its_source(folders, capsys):
     found = compared(folders["source"], folders["stored"], capsys)
     assert all(t["a"] is None for t in found["tensors"])  # what is no parameter
     assert found["equal_tensors"] == len(torch.nn.ModuleList([decoder("llama")]).state_dict())
+
+
+def test_numbers_in_lists_are_rounded_as_others_are():
+    assert _said([0.70794690, 0.5, 3]) == "[0.707947, 0.5, 3]"
 
 
 def test_plans_are_compared_by_site(folders, tmp_path, capsys):

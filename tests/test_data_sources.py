@@ -451,6 +451,13 @@ def test_a_tokenizer_without_words_is_none(files: dict[str, str], says: str, tmp
         split_for(model, "stdlib:4x16")
 
 
+def test_pictures_are_no_data_of_a_language_model():
+    program = attnopt.capture(decoder("llama"))
+    pictures = {"pixel_values": torch.rand(4, 1, 8, 8)}
+    with pytest.raises(ValueError, match=r"the data has pixel_values, and .* takes input_ids"):
+        next(batches_of(program, pictures))
+
+
 def test_a_model_of_pictures_says_what_it_takes(tmp_path: Path):
     model = vision()
     model.save_pretrained(tmp_path)

@@ -108,6 +108,10 @@ def refuse_foreign(target: Path, program: Program | None = None) -> None:
     source = source_folder(program) if program is not None else None
     if source is not None and target.resolve() == source.resolve():
         raise ValueError(f"{target} is the source itself; choose another directory")
+    above = next(p for p in target.parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "cannot be written to" if above.is_dir() else "is a file"
+        raise ValueError(f"{target} cannot be made: {above} {why}; name another directory")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"{target} is a file or a link; name a new directory")
     if target.is_dir() and any(target.iterdir()) and not (target / NAME).is_file():

@@ -32,6 +32,10 @@ def batches_of(
     for call in _calls(names, data, tokens):
         kept = {n: v for n, v in call.items() if labels or n != _LABELS or n in names}
         _check_ids(kept, bound)
+        if isinstance(program, Program) and not set(names) & set(kept):
+            raise ValueError(
+                f"the data has {', '.join(kept)}, and {program.name} takes {', '.join(names)}"
+            )
         yield kept if labels else _decoding(program, names, kept)
 
 

@@ -9,12 +9,15 @@ from torch import fx
 def split_einsums(graph_module: fx.GraphModule) -> None:
     """Multiply the operands of every einsum from the left to the right, two at a time, in place."""
     for node in list(graph_module.graph.nodes):
-        if node.target is torch.ops.aten.einsum.default and len(node.args[1]) > 2:
+        operands: Any = node.args[1] if node.target is torch.ops.aten.einsum.default else ()
+        if len(operands) > 2:
             _split(node)
 
 
 def _split(node: fx.Node) -> None:
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    given: Any = node.args
+    target: Any = node.target
+    equation, operands = str(given[0]).replace(" ", ""), list(given[1])
     inputs, arrow, output = equation.partition("->")
     if not arrow or "." in equation:
         return
@@ -27,7 +30,7 @@ def _split(node: fx.Node) -> None:
         step = f"{terms[0]},{terms[place]}->{wanted}"
         with graph.inserting_before(node):
             pair = [made, operands[place]]
-            made = graph.call_function(node.target, (step, pair))  # type: ignore[arg-type]
+            made = graph.call_function(target, (step, pair))
         made.meta = dict(node.meta)
         made.meta["val"] = torch.einsum(step, [x.meta["val"] for x in pair])
         terms[0] = wanted
