@@ -32,11 +32,7 @@ _HEADS: Final = (
     "decoder_attention_heads",
 )
 _WIDTHS: Final = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
-_HEAD_WIDTHS: Final = (*("head_dim", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),)
-# Ranks of projections that are products of two.
-_RANKS: Final = ("q_lora_rank", "kv_lora_rank")
-# Groups of experts, and dense layers before those with experts.
-_FEWEST: Final = ("n_group", "topk_group", "first_k_dense_replace")
+_HEAD_WIDTHS: Final = ("head_dim", "d_kv")
 _INNER: Final = (
     *("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
     *("mlp_dim", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -129,8 +125,6 @@ def _shrink(config: Any, *, widths: bool, inner: bool) -> None:
             setattr(config, name, min(getattr(config, name), 4))
         for name in _numbers(config, _CHOSEN):
             setattr(config, name, min(getattr(config, name), 2))
-        for name in _numbers(config, _FEWEST):
-            setattr(config, name, 1)
 
 
 def _cut_lists(config: Any, layers: int) -> None:
@@ -147,8 +141,6 @@ def _narrow(config: Any) -> int:
     channels = 2 * _CHANNELS if heads <= 16 else _CHANNELS
     for name in _numbers(config, _HEAD_WIDTHS):
         setattr(config, name, min(getattr(config, name), channels))
-    for name in _numbers(config, _RANKS):
-        setattr(config, name, min(getattr(config, name), 4 * channels))
     width = heads * channels
     for name in _numbers(config, _WIDTHS):
         setattr(config, name, min(getattr(config, name), width))

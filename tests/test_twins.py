@@ -21,10 +21,8 @@ FAMILIES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
     "bert": ("BertConfig", "BertForMaskedLM", {}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
-    "deepseek": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {}),
-    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {}),
 }
-SLOW = ("deepseek", "gpt_oss", "mixtral", "t5", "gpt2", "bert", "qwen3")
+SLOW = ("mixtral", "t5", "gpt2", "bert", "qwen3")
 
 
 def written(family: str, folder: Path) -> Path:
