@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # How many times the copy of a graph takes what a stage does with graphs.
 _GRAPHS: Final = {"plan": 2.0, "rewrite": 6.0, "verify": 8.0, "measure": 12.0, "save": 4.0}
 # The same for carrying out a plan at one site, and making it ready to run.
-_CARRIED_OUT: Final = 10.0
+_CARRIED_OUT: Final = 4.0
 # Numbers of a softmax that the comparison of two logits costs, and logits held at once.
 _COMPARED: Final = 12.0
 _LOGITS: Final = 2**26

@@ -61,7 +61,7 @@ def optimize(
     with debug.stage("prove"):
         exact = apply(program, "exact")
         # Where one pass alone can serve, what it will do is known before its data.
-        found = []
+        found: Sequence[Sequence[Any]] | None = []
         if plan is None:
             found = foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
     split = split_for(program, data, held_out)

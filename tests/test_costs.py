@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import attnopt
-from attnopt.costs import SiteCost, Workload, count_costs, default_workload
+from attnopt.costs import SiteCost, Workload, count_costs, default_workload, uncounted
+from attnopt.nouns import Choice, Plan
 
 LAYERS, WIDTH, HEADS, KV_HEADS, INNER, WORDS, POSITIONS = 2, 56, 7, 1, 33, 63, 127
 HEAD = WIDTH // HEADS
@@ -74,3 +75,51 @@ def test_convolutions_and_einsums_are_contractions():
     convolved, contracted = 2 * (2 * 7 * 5 * 7) * (3 * 5 * 5), 2 * (4 * 3 * 5 * 7)
     multiplied = 2 * (3 * 4 * 7) * 5
     assert count_costs(program, Workload(batch=2)).flops == convolved + contracted + multiplied
+
+
+@pytest.fixture(scope="module")
+def mistral() -> attnopt.Program:
+    config = MistralConfig(
+        num_hidden_layers=1,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD,
+        intermediate_size=INNER,
+        vocab_size=WORDS,
+        max_position_embeddings=2048,
+        sliding_window=16,
+    )
+    words = torch.randint(0, WORDS, (2, 9))
+    model = MistralForCausalLM(config).eval()
+    return attnopt.apply(attnopt.capture(model, (), {"input_ids": words}), "exact")
+
+
+def attended(program: attnopt.Program, workload: Workload) -> float:
+    """Return the pairs of a query and a key that the one attention of a model computes."""
+    (site,) = count_costs(program, workload).sites.values()
+    tokens = workload.sequence
+    projections = 2 * tokens * WIDTH * (2 * WIDTH + 2 * KV_HEADS * HEAD)
+    return (site.flops - projections) / (2 * HEADS * 2 * HEAD)
+
+
+def test_a_window_costs_what_is_computed(mistral: attnopt.Program):
+    seen = 512 * 16 - 16 * 15 / 2
+    assert seen <= attended(mistral, Workload(1, 512)) < 0.3 * 512 * 512
+    double = attended(mistral, Workload(1, 1024)) / attended(mistral, Workload(1, 512))
+    assert double == pytest.approx(2, rel=0.1)
+    assert attended(mistral, Workload(1, 1, 511)) == 16
+    # All keys of a short text are in the window.
+    assert attended(mistral, Workload(1, 16)) == 16 * 16
+
+
+def test_a_ring_costs_what_it_holds(llama: attnopt.Program):
+    exact = attnopt.apply(llama, "exact")
+    choices = tuple(Choice(s.name, "window", {"window": 8, "first": 2}) for s in exact.sites)
+    windowed = attnopt.apply(exact, Plan(choices))
+    assert not list(uncounted(windowed))
+    whole, short = (
+        count_costs(p, Workload(1, 1, 63)).sites["model.layers.0.self_attn"].flops
+        for p in (exact, windowed)
+    )
+    assert whole - short == 2 * HEADS * 2 * HEAD * (64 - 10)

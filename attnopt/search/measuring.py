@@ -107,8 +107,8 @@ class Measuring:
             made, refits = self._carried_out(choices)
             look = self.judge().look(made)
             # Moments are large: those of the best so far are kept, which may be asked for.
-            if self._refits is None or look.excess <= self._refits[0]:
-                self._refits = look.excess, name, refits
+            if self._refits is None or look.cost(1.0) <= self._refits[0]:
+                self._refits = look.cost(1.0), name, refits
             return look.content()
 
         return Look(*self.scores.get(f"whole {name}", make))
