@@ -247,8 +247,8 @@ def choose(
 ) -> tuple[Choice, ...]:
     """Convert so many layers, or a share of all below 1, those that lose least.
 
-    With `over_window` they are those whose matrix saves most of the loss of a text that a window of
-    as many bytes would cost; where that is nothing, a window is the better choice.
+    With `over_window` what a layer loses is told by the loss of texts, and layers in which a window
+    of as many bytes would lose less come last.
     """
     base = Config(**settings)
     able = _able(program, base)
@@ -260,9 +260,9 @@ def choose(
     if not over_window:
         return _choices(base, _order(program, stats, base, able)[:count])
     ours, windows = ([make(s, base) for s in able] for make in (_hybrid, as_window))
-    costs = [_raised(program, stats, made) for made in (ours, windows)]
-    lost = {c.site: pair for c, *pair in zip(ours, *costs, strict=True)}
-    order = sorted(ours, key=lambda c: (lost[c.site][0] - lost[c.site][1], c.site))[:count]
+    pairs = zip(_raised(program, stats, ours), _raised(program, stats, windows), strict=True)
+    lost = dict(zip((c.site for c in ours), pairs, strict=True))
+    order = sorted(ours, key=lambda c: (lost[c.site][0] >= lost[c.site][1], lost[c.site]))[:count]
     told = "costs {:.5f} nats alone, a window of as many bytes {:.5f}"
     chosen = [replace(c, why=told.format(*lost[c.site])) for c in order]
     return tuple(sorted(chosen, key=lambda c: c.site))

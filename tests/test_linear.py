@@ -201,8 +201,8 @@ def test_layers_are_chosen_by_what_a_window_of_as_many_bytes_would_lose() -> Non
     teacher, stats = source()
     (one,) = linear.choose(teacher, stats, 1, over_window=True, **HYBRID)
     both = linear.choose(teacher, stats, 2, over_window=True, **HYBRID)
-    gains = {c.site: [float(x) for x in re.findall(r"-?[0-9.]+", c.why)] for c in both}
-    assert one.site == max(gains, key=lambda name: gains[name][1] - gains[name][0])
+    lost = {c.site: [float(x) for x in re.findall(r"-?[0-9.]+", c.why)] for c in both}
+    assert one.site == min(lost, key=lambda name: (lost[name][0] >= lost[name][1], lost[name]))
     site = teacher.sites[0]
     window = linear.as_window(site, linear.Config(**HYBRID))
     assert window.rewrite == "window"

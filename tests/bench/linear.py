@@ -5,13 +5,13 @@ python tests/bench/linear.py --parts quality
 python tests/bench/linear.py --parts layers prefill decoding
 python tests/bench/linear.py --steps 12 --site-steps 8 --length 256 --held-out 16 --dry
 
-Half of the layers of the bundled code-llama become hybrids: those whose matrix saves most of what a
-window of as many bytes would lose of their output, as calibration rows tell. Beside them stand the
-same layers with that window alone, its first tokens kept or not, healed by the same recipe on the
-same rows, and the same layers without their attention. `layers` converts every layer alone, without
-healing. Prefill is timed against dense scaled_dot_product_attention, decoding by texts of growing
-length. What a run measures takes the place of the same parts in the results. Exit status 1 where a
-condition of JUDGED is missed.
+Half of the layers of the bundled code-llama become hybrids: those that lose least, and less than a
+window of as many bytes would, as calibration rows tell. Beside them stand the same layers with that
+window alone, its first tokens kept or not, healed by the same recipe on the same rows, and the same
+layers without their attention. `layers` converts every layer alone, without healing. Prefill is
+timed against dense scaled_dot_product_attention, decoding by texts of growing length. What a run
+measures takes the place of the same parts in the results. Exit status 1 where a condition of JUDGED
+is missed.
 """
 
 import argparse
