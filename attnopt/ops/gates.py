@@ -52,7 +52,8 @@ def told_by(q: Tensor, x: Tensor | None) -> Tensor:
 
 
 def _norms(q: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_wide(q), dim=-1).transpose(1, 2)
+    found: Tensor = torch.linalg.vector_norm(_wide(q), dim=-1)
+    return found.transpose(1, 2)
 
 
 def _on(scores: Tensor, count: int, group: int, dtype: torch.dtype) -> Tensor:

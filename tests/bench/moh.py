@@ -16,9 +16,10 @@ the results were. A part takes its place among the results that there are of the
 import argparse
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +59,10 @@ SPREAD: Final = ", spread"
 LARGEST_EXCESS: Final = 0.75
 LARGEST_LEFT: Final = 1 / 3
 LARGEST_TIME: Final = 0.62
-RECIPE: Final = {"site_steps": 120, "site_lr": 4e-3, "lr": 5e-4, "train": "sites", "every": 40}
+RECIPE: Final = {"site_lr": 4e-3, "lr": 5e-4, "train": "sites", "every": 40}
+HEALED: Final = {"dynamic": {}, "trained": {"mode": "trained", "shared": 1}}
+# Output projections that are solved for few heads begin with few; routers begin with all.
+ANNEALED: Final = {"dynamic": {"anneal": 0.0}, "trained": {}}
 
 
 @dataclass(frozen=True)
@@ -153,16 +157,19 @@ def settings(heads: int) -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def healing(rows: int, steps: int, learned: int) -> Iterator[dict[str, Any]]:
+def healing(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Heal at half of the heads, both ways of choosing them."""
+    rows = options.rows
     program = attnopt.apply(attnopt.capture(MODEL), "exact")
     now = draw(program, 0, rows)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    text = split_of(Source("stdlib", learned, 256, seed=1), tokenizer, held_out=2 * rows)
-    for name, config in (("dynamic", {}), ("trained", {"mode": "trained", "shared": 1})):
-        result = healed(
-            now.applied("moh", heads=4, **config), program, text, Recipe(steps, **RECIPE)
-        )
+    source = Source("stdlib", options.learned, 256, seed=1)
+    text = split_of(source, tokenizer, held_out=2 * rows)
+    for name in options.modes:
+        usual = {"site_steps": 3 * options.steps // 10, **RECIPE, **ANNEALED[name]}
+        recipe = Recipe(options.steps, **{**usual, **options.recipe})
+        start = time.perf_counter()
+        result = healed(now.applied("moh", heads=4, **HEALED[name]), program, text, recipe)
         yield {
             "what": "healing",
             "mode": name,
@@ -171,6 +178,9 @@ def healing(rows: int, steps: int, learned: int) -> Iterator[dict[str, Any]]:
             "ci95": [round(x, 4) for x in result.after.delta_nll.ci95],
             "steps": result.steps,
             "tokens": result.tokens,
+            "seconds": round(time.perf_counter() - start),
+            "recipe": asdict(recipe),
+            "looks": [[look["step"], round(look["excess"], 4)] for look in result.looks],
         }
 
 
@@ -257,6 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=96, help="held-out rows of 256 tokens")
     parser.add_argument("--draws", type=int, default=3, help="of the calibration text")
     parser.add_argument("--steps", type=int, default=400, help="of healing")
+    parser.add_argument("--modes", nargs="+", default=list(HEALED), choices=list(HEALED))
+    parser.add_argument("--recipe", type=json.loads, default={}, help="of healing, as JSON")
     parser.add_argument("--learned", type=int, default=4096, help="rows to heal with")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--rounds", type=int, default=15)
@@ -267,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     measured = {
         "quality": lambda: quality(options.rows, options.draws),
-        "healing": lambda: healing(options.rows, options.steps, options.learned),
+        "healing": lambda: healing(options),
         "times": lambda: timed(options),
     }
     content = _known()
