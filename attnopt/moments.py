@@ -120,7 +120,7 @@ class Refits(MutableMapping[str, tuple[Tensor, Tensor]]):
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-            both = dict(zip(("gram", "cross"), pair, strict=True))
+            both: dict[str, Tensor] = dict(zip(("gram", "cross"), pair, strict=True))
             put(self._folder / f"pair-{digest}.safetensors", both, {"name": name})
 
     def __delitem__(self, name: str) -> None:

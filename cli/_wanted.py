@@ -146,9 +146,8 @@ def interruptible(arguments: argparse.Namespace, left: str) -> Generator[None]:
         work = work_of(arguments, arguments.out)
         more = "the same command starts again: nothing was finished yet"
         if is_kept(work):
-            more = (
-                f"what was finished is kept in {shown(work)}; the same command goes on from there"
-            )
+            more = f"what was finished is kept in {shown(work)}, "
+            more += "and the same command goes on from there"
         raise CommandError("AO130", f"interrupted; {left}; {more}", Exit.INTERRUPTED) from error
 
 

@@ -16,7 +16,7 @@ from attnopt.frontend.einsums import split_einsums
 
 aten = torch.ops.aten
 
-_MADE_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch._refs.tensor)
+_MADE_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.scalar_tensor, torch._refs.tensor)  # pyright: ignore[reportAttributeAccessIssue]
 _PASSED_ON = (
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,

@@ -34,8 +34,8 @@ def by_blocks(
     Keys and values have equally many heads. A query that sees nothing gives zeros.
     """
     dtype = torch.float32 if q.dtype in _LOW_PRECISION else q.dtype
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = q.to(dtype) * (scale if softcap is None else scale / softcap)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = q.to(dtype) * (factor if softcap is None else factor / softcap)
     given = (wide, k.to(dtype), v.to(dtype), mask, sinks)
     whole = torch.compiler.is_compiling()
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)

@@ -126,7 +126,9 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Any, ...]:
         """Return the gradients of queries, keys, values and sinks."""
         q, k, v, sinks, mask, out, total = ctx.saved_tensors
         scale, causal = ctx.settings
