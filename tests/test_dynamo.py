@@ -449,9 +449,13 @@ class WritesSlices(nn.Module):
         before = queries[:, :, 1:]
         queries[..., 4:] *= 2.0
         queries[:, 0, 2:5] = k[:, 0, 2:5]
+        # What may be a copy, or the same memory under another name that nobody reads.
+        turned = (q - k).transpose(1, 2).contiguous()
+        turned[..., 0] += 3.0
         top, index = torch.topk(v, 3, dim=-1)
         top /= top.sum(dim=-1, keepdim=True)
         out = F.scaled_dot_product_attention(queries, k, v) + top.sum() + index.sum()
+        out = out + turned.sum()
         return (out + before.sum() if self.watched else out), queries
 
 

@@ -181,7 +181,9 @@ def _is_a_part(write: fx.Node) -> bool:
     if not isinstance(target, fx.Node) or _returning(write) is None:
         return False
     slices, base = _parts(target)
-    if not slices or base.op != "call_function" or _is_view(base) or is_write(base):
+    if not slices or base.op != "call_function" or is_write(base):
+        return False
+    if not _is_only_name(base, write):
         return False
     held = {base, *slices}
     return not any(
