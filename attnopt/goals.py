@@ -28,8 +28,9 @@ def checked_goal(goal: Mapping[str, Any]) -> dict[str, float]:
             raise ValueError(f"{name} {goal[name]!r} must be above 0 and at most 100%{hint}")
     if found.get("max_drop", 0.0) < 0:
         raise ValueError(f"max_drop {goal['max_drop']!r} must not be negative")
-    # Whoever writes 5 means 5 %, and a gate of 500 % lets everything pass.
-    if found.get("max_drop", 0.0) >= 1 and "%" not in str(goal["max_drop"]):
+    # Whoever writes 5 means 5 %, and a gate of 500 % lets everything pass; 5.0 is computed.
+    said = goal.get("max_drop")
+    if found.get("max_drop", 0.0) > 1 and not isinstance(said, float) and "%" not in str(said):
         raise ValueError(
             f"max_drop {goal['max_drop']!r} would be {found['max_drop']:.0%}; write it with a "
             f"percent sign, such as {goal['max_drop']}%"

@@ -46,6 +46,13 @@ def test_a_model_is_compared_with_its_stock_class(folders, capsys):
         assert rows[name]["a"] > 0
 
 
+def test_a_missing_package_is_named_with_its_remedy(folders, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", str(folders[0]), *SMALL, "--backend", "ort"]) == 6
+    told = "AO603 ONNX export needs onnx, onnxscript, onnxruntime: pip install attnopt[onnx]\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(("room", "tokens"), [(None, 512), (4096, 512), (100, 68), (20, 0)])
 def test_a_prompt_is_as_long_as_the_model_has_room_for(room, tokens):
     config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace())

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 NAMED = {
     "bench 0": "test_cli_bench.py::test_two_models_are_compared",
     "bench 2": "test_cli_bench.py::test_wrong_settings_are_refused_in_one_line",
+    "bench 6": "test_cli_bench.py::test_a_missing_package_is_named_with_its_remedy",
     "diff 0": "test_cli_diff.py::test_a_directory_is_the_same_as_its_copy",
     "diff 2": "test_cli_diff.py::test_what_cannot_be_compared_is_told_in_one_line",
     "diff 5": "test_cli_diff.py::test_what_cannot_be_compared_is_told_in_one_line",
