@@ -26,6 +26,8 @@ def lower(program: Program, backend: str = "inductor") -> nn.Module:
     `generate()`, the module has it.
     """
     target = backends.load(backend)
+    if getattr(target, "grows", False):
+        program = program.growing
     if set(program.parts) - {"encode", "decode"}:
         raise ValueError(
             f"{program.name} was captured module by module ({len(program.parts)} parts): only a "

@@ -23,6 +23,7 @@ class Backend(Protocol):
 
     One that runs whole programs has `ready(program, module, dtype, device)` instead, which returns
     something that is called as the source is, and by `flat(values)` gives the flat outputs.
+    One with `grows = True` is given the form of a program whose states grow.
     """
 
     @property

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
     from attnopt.program import Program
 
-__all__ = ["Export", "check_installed", "export_onnx", "ready"]
+__all__ = ["Export", "check_installed", "export_onnx", "grows", "ready"]
+
+grows = True
+"""States grow: the operators have no rings, windows are masked."""
 
 
 def ready(

@@ -22,6 +22,8 @@ from attnopt.backends.triton_gpu.tiles import LN_2, LOG2_E, product, scores
 
 LEAST_BLOCKS = 4
 """A split visits at least this many blocks of keys."""
+MANY_ROWS = 16
+"""More rows than this (agents, not tokens) take memory that one stage of loads would need."""
 
 
 @triton.jit
@@ -209,7 +211,7 @@ def decode_launches(
             "M": rows_for(members * queries, 1 << 30), "N": block, **spaces,
         },
         4,
-        2 if q.dtype == torch.float32 else 3,
+        2 if q.dtype == torch.float32 or members * queries > MANY_ROWS else 3,
     )  # fmt: skip
     joining = Launch(
         join_kernel,

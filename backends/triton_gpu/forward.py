@@ -163,7 +163,8 @@ def forward_launch(
     out = torch.empty(batch, queries, heads, v.shape[-1], dtype=v.dtype, device=q.device)
     out = out.transpose(1, 2)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    shape = forward_shape(max(width, v.shape[-1]), q.dtype, chip or chip_of(q))
+    biased = hidden.bias is not None
+    shape = forward_shape(max(width, v.shape[-1]), q.dtype, chip or chip_of(q), biased=biased)
     rows = rows_within(plan.q_tile, rows_for(queries, shape.queries))
     factor, cap = scales(scale, softcap)
     launch = Launch(

@@ -33,7 +33,10 @@ FORWARD: Final = {
     (100, 256): Shape(64, 32, 4, 2),
 }
 
-ROUTED: Final = FORWARD | {(80, 128): Shape(64, 32, 8, 3)}
+WITH_BIAS: Final = {(80, 128): Shape(64, 64, 4, 2)}
+"""For attention under a bias, which is loaded ahead as keys are."""
+
+ROUTED: Final = FORWARD | {(80, 64): Shape(128, 64, 8, 2), (80, 128): Shape(64, 32, 8, 3)}
 """For packed rows, each of which has a place of its own to be read from."""
 
 QUERIES: Final = {
@@ -67,9 +70,10 @@ IN_FLOAT32: Final = {
 }
 
 
-def forward_shape(width: int, dtype: torch.dtype, chip: int) -> Shape:
-    """Return the shape of attention for heads so wide."""
-    return _chosen(FORWARD, "forward", width, dtype, chip)
+def forward_shape(width: int, dtype: torch.dtype, chip: int, *, biased: bool = False) -> Shape:
+    """Return the shape of attention for heads so wide; `biased` where a bias is loaded, too."""
+    table = FORWARD | WITH_BIAS if biased else FORWARD
+    return _chosen(table, "forward", width, dtype, chip)
 
 
 def routed_shape(width: int, dtype: torch.dtype, chip: int) -> Shape:
