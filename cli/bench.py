@@ -80,7 +80,7 @@ def _measured(
     if arguments.backend == "ort":
         _check_onnx()
     program = _source.capture(source)
-    load = _load(arguments, program, Load) if _is_language(program) else None
+    load = load_for(arguments, program, Load) if _is_language(program) else None
     with _source.quiet_libraries():
         try:
             a = attnopt.lower(attnopt.apply(program, "exact"), arguments.backend)
@@ -109,7 +109,8 @@ def _check_onnx() -> None:
         raise CommandError("AO603", str(error), Exit.RESOURCES) from error
 
 
-def _load(arguments: argparse.Namespace, program: "Program", load: Any) -> Any:
+def load_for(arguments: argparse.Namespace, program: "Program", load: Any) -> Any:
+    """Return the load of a language model; its prompt fits the positions that the model has."""
     room = getattr(program.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokens = arguments.tokens
     if tokens is None:

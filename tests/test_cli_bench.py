@@ -64,9 +64,9 @@ def test_a_prompt_is_as_long_as_the_model_has_room_for(room, tokens):
     )
     if not tokens:
         with pytest.raises(CommandError, match="more than the 20 positions of It"):
-            bench._load(given, program, Load)
+            bench.load_for(given, program, Load)
         return
-    assert bench._load(given, program, Load).tokens == tokens
+    assert bench.load_for(given, program, Load).tokens == tokens
 
 
 def test_two_models_are_compared(folders, capsys):
