@@ -25,7 +25,8 @@ from attnopt.ops.gates import told_by
 from attnopt.program import Program
 from attnopt.running import Run
 
-# Relative to what a feature says on average; between a tenth and ten times of it nothing changes.
+# Relative to what a feature says on average. Ten and a hundred times as much lose a little more:
+# 0.140 and 0.144 nats for 0.139 (code-llama, 4 of 8 heads, rows that nothing was fitted on).
 _RIDGE: Final = 1e-3
 
 
