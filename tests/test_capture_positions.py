@@ -49,6 +49,22 @@ def test_a_row_padded_on_the_left_is_numbered_as_the_source_numbers_it(stock, tm
         assert not torch.allclose(got, plain)
 
 
+def test_a_class_without_a_source_file_is_captured_as_it_is(stock):
+    """As one that was typed into an interpreter."""
+    places: dict[str, Any] = {"Base": transformers.OpenAIGPTLMHeadModel}
+    exec(
+        "class Typed(Base):\n"
+        "    def forward(self, input_ids=None, attention_mask=None, position_ids=None,\n"
+        "                inputs_embeds=None):\n"
+        "        given = (input_ids, attention_mask, None, position_ids)\n"
+        "        return super(Typed, self).forward(*given)\n",
+        places,
+    )
+    model = places["Typed"](stock.config).eval()
+    program = attnopt.capture(model, kwargs=padded())
+    torch.testing.assert_close(program(**padded()).logits, model(**padded()).logits)
+
+
 def test_a_source_that_numbers_by_its_tokens_keeps_doing_so():
     config = transformers.RobertaConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
