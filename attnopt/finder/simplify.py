@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnopt.finder.evaluate import Sizes, leaves
-from attnopt.finder.masks import MOVED, MaskReader, split_terms
+from attnopt.finder.masks import CANNOT_RUN, MOVED, MaskReader, split_terms
 from attnopt.finder.match import Match, Padding, Side
 from attnopt.finder.ops import value
 from attnopt.finder.provenance import View
@@ -55,7 +55,7 @@ def reach(view: View, match: Match) -> Mask | None:
     for sizes, seed in reader.padding_trials(named):
         try:
             seen = reader.visible(sizes, reader.random_masks(sizes, seed, right=False))
-        except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+        except CANNOT_RUN:
             return None
         if (seen & ~structure(window, *seen.shape[-2:])).any():
             return None
@@ -81,7 +81,7 @@ def _agrees(reader: MaskReader, named: Mask, given: fx.Node, sizes: Sizes, seed:
     drawn = reader.random_mask(given, sizes, generator, right=False)
     try:
         want = reader.visible(sizes, {given: drawn})
-    except (RuntimeError, IndexError, KeyError, ValueError, TypeError):
+    except CANNOT_RUN:
         return False
     shown = ((drawn != 0) == reader.ones_show(given))[:, None, None, :]
     if want.shape[-1] != shown.shape[-1] or want.shape[0] not in (1, shown.shape[0]):
