@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
+import attnopt
 from attnopt.finder.structures import name_structure, structure
 from attnopt.nouns import Mask
 
@@ -48,3 +50,15 @@ def test_a_random_mask_is_dense():
     generator = torch.Generator().manual_seed(0)
     visible = torch.rand(13, 13, generator=generator) < 0.5
     assert name_structure([visible | torch.eye(13, dtype=torch.bool)]).kind == "dense"
+
+
+def test_a_window_is_named_in_every_layer():
+    """Each layer's keys are as long as its own state, whose length is no number of queries."""
+    config = MistralConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=9, num_attention_heads=1,
+        num_key_value_heads=1, vocab_size=9, sliding_window=100,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    program = attnopt.apply(attnopt.capture(model), "exact")
+    assert {s.mask for s in program.sites} == {Mask("sliding", window=100)}

@@ -315,10 +315,12 @@ class MaskReader:
 
     @property
     def _past(self) -> sympy.Symbol | None:
-        for symbol, (node, _) in self.view.shapes.sources.items():
-            if self.program.bindings[node.name].kind in ("past_length", "state"):
-                return symbol
-        return None
+        return next(filter(self._is_past, self.view.shapes.sources), None)
+
+    def _is_past(self, symbol: sympy.Symbol) -> bool:
+        """Tell whether a size is the length of a state."""
+        node, _ = self.view.shapes.sources[symbol]
+        return self.program.bindings[node.name].kind in ("past_length", "state")
 
     def _length(self, role: str, sizes: Sizes) -> int:
         """Return the number of queries or keys at the given sizes."""
@@ -438,10 +440,10 @@ class MaskReader:
             for size, axis in pairs:
                 if any(f.role == role for f in axis) and isinstance(size, torch.SymInt):
                     used |= size.node.expr.free_symbols
-        queries = [s for s in used if s != past and s in self.view.shapes.sources]
-        if not queries:
-            return None
-        return queries, past if past in used or past is not None else None
+        sources = self.view.shapes.sources
+        # Every state has a past of its own, and keys are as long as that and the queries together.
+        queries = [s for s in sources if s in used and not self._is_past(s)]
+        return (queries, past) if queries else None
 
     def _constants(self) -> set[int]:
         """Collect the integers in the mask's own subgraph, and their neighbours."""
