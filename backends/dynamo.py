@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnopt.finder.cuts import find_cuts
 from attnopt.frontend.retracing import constants_as_attributes, normalize, read_sizes
+from attnopt.frontend.vmaps import without_vmaps
 from attnopt.frontend.writes import put_back_writes, take_out_writes
 from attnopt.inlining import inline_attention
 from attnopt.nouns import Choice, NearMiss, No, Plan, Site
@@ -180,7 +181,8 @@ def traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Progr
     if mode.shape_env is not None:
         fresh = mode.shape_env.ignore_fresh_unbacked_symbols()
     with mode, fresh, fx_traceback.preserve_node_meta():
-        made = make_fx(fx.Interpreter(graph_module).run, pre_dispatch=True)(*fakes)
+        plain = without_vmaps(graph_module, fakes)
+        made = make_fx(fx.Interpreter(plain).run, pre_dispatch=True)(*fakes)
     placeholders = made.graph.find_nodes(op="placeholder")
     sources = graph_module.graph.find_nodes(op="placeholder")
     bindings: dict[str, Binding] = {}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
+from torch._higher_order_ops.associative_scan import associative_scan
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import attnopt
@@ -398,14 +399,18 @@ def test_a_write_into_a_view_is_taken_out_where_the_whole_is_read_no_more(again)
     assert bool(attnopt.compile_report().rewritten) is not again
 
 
-@pytest.mark.slow
-def test_a_graph_with_a_loop_that_is_an_op_is_left_alone():
-    model, kwargs, _ = zoo.build("jamba")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        got = torch.compile(model, backend="attnopt", dynamic=True, options={"inner": "eager"})
-        torch.testing.assert_close(got(**kwargs)[0], model(**kwargs)[0])
-    assert "constant without data" in str(attnopt.compile_report().refused[0])
+def test_attention_beside_a_scan_of_mapped_steps_is_rewritten():
+    def step(a, b):
+        return a[0] * b[0], b[0] * a[1] + b[1]
+
+    def mixed(q, k, v):
+        _, states = associative_scan(step, (q.sigmoid(), v), 2, combine_mode="generic")
+        return F.scaled_dot_product_attention(q, k, states)
+
+    operands = qkv()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(mixed)(*operands), mixed(*operands))
+    assert len(attnopt.compile_report().rewritten) == 1
 
 
 @pytest.mark.slow
