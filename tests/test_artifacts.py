@@ -1,6 +1,7 @@
 """Artifacts: whole or not at all, checked on loading, and plain Transformers loads them."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -14,10 +15,17 @@ from typing import Any
 import pytest
 import torch
 from dha_models import decoder, ids
-from transformers import GenerationConfig
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import attnopt
 from attnopt.artifacts.manifest import IntegrityError
+from attnopt.artifacts.programs import source_config
 from attnopt.artifacts.saving import refuse_foreign
 from attnopt.program import Program
 
@@ -213,3 +221,44 @@ def test_a_place_that_cannot_be_is_refused_before_the_work(
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     with pytest.raises(ValueError, match="cannot be written to; name another directory"):
         refuse_foreign(tmp_path / "new" / "out")
+
+
+def untied_t5(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Save a T5 whose head is its own, as that of FLAN-T5 is; its config cannot say so."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, vocab_size=19, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    model: Any = T5ForConditionalGeneration(config).eval()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(19, 16), requires_grad=False)
+    model.all_tied_weights_keys.pop("lm_head.weight")
+    model.save_pretrained(folder)
+    ids = torch.arange(1, 8).view(1, 7)
+    return model, {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+
+
+@torch.no_grad()
+def test_weights_that_a_config_calls_tied_stay_apart_where_a_checkpoint_has_two(tmp_path: Path):
+    model, call = untied_t5(tmp_path / "source")
+    want = model(**call).logits
+    program = attnopt.apply(attnopt.capture(tmp_path / "source"), "exact")
+    torch.testing.assert_close(program(**call).logits, want, rtol=0, atol=1e-5)
+    attnopt.save(program, tmp_path / "out", tier=0)
+    torch.testing.assert_close(attnopt.load(tmp_path / "out")(**call).logits, want)
+
+
+@torch.no_grad()
+def test_weights_that_no_graph_reads_are_kept_in_a_stock_checkpoint(tmp_path: Path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model: Any = Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).eval()
+    call = {"pixel_values": torch.randn(1, 3, 28, 28)}
+    program = attnopt.apply(attnopt.capture(model, (), call), "exact")
+    attnopt.save(program, tmp_path / "out", tier=0)
+    made = attnopt.load(tmp_path / "out").state_dict()
+    assert torch.equal(made["embeddings.mask_token"], model.embeddings.mask_token)
+
+
+def test_a_config_with_an_infinite_number_is_read_again(tmp_path: Path):
+    config = {"model_type": "bamba", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    found = source_config(tmp_path, {"source_config": config})
+    assert list(found.time_step_limit) == [0.0, math.inf]

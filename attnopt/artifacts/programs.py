@@ -66,7 +66,7 @@ def source_config(root: Path, described: Mapping[str, Any]) -> Any:
     if not isinstance(stored, dict) or stored.get("model_type") not in known:
         raise IntegrityError(f"{root / 'config.json'} names no source that Transformers has")
     kept = {k: v for k, v in stored.items() if k not in _FORGOTTEN}
-    config = known[stored["model_type"]].from_dict(kept)
+    config = known[stored["model_type"]].from_dict(_with_floats(kept))
     config.name_or_path = str(root)
     return config
 
@@ -78,6 +78,17 @@ def _config_of(program: Program) -> dict[str, Any]:
         "source": program.name,
         "source_config": None if program.config is None else _plain(program.config),
     }
+
+
+def _with_floats(x: Any) -> Any:
+    """Return what JSON holds, with the numbers that Transformers says in its own way."""
+    if isinstance(x, dict):
+        number = _NO_JSON.get(str(x.get("__float__"))) if len(x) == 1 else None
+        return {k: _with_floats(v) for k, v in x.items()} if number is None else number
+    return [_with_floats(y) for y in x] if isinstance(x, list) else x
+
+
+_NO_JSON = {word: float(word) for word in ("Infinity", "-Infinity", "NaN")}
 
 
 def _architecture(program: Program) -> str:

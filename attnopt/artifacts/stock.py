@@ -1,7 +1,7 @@
 """Whether a stock Transformers class can express a rewritten program, and with which config."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from attnopt.nouns import Mlp, No, Site
 from attnopt.perlayer import MARK, TURN, is_marked
 from attnopt.program import Program
+from attnopt.tying import tie
 from attnopt.weights import described
 
 # What configs call the number of key and value heads, of query heads, and of neurons.
@@ -46,11 +47,11 @@ def stock_form(program: Program) -> tuple[Any, Any] | No:
     first = stock_class(program)
     if isinstance(first, No):
         return first
-    wanted = shapes_of(program)
+    wanted = _shapes_by_name(program)
     differences = "its shapes"
     for cls, config in _forms(program, first):
         try:
-            found = _shapes_of_class(cls, config)
+            found = _shapes_of_class(cls, config, program.weights)
         except ValueError as error:
             differences = str(error)
             continue
@@ -93,6 +94,12 @@ def shapes_of(program: Program) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _shapes_by_name(program: Program) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight: of those, too, that the source holds and never reads."""
+    unread = {name: described(program.weights, name).shape for name in program.weights}
+    return unread | shapes_of(program)
+
+
 def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a model of a stock class that holds the given weights."""
     from transformers import initialization
@@ -100,7 +107,7 @@ def build(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Modu
     config.dtype = _usual_dtype(weights)
     with TURN, initialization.no_init_weights():
         model: Any = cls._from_config(config)
-    model.tie_weights()
+    tie(model, _alike_in(weights))
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in weights:
@@ -114,9 +121,18 @@ def hollow(cls: Any, config: Any, weights: Mapping[str, torch.Tensor]) -> nn.Mod
     config.dtype = _usual_dtype(weights)
     with TURN, torch.device("meta"):
         model: Any = cls._from_config(config)
-    model.tie_weights()
+    tie(model, _alike_in(weights))
     made: nn.Module = model.eval()
     return made
+
+
+def _alike_in(weights: Mapping[str, torch.Tensor]) -> Callable[[str, str], bool]:
+    """Tell whether two names may be one weight: those that are both known have the same values."""
+
+    def alike(one: str, other: str) -> bool:
+        return not {one, other} <= weights.keys() or torch.equal(weights[one], weights[other])
+
+    return alike
 
 
 def _usual_dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
@@ -152,7 +168,8 @@ def _changed(
     plain: Any, layers: Mapping[int, Mapping[str, int]], kind: Any, changes: Mapping[str, Any]
 ) -> Any | None:
     """Return a config with the numbers of each layer, as its class takes them."""
-    first = {name: max(of[name] for of in layers.values()) for name in layers[0]}
+    named = next(iter(layers.values()))
+    first = {name: max(of[name] for of in layers.values()) for name in named}
     try:
         if kind is not None:
             held = {k: v for k, v in plain.to_dict().items() if k not in _OF_A_CLASS}
@@ -252,11 +269,13 @@ def _holds(
     return bool(held) and all(found == shape for found in held)
 
 
-def _shapes_of_class(cls: Any, config: Any) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+def _shapes_of_class(
+    cls: Any, config: Any, weights: Mapping[str, torch.Tensor]
+) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Return the names (several where weights are tied) and the shape of every stored tensor."""
     with TURN, torch.device("meta"):
         model = cls._from_config(config)
-    model.tie_weights()
+    tie(model, _alike_in(weights))
     names: dict[int, tuple[str, ...]] = {}
     shapes: dict[int, tuple[int, ...]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

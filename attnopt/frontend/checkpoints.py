@@ -20,6 +20,7 @@ from attnopt.frontend.hub import SINGLE as _SINGLE
 from attnopt.frontend.hub import fetched
 from attnopt.perlayer import TURN
 from attnopt.tensorfiles import Described, TensorFile
+from attnopt.tying import tie
 from attnopt.untrusted import (
     check_file,
     check_files,
@@ -354,6 +355,8 @@ def _match_names(model: nn.Module, stored: Mapping[str, Path]) -> _Match:
     if isinstance(renamed, str):
         match.converted = renamed
         return match
+    _keep_apart(model, {name: (stored[source], source) for source, name in renamed.items()})
+    wanted = model.state_dict(keep_vars=True)
     for source, name in renamed.items():
         if name in wanted:
             match.places[name] = (stored[source], source)
@@ -365,6 +368,18 @@ def _match_names(model: nn.Module, stored: Mapping[str, Path]) -> _Match:
     match.unexpected = [n for n in match.unexpected if not re.search(ignored, n)]
     match.shapes = _wrong_shapes(wanted, match)
     return match
+
+
+def _keep_apart(model: nn.Module, places: Mapping[str, tuple[Path, str]]) -> None:
+    """Untie, in place, what the files hold twice with different values."""
+
+    def alike(one: str, other: str) -> bool:
+        if one not in places or other not in places:
+            return True
+        first, second = (TensorFile(path)[name] for path, name in (places[one], places[other]))
+        return torch.equal(first, second)
+
+    tie(model, alike)
 
 
 # Buffers that older versions of Transformers stored.
