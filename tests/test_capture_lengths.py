@@ -7,6 +7,7 @@ import torch
 import transformers
 import zoo
 from test_capture_zoo import build, error_of
+from torch import nn
 from transformers.models.funnel import modeling_funnel
 
 import attnopt
@@ -83,6 +84,26 @@ def test_a_model_of_one_length_is_one_graph_for_every_batch() -> None:
     program = attnopt.capture(model, kwargs=kwargs)
     assert program.history == ("capture: whole, dynamic except input_ids axis 1 = 16",)
     assert worst(program, model, tuple(kwargs), ((1, 16), (3, 16))) == 0
+
+
+class Patches(nn.Module):
+    """Frames in patches of eight, with four places for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv1d(1, 4, 8, stride=8)
+        self.places = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, input_values: Any) -> Any:
+        return self.patches(input_values.unsqueeze(1)).transpose(1, 2) + self.places
+
+
+def test_a_size_that_a_model_cannot_have_is_refused_by_its_program() -> None:
+    program = attnopt.capture(Patches().eval(), (torch.randn(2, 32),))
+    assert program(torch.randn(3, 38)).shape == (3, 4, 4)
+    assert "only where" in program.history[0]
+    with pytest.raises(ValueError, match="the captured graph holds only where"):
+        program(torch.randn(3, 40))
 
 
 @pytest.mark.slow

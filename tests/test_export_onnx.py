@@ -343,6 +343,7 @@ def test_a_folder_of_somebody_else_is_left_alone(program: attnopt.Program, tmp_p
         pytest.param("clip_vision", {"pixel_values"}, None, marks=pytest.mark.slow),
         pytest.param("wav2vec2", None, None, marks=pytest.mark.slow),
         pytest.param("swin", {"pixel_values"}, None, marks=pytest.mark.slow),
+        pytest.param("audio_spectrogram_transformer", None, None, marks=pytest.mark.slow),
         *(
             pytest.param(name, None, None, marks=pytest.mark.slow)
             for name in ("deberta", "xlnet", "modernbert", "nomic_bert")

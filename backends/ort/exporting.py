@@ -25,7 +25,12 @@ from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.operators import Choice, Provider, Target
 from attnopt.backends.ort.parity import CASES, RIGHT_PADDED, Parity, compare
 from attnopt.backends.ort.rotary import give_every_row_its_table
-from attnopt.backends.ort.signature import Signature, StepSignature, signature_of
+from attnopt.backends.ort.signature import (
+    PlainSignature,
+    Signature,
+    StepSignature,
+    signature_of,
+)
 from attnopt.backends.ort.standalone import standalone
 from attnopt.backends.ort.translations import table
 from attnopt.frontend import capture
@@ -173,7 +178,7 @@ def _written(program: Program, folder: Path, target: Target, steps: int) -> Expo
         raise NotImplementedError(f"cannot export {program.name} to ONNX yet: {found}")
     model = in_float32(program)
     choices = write_files(found, model, folder, target)
-    signatures = {folder / name: signature for name, (_, signature) in found.items()}
+    signatures = {folder / name: as_written(s, folder / name) for name, (_, s) in found.items()}
     cases = RIGHT_PADDED if target.genai else CASES
     parity = compare(model, program, signatures, steps, cases, target.ep)
     paths = tuple(signatures)
@@ -215,6 +220,18 @@ def write_files(
     for path in models:
         onnx.checker.check_model(path, full_check=True)
     return tuple(choices)
+
+
+def as_written(signature: Signature, path: Path) -> Signature:
+    """Return the signature with the sizes that its file has as numbers."""
+    import onnx
+
+    if not isinstance(signature, PlainSignature):
+        return signature
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    axes = {i.name: i.type.tensor_type.shape.dim for i in inputs}
+    written = {name: [d.dim_value for d in found] for name, found in axes.items()}
+    return signature.narrowed(written)
 
 
 def _model(module: fx.GraphModule, signature: Signature, target: Target, name: str) -> Any:

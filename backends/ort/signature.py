@@ -6,7 +6,7 @@ reads it from the shape of a past.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -214,6 +214,18 @@ class PlainSignature:
             size = tuple(sizes[s] if isinstance(s, str) else int(s) for s in shape)
             made[name] = _values(name, size, self.dtypes[name], config, chance)
         return made
+
+    def narrowed(self, written: Mapping[str, Sequence[int]]) -> "PlainSignature":
+        """Return this with what a file has as numbers; a size that varies there is 0."""
+        pairs = [
+            (size, found)
+            for name, sizes in written.items()
+            for size, found in zip(self.taken.shapes[name], sizes, strict=True)
+        ]
+        fixed = {size: found for size, found in pairs if isinstance(size, str) and found}
+        shapes = {n: tuple(fixed.get(s, s) for s in x) for n, x in self.taken.shapes.items()}
+        captured = {name: size for name, size in self.captured.items() if name not in fixed}
+        return replace(self, taken=replace(self.taken, shapes=shapes), captured=captured)
 
     def other_sizes(self) -> Mapping[str, int] | None:
         """Return sizes that were not captured and that the graph takes, if there are any."""
