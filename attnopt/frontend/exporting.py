@@ -180,10 +180,10 @@ def _guards(exported: ExportedProgram) -> list[Any]:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
             environment = value.fake_mode.shape_env
-            guards = [guard for guard in environment.guards if not _about_layout(guard)]
+            found = [guard.expr for guard in environment.guards if not _about_layout(guard)]
             # An attempt with guards as asserts has these instead, which the clean graph drops.
-            asserts = environment.deferred_runtime_asserts.get(None, [])
-            return [environment.replace(found.expr) for found in (*guards, *asserts)]
+            found += [a.expr for a in environment.deferred_runtime_asserts.get(None, [])]
+            return [environment.replace(expression) for expression in found]
     return []
 
 

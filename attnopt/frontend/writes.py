@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from attnopt.frontend.cleanup import is_write, schema_of
+from attnopt.frontend.cleanup import is_write, remove_dead, schema_of
 from attnopt.nouns import No
 
 aten = torch.ops.aten
@@ -16,6 +16,8 @@ _SCATTERED: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
 }
+_PARTS = (*_SCATTERED, aten.view.default)
+"""What names a part of a tensor, or all of it by another shape."""
 
 
 def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
@@ -28,6 +30,9 @@ def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
     parts: set[fx.Node] = set()
     for node in writes:
         _pass_idle_casts(node)
+        if _returning(node) is not None:
+            node.replace_all_uses_with(_target(node))
+    for node in writes:
         reason = _why_not(node)
         if reason is None:
             continue
@@ -39,17 +44,17 @@ def take_out_writes(graph_module: fx.GraphModule) -> tuple[str, ...] | No:
         if node in parts:
             _scatter(node)
             continue
-        target: Any = node.args[0]  # what the write before returned, if there was one
+        target = _target(node)  # what the write before returned, if there was one
         with graph.inserting_before(node):
             made = graph.call_function(_returning(node), node.args, node.kwargs)
         made.meta = dict(node.meta)
         latest[next((old for old, new in latest.items() if new is target), target)] = made
-        target.replace_all_uses_with(made, lambda user, at=made: at < user)
-        node.replace_all_uses_with(made)
+        target.replace_all_uses_with(made, made.__lt__)
         graph.erase_node(node)
     written = [old for old in latest if old.op == "placeholder"]
     output = graph.output_node()
     output.args = ((*_listed(output), *(latest[old] for old in written)),)
+    remove_dead(graph_module)
     graph.lint()
     graph_module.recompile()
     return tuple(old.name for old in written)
@@ -70,6 +75,13 @@ def put_back_writes(graph_module: fx.GraphModule, names: Sequence[str]) -> None:
     output.args = (own,)
     graph.lint()
     graph_module.recompile()
+
+
+def _target(write: fx.Node) -> fx.Node:
+    """Return what is written, which such an op returns, too."""
+    target = write.args[0]
+    assert isinstance(target, fx.Node)
+    return target
 
 
 def _pass_idle_casts(write: fx.Node) -> None:
@@ -164,16 +176,16 @@ def _is_only_name(target: fx.Node, write: fx.Node) -> bool:
 
 
 def _parts(target: Any) -> tuple[list[fx.Node], fx.Node]:
-    """Return the slices that lead to a target, innermost first, and what they are cut from."""
+    """Return the views that lead to a target, innermost first, and what they are views of."""
     found: list[fx.Node] = []
-    while target.target in _SCATTERED:
+    while target.target in _PARTS:
         found.append(target)
         target = target.args[0]
     return found, target
 
 
 def _is_a_part(write: fx.Node) -> bool:
-    """Tell whether a write goes to a slice of a tensor of the graph that no other name shows.
+    """Tell whether a write goes to a part of a tensor of the graph that no other name shows.
 
     Views from before the write must not be read after it.
     """
@@ -181,38 +193,62 @@ def _is_a_part(write: fx.Node) -> bool:
     if not isinstance(target, fx.Node) or _returning(write) is None:
         return False
     slices, base = _parts(target)
+    if torch.Tag.inplace_view in write.target.tags:  # type: ignore[union-attr]  # an overload
+        return False
     if not slices or base.op != "call_function" or is_write(base):
         return False
     if not _is_only_name(base, write):
         return False
     held = {base, *slices}
     return not any(
-        is_write(user) or any(later > write for later in user.users)
+        _is_view_of(user, node) and _is_read_after(user, write)
         for node in held
-        for user in node.users.keys() - held - {write}
-        if user < write and (is_write(user) or _is_view_of(user, node))
+        for user in node.users.keys() - held
+        if user < write
+    )
+
+
+def _is_read_after(name: fx.Node, write: fx.Node) -> bool:
+    """Tell whether a name of some memory, or another that is made of it, is read after a write."""
+    return any(
+        user > write or (_is_view_of(user, name) and _is_read_after(user, write))
+        for user in name.users
     )
 
 
 def _scatter(write: fx.Node) -> None:
-    """Return what a write changes as new tensors, from the slice out to the whole."""
-    target: Any = write.args[0]
-    slices, _ = _parts(target)
+    """Return what a write changes as a new whole, of which later readers see the same parts."""
+    parts, base = _parts(_target(write))
     graph = write.graph
     with graph.inserting_before(write):
         value = graph.call_function(_returning(write), write.args, write.kwargs)
         value.meta = dict(write.meta)
-        changed = {target: value}
-        for part in slices:
+        for part in parts:
+            value = _put_back(part, value)
+        new = {base: value}
+        for part in parts[::-1]:
             whole: Any = part.args[0]
-            arguments = (whole, changed[part], *part.args[1:])
-            made = graph.call_function(_SCATTERED[part.target], arguments, part.kwargs)
-            made.meta = dict(whole.meta)
-            changed[whole] = made
-    for old, new in changed.items():
-        old.replace_all_uses_with(new, lambda user: user > write)
-    write.replace_all_uses_with(value)
+            view: Any = part.target
+            new[part] = graph.call_function(view, (new[whole], *part.args[1:]), part.kwargs)
+            new[part].meta = dict(part.meta)
+    for old, made in new.items():
+        old.replace_all_uses_with(made, lambda user: user > write)
     graph.erase_node(write)
+    for part in parts:
+        if not new[part].users:
+            graph.erase_node(new[part])
+
+
+def _put_back(part: fx.Node, value: fx.Node) -> fx.Node:
+    """Return the whole that a part is of, with another value of the part."""
+    whole: Any = part.args[0]
+    if part.target in _SCATTERED:
+        arguments = (whole, value, *part.args[1:])
+        made = part.graph.call_function(_SCATTERED[part.target], arguments, part.kwargs)
+    else:
+        made = part.graph.call_function(aten.reshape_as.default, (value, whole))
+    made.meta = dict(whole.meta)
+    return made
 
 
 def _listed(output: fx.Node) -> tuple[Any, ...]:
