@@ -86,6 +86,11 @@ WAYS: Final = (Way(), Way(scalars=True), Way(dynamic=False), Way(dynamic=False, 
 """Tried in turn; a later one where the earlier fails without attnopt, too."""
 CUT: Final = "cut within the attention"
 """Words of the refusal of an attention of which dynamo hands over a part."""
+READ: Final = "the attention weights are read elsewhere"
+"""Words of the refusal of an attention whose weights a function of the source returns.
+
+Where dynamo cuts the graph around that function, they are results of the graph.
+"""
 ASSEMBLED: Final = "assembled from pieces"
 """Words of the refusal of an attention that pass exact does not rewrite."""
 
@@ -370,7 +375,8 @@ def raise_left(report: Any, **facts: Any) -> NoReturn:
     """Raise what attentions that stay as they were mean."""
     reasons = [str(no) for no in report.refused] or ["no reason is given"]
     told = f"not all are rewritten: {reasons[0]}"
-    if report.rewritten == report.found and all(CUT in reason for reason in reasons):
+    cut = report.rewritten == report.found and all(CUT in reason for reason in reasons)
+    if cut or all(READ in reason for reason in reasons):
         raise DiffersError(told, **facts, cut=True)
     if all(CUT in reason or ASSEMBLED in reason for reason in reasons):
         raise RefusedError(told, **facts)
