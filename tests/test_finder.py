@@ -1,11 +1,15 @@
 """The finder on small modules: what it finds, what it says, and what it leaves alone."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import attnopt
 from attnopt.finder import explain
+from attnopt.passes import exact
 
 
 class Attention(nn.Module):
@@ -43,6 +47,16 @@ class Negated(Attention):
 
     def weights(self, scores):
         return torch.sigmoid(scores)
+
+
+class Hides(Attention):
+    """Scores hidden by a large number, under log-sum-exp: blind queries cancel that number."""
+
+    def forward(self, x, seen):
+        q = self.q(x).view(*x.shape[:2], 4, 8).transpose(1, 2)
+        scores = torch.where(seen[:, None], q @ q.transpose(-1, -2), -1e9)
+        weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
+        return self.o((weights @ q).transpose(1, 2).flatten(2))
 
 
 class Gate(nn.Module):
@@ -156,15 +170,22 @@ def test_explain_shows_both_regions_and_reasons():
 
 
 def test_scores_scaled_by_a_wrong_factor_are_caught_by_the_proof(monkeypatch):
-    from attnopt.passes import exact
-
     right = exact.emit
 
     def wrong(writer, match):
-        from dataclasses import replace
-
         return right(writer, replace(match, scale=match.scale * 1.1))
 
     monkeypatch.setattr(exact, "emit", wrong)
     program = attnopt.apply(captured(Attention()), "exact")
     assert "differs from the source by" in program.refused[0].why
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 1e-7])
+def test_the_proof_allows_for_what_blind_queries_round_and_for_nothing_else(monkeypatch, factor):
+    right = exact.emit
+    monkeypatch.setattr(
+        exact, "emit", lambda writer, m: right(writer, replace(m, scale=m.scale * factor))
+    )
+    operands = (torch.randn(2, 11, 24), torch.rand(2, 11, 11) < 0.5)
+    program = attnopt.apply(attnopt.capture(Hides().eval(), operands), "exact")
+    assert len(program.refused) == (factor != 1.0)
