@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,29 @@ def test_what_a_source_remembers_of_a_dry_run_is_forgotten() -> None:
     dry_run(model, lambda m, tensors: m(**tensors), {"x": torch.ones(2, 4)})
     assert model.last is None
     assert model.training
+
+
+class _Buckets:
+    """A cache of a source's own kind."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = [states]
+
+
+class _Caching(_Remembering):
+    """A layer that returns such a cache beside its result."""
+
+    def forward(self, x: torch.Tensor, use_cache: bool | None = None) -> Any:  # type: ignore[override]
+        made = self.linear(x)
+        return {"made": made, "cache": None if use_cache is False else _Buckets(made)}
+
+
+def test_a_cache_of_another_kind_is_left_out_and_not_kept_from_the_capture() -> None:
+    model, x = _Caching(), torch.ones(2, 4)
+    program = attnopt.capture(model, (x,))
+    assert program(x)["cache"] is None
+    assert torch.equal(program(x)["made"], model(x)["made"])
+    assert program.history[-1].startswith("captured without its cache: a _Buckets")
 
 
 @pytest.mark.parametrize(

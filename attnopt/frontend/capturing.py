@@ -31,7 +31,7 @@ from attnopt.frontend.inputs import dynamic_axes, example_inputs, grown
 from attnopt.frontend.lengths import with_lengths
 from attnopt.frontend.modules import capture_parts, with_parts
 from attnopt.frontend.positions import with_positions
-from attnopt.frontend.skeletons import Slot
+from attnopt.frontend.skeletons import Slot, keeps_tensors
 from attnopt.frontend.stateful import (
     Stateful,
     StatefulCalls,
@@ -215,9 +215,25 @@ def whole(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]
     result = _traced(model, numbered, {**axes, **more})
     if isinstance(result, No):
         return result
+    foreign = keeps_tensors(result.skeleton)
+    if foreign is not None and _uses_cache(example):
+        program = whole(model, without_cache(example), axes)
+        return program if isinstance(program, No) else _noted(program, foreign)
     program = plain_program(model, numbered, result, counts=numbered is not example)
     notes = tuple(str(no) for no in refused)
     return replace(program, refused=refused, history=(*program.history, *notes))
+
+
+def _uses_cache(example: Example) -> bool:
+    """Tell whether a call may leave its cache away."""
+    switched = example.skeleton.get("use_cache", True)
+    return "use_cache" in example.signature.parameters and switched is not False
+
+
+def _noted(program: Program, cache: str) -> Program:
+    """Say of a program that it was captured without the cache that its source returns."""
+    note = f"captured without its cache: a {cache} is none of Transformers' own caches"
+    return replace(program, history=(*program.history, note))
 
 
 def _traced(model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]) -> Trace | No:

@@ -89,6 +89,21 @@ def cache_slots(skeleton: Any) -> list[int | str]:
     return [key for value in inner for key in cache_slots(value)]
 
 
+def keeps_tensors(skeleton: Any) -> str | None:
+    """Name the class of an object in a skeleton that hides tensors, which are those of one call."""
+    if isinstance(skeleton, Slot | CacheLayers):
+        return None
+    inner = skeleton.arguments if isinstance(skeleton, Made) else skeleton
+    if isinstance(inner, Mapping):
+        inner = tuple(inner.values())
+    if isinstance(inner, list | tuple):
+        return next((name for name in map(keeps_tensors, inner) if name is not None), None)
+    kept = vars(inner).values() if hasattr(inner, "__dict__") else ()
+    lists = [x if isinstance(x, list | tuple) else [x] for x in kept]
+    hides = any(isinstance(x, Tensor) for found in lists for x in found)
+    return type(inner).__name__ if hides else None
+
+
 def is_cache(value: Any) -> bool:
     """Say whether a value is a cache of Transformers, without importing it."""
     return any(c.__module__ == "transformers.cache_utils" for c in type(value).__mro__[:-1])
