@@ -365,6 +365,27 @@ def test_a_model_without_a_cache_is_exported_as_its_source_is_called(
     assert all(i.type.tensor_type.shape.dim[0].dim_param == "batch" for i in graph.input)
 
 
+class Overlaps(nn.Module):
+    """Pairs of neighbours, read by strides from a tensor that lies in memory the other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Any) -> Any:
+        turned = self.linear(x).transpose(1, 2)
+        sizes = (*turned.shape[:2], turned.shape[2] - 1, 2)
+        return turned.as_strided(sizes, (*turned.stride(), turned.stride(2)))
+
+
+@pytest.mark.slow
+def test_strides_are_those_of_the_source_in_the_file(tmp_path: Path):
+    program = attnopt.capture(Overlaps().eval(), (torch.randn(2, 6, 4),))
+    made = attnopt.export_onnx(program, tmp_path / "out")
+    assert made.accepted, made.parity
+    assert [c.case for c in made.parity.cases] == ["the captured sizes", "other sizes"]
+
+
 @pytest.mark.slow
 def test_a_wrong_output_of_a_model_without_a_cache_is_rejected(tmp_path: Path, monkeypatch):
     model, kwargs, _ = zoo.build("bert", "eager", pad="right")

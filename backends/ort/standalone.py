@@ -14,6 +14,7 @@ from attnopt.backends.ort.operators import Choice, Target, choose
 from attnopt.backends.ort.pairs import split_complex
 from attnopt.backends.ort.routes import routes_as_products
 from attnopt.backends.ort.signature import Signature
+from attnopt.finder.ops import hint
 from attnopt.frontend.cleanup import remove_dead
 from attnopt.inlining import inline_attention
 from attnopt.ops import attention, cached_attention
@@ -33,6 +34,7 @@ def standalone(
     graph_module = program.cast(torch.float32).graph_module
     graph = graph_module.graph
     _promote_integers(graph)
+    _read_in_order_of_memory(graph)
     _keep_outputs(graph, signature.kept)
     neighbors_as_masks(graph)
     routes_as_products(graph)
@@ -68,6 +70,24 @@ def _promote_integers(graph: fx.Graph) -> None:
         promoted.meta = negative.meta = made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
+
+
+def _read_in_order_of_memory(graph: fx.Graph) -> None:
+    """Let as_strided read a tensor whose numbers lie in memory as they follow each other.
+
+    ONNX knows no other order: what the exporter makes of it counts its strides in that.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        tensor: Any = node.args[0]
+        found = tensor.meta["val"]
+        strides = [hint(s) for s in found.stride()]
+        order = sorted(range(found.dim()), key=lambda axis: -strides[axis])
+        if order == sorted(order):
+            continue
+        with graph.inserting_before(node):
+            moved = graph.call_function(aten.permute.default, (tensor, order))
+        moved.meta = {**tensor.meta, "val": found.permute(order)}
+        node.replace_input_with(tensor, moved)
 
 
 def _keep_outputs(graph: fx.Graph, kept: tuple[int, ...]) -> None:
