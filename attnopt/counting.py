@@ -6,12 +6,15 @@ chunks those pairs count that `attnopt.ops.bands` attends to.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import fx
 
 from attnopt.neighborhoods import Neighborhood
 from attnopt.ops.bands import bands
+from attnopt.ops.chunks import CHUNK, LEAST_CHUNK
+from attnopt.ops.features import width
 from attnopt.ops.hidden import Hidden, Keys, Structure
 from attnopt.ops.structure import OPTIONS
 
@@ -120,6 +123,53 @@ def _routed(node: fx.Node, sizes: Sizes) -> int:
     return _attention(node, sizes) * on // heads
 
 
+def _linear(node: fx.Node, sizes: Sizes) -> int:
+    """Count attention by way of a matrix, as `attnopt.ops.chunks` computes it."""
+    (batch, heads, tokens, channels), keys = sizes(node.args[0]), sizes(node.args[1])[-2]
+    given: list[Any] = [*node.args, None, None]
+    by = [channels if x is None else sizes(x)[-1] for x in given[3:5]]
+    features = width(by[1], str(node.kwargs.get("feature", "hedgehog")))
+    window: Any = node.kwargs.get("window") or 0
+    shape = _Matrix(channels, sizes(node.args[2])[-1] + 1, features, int(window))
+    causal = bool(node.kwargs.get("causal")) or "linear_attention_step" in str(node.target)
+    mapped = 0 if given[4] is None else channels * (tokens * by[0] + keys * by[1])
+    if tokens == 1 and causal:
+        mapped = min(mapped, channels * (by[0] + by[1]))
+        pairs = shape.one(keys)
+    else:
+        pairs = shape.chunks(tokens, keys) if causal else (tokens + keys) * shape.size
+    return 2 * batch * heads * (mapped + pairs)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """The sizes of one head of linear attention; its values have a one behind them."""
+
+    channels: int
+    values: int
+    features: int
+    window: int
+
+    @property
+    def size(self) -> int:
+        """The numbers that hold what was seen."""
+        return self.features * self.values
+
+    def one(self, keys: int) -> int:
+        """Count a step: its window, the matrix, and the key that goes into it."""
+        return min(keys, self.window) * (self.channels + self.values) + 2 * self.size
+
+    def chunks(self, tokens: int, keys: int) -> int:
+        """Count chunks of queries: keys near them one by one, what lies before by the matrix."""
+        chunk = min(CHUNK, max(LEAST_CHUNK, tokens))
+        count, reach = -(-tokens // chunk), -(-self.window // chunk) * chunk
+        read = reach + chunk
+        near = read * (self.channels + self.values) if self.window else 0
+        far = (reach if self.window >= chunk else read) * (self.features + self.values)
+        before = max(keys - tokens - reach, 0) * self.size
+        return before + count * chunk * (near + far + 2 * self.size)
+
+
 def _agents(node: fx.Node, sizes: Sizes) -> int:
     """Count the pairs of tokens and agents; rows that are dense at a time step are left out."""
     given: dict[str, Any] = dict(node.kwargs)
@@ -152,4 +202,6 @@ COUNTS: Mapping[str, Count] = {
     "neighborhood_attention": _neighborhood,
     "routed_attention": _routed,
     "agent_attention": _agents,
+    "linear_attention": _linear,
+    "linear_attention_step": _linear,
 }

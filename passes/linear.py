@@ -21,9 +21,10 @@ from torch import Tensor
 from attnopt.centroids import centroid_maps, sampled
 from attnopt.finder.emit import insert_call
 from attnopt.finder.match import Match
-from attnopt.moments import Statistics
-from attnopt.nouns import Choice, No, Plan, Site
+from attnopt.moments import Refits, Statistics
+from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.ops import linear_attention
+from attnopt.ops.chunks import CHUNK
 from attnopt.ops.features import CENTROIDS, FEATURES
 from attnopt.program import Program
 from attnopt.refusals import NothingToDoError, cached_elsewhere
@@ -31,6 +32,7 @@ from attnopt.surgery import GraphEdit
 
 exact = False
 tier = 2
+far = True
 
 KINDS: Final = ("hybrid", "pure", "gated")
 _PARAMETERS: Final = ("map_q", "map_k", "gate", "decay")
@@ -121,6 +123,39 @@ def _unhealed(site: Site, config: Config) -> No | None:
     )
 
 
+def proposals(site: Site | Mlp, asked: Any) -> tuple[Config, ...]:
+    """List hybrids of two windows and two numbers of features that hold less than the cache would.
+
+    Where nothing is hidden a matrix is no softmax without healing, and is declined as that.
+    """
+    goals = set(asked.goals)
+    if isinstance(site, Mlp) or site.kind != "self" or goals <= {"params"}:
+        return ()
+    if site.mask.kind == "none":
+        return (Config("pure"),) if goals & {"flops", "latency"} else ()
+    if not asked.tokens or (goals <= {"kv_cache", "memory"} and not site.cached):
+        return ()
+    even = max(site.head_dim // 2, 1) * 2
+    windows = dict.fromkeys(max(asked.tokens // part, _LEAST) for part in _PARTS)
+    tried = [Config(window=w, features=f) for w in windows for f in (even, 2 * even)]
+    width = next((s.dtype.itemsize for s in asked.program.states if s.role == "key"), _MATRIX)
+    whole = site.kv_heads * (site.head_dim + site.v_head_dim) * asked.tokens * width
+    return tuple(c for c in tried if _held(site, c, width) < whole)
+
+
+def _held(site: Site, config: Config, width: int) -> float:
+    """Return the bytes of a state whose keys and values have so many each."""
+    elements = cost(site, config, None)["kv_elements"]
+    matrix = site.heads * _features(site, config) * (site.v_head_dim + 1)
+    return elements * width + matrix * (_MATRIX - width)
+
+
+# Windows are these parts of the text; a matrix is kept in float32.
+_PARTS: Final = (16, 4)
+_LEAST: Final = 4
+_MATRIX: Final = 4
+
+
 def weightless(config: Config) -> bool:
     """Tell whether the features come without calibration."""
     return config.feature != CENTROIDS
@@ -137,8 +172,12 @@ def _initial(edit: GraphEdit, site: Site, config: Config, match: Match) -> dict[
     causal = site.mask.kind == "causal"
     found: dict[str, Tensor] = {}
     if config.feature == CENTROIDS:
-        sample = sampled(edit.program, match.anchor, edit.statistics.batches, match.scale)
-        found |= centroid_maps(sample, count, window=config.near, causal=causal)
+        key, kept = _kept(site, config), edit.statistics.refits
+        if key not in kept:
+            sample = sampled(edit.program, match.anchor, edit.statistics.batches, match.scale)
+            made = centroid_maps(sample, count, window=config.near, causal=causal)
+            kept[key] = made["map_q"], made["map_k"]
+        found |= dict(zip(("map_q", "map_k"), kept[key], strict=True))
     else:
         columns = count // 2 if config.feature == "hedgehog" else count
         eye = torch.eye(site.head_dim, columns).repeat(site.heads, 1, 1)
@@ -155,6 +194,16 @@ def _features(site: Site, config: Config) -> int:
     return 2 * site.head_dim if config.features is None else config.features
 
 
+def _kept(site: Site, config: Config) -> str:
+    """Name the centres of a site among what a plan's statistics keep for a replay."""
+    return f"centres/{site.name}/{site.heads}/{config.near}/{_features(site, config)}"
+
+
+def _known(stats: Any, site: Site, config: Config) -> bool:
+    """Tell whether the centres of a site are kept, or can be found."""
+    return stats is not None and (bool(stats.batches) or _kept(site, config) in stats.refits)
+
+
 def _name(site: Site, parameter: str) -> str:
     return f"{site.name.replace('#', '_')}.linear.{parameter}"
 
@@ -168,7 +217,7 @@ def emit(edit: GraphEdit, site: Site, config: Config) -> No | None:
     given = {n: x for n, x in node.kwargs.items() if x is not None}
     if "mask" in given:
         return No("a mask hides some of its keys from some queries only", site.name)
-    if config.feature == CENTROIDS and not getattr(edit.statistics, "batches", ()):
+    if config.feature == CENTROIDS and not _known(edit.statistics, site, config):
         return No(
             "its centres are those of keys on calibration rows, and the statistics came without "
             "their rows; calibrate again, or choose another feature",
@@ -197,13 +246,9 @@ def cost(site: Site, config: Config, workload: Any) -> dict[str, float]:
     found = {"kv_elements_per_token": 0.0, "kv_elements": float(window + site.heads * matrix)}
     if workload is None:
         return found
-    near = 2.0 * (site.head_dim + site.v_head_dim) * (config.near + _CHUNK)
+    near = 2.0 * (site.head_dim + site.v_head_dim) * (config.near + CHUNK)
     tokens = workload.batch * workload.sequence
     return found | {"flops": tokens * site.heads * (near + 4.0 * matrix)}
-
-
-# A chunk of queries weighs its own keys one by one.
-_CHUNK: Final = 64
 
 
 # ------------------------------------------------------------------------------------- allocation
@@ -299,6 +344,7 @@ def _order(
 
     if not able:
         return []
+    stats = replace(stats, refits=Refits())  # of those that are chosen only
     plan = Plan(_choices(base, [(s.name, 0.0) for s in able]), statistics=stats)
     exact_form = apply(program.main, "exact").growing
     converted = apply(exact_form, plan).growing
@@ -312,6 +358,7 @@ def _raised(program: Program, stats: Statistics, made: Sequence[Choice]) -> list
     from attnopt.rewriting import apply
     from attnopt.verifying import losses
 
+    stats = replace(stats, refits=Refits())
     batches = stats.batches[1:] or stats.batches  # centres are those of the first
     texts = [batch["input_ids"] for batch in batches if "input_ids" in batch]
     if not texts:

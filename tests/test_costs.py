@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import attnopt
@@ -123,3 +124,28 @@ def test_a_ring_costs_what_it_holds(llama: attnopt.Program):
         for p in (exact, windowed)
     )
     assert whole - short == 2 * HEADS * 2 * HEAD * (64 - 10)
+
+
+def computed(program: attnopt.Program, workload: Workload) -> float:
+    """Return the operations of a running model's one call, as torch counts them."""
+    words = torch.randint(0, WORDS, (1, workload.past + workload.sequence))
+    model = attnopt.lower(program, "eager")
+    with torch.no_grad():
+        before, new = words.split([workload.past, workload.sequence], dim=1)
+        cache = model(input_ids=before).past_key_values if workload.past else None
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=new, past_key_values=cache)
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("config", [{"window": 5}, {"window": 70}, {"kind": "pure", "heal": True}])
+def test_linear_attention_costs_what_it_computes(llama: attnopt.Program, config: dict[str, object]):
+    exact = attnopt.apply(llama, "exact")
+    given = {"feature": "hedgehog", "features": 6, **config}
+    choices = tuple(Choice(s.name, "linear", given) for s in exact.sites)
+    program = attnopt.apply(exact, Plan(choices))
+    assert not list(uncounted(program))
+    # What a cache keeps of the text is computed once more.
+    for workload in (Workload(1, 127), Workload(1, 1, 99)):
+        found = count_costs(program, workload).flops
+        assert found == pytest.approx(computed(program, workload), rel=0.03)

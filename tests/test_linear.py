@@ -13,12 +13,14 @@ import attnopt
 from attnopt.branches import branches, has_branches
 from attnopt.data import Split
 from attnopt.healing import Recipe, healed
-from attnopt.moments import Statistics
+from attnopt.moments import Refits, Statistics
 from attnopt.nouns import Choice, Mask, Plan, Site
 from attnopt.ops import linear_attention
 from attnopt.passes import linear
 from attnopt.program import Program
 from attnopt.refusals import NothingToDoError
+from attnopt.search import Rule
+from attnopt.search.candidates import Asked, steps_at
 
 
 @cache
@@ -147,8 +149,9 @@ def test_what_it_cannot_do_is_refused(changes: dict, config: dict, told: str) ->
 def test_centres_need_the_rows_of_the_calibration() -> None:
     teacher, stats = source()
     choice = Choice(teacher.sites[0].name, "linear", HYBRID)
+    bare = replace(stats, batches=(), refits=Refits())
     with pytest.raises(ValueError, match="without their rows"):
-        attnopt.apply(teacher, Plan((choice,), statistics=replace(stats, batches=())))
+        attnopt.apply(teacher, Plan((choice,), statistics=bare))
 
 
 def test_the_layers_that_lose_least_are_chosen() -> None:
@@ -247,3 +250,54 @@ def test_attention_without_a_mask_becomes_linear_in_an_image() -> None:
     want, found = teacher(*call), student(*call)
     assert float((found - want).norm() / want.norm()) < 0.1
     assert torch.allclose(attnopt.lower(student, "eager")(*call), found, atol=1e-5)
+
+
+def asked(*goals: str, tokens: int = 64) -> Asked:
+    teacher, stats = source()
+    return Asked(teacher, stats, goals, 2, tokens, tokens)
+
+
+def test_hybrids_are_proposed_whose_state_is_less_than_the_cache() -> None:
+    steps, refused = steps_at(site(), asked("kv_cache"), ("linear",))
+    found = {(s.config.window, s.config.features) for s in steps}
+    assert found == {(4, 8), (4, 16), (16, 8), (16, 16)}
+    assert not refused
+    # A matrix of 16 features takes as much as 9 keys and values.
+    short = steps_at(site(), asked("kv_cache", tokens=12), ("linear",))[0]
+    assert {(s.config.window, s.config.features) for s in short} == {(4, 8)}
+    assert steps_at(site(), asked("params"), ("linear",)) == ([], [])
+
+
+def test_hybrids_are_not_judged_on_rows_shorter_than_the_text() -> None:
+    steps, refused = steps_at(site(), replace(asked("flops"), seen=32), ("linear",))
+    assert not steps
+    assert "rows of 32 tokens say nothing of a text of 64" in str(refused[0])
+
+
+def test_where_nothing_is_hidden_a_matrix_is_declined_without_healing() -> None:
+    image = site(mask=Mask("none"), cached=False)
+    steps, refused = steps_at(image, asked("flops", tokens=0), ("linear",))
+    assert not steps
+    assert "say heal=True, and heal the result" in str(refused[0])
+
+
+def test_a_hybrid_is_replayed_without_data(tmp_path: Path) -> None:
+    teacher, stats = source()
+    choices = tuple(Choice(s.name, "linear", HYBRID) for s in teacher.sites)
+    plan = Plan(choices, statistics=replace(stats, refits=Refits()))
+    first = attnopt.apply(teacher, plan)
+    plan.save(tmp_path / "plan.yaml")
+    again = attnopt.apply(teacher, Plan.load(tmp_path / "plan.yaml"))
+    assert first.weights.keys() == again.weights.keys()
+    assert all(torch.equal(first.weights[n], again.weights[n]) for n in first.weights)
+
+
+def test_a_search_takes_hybrids_and_its_plan_is_replayed(tmp_path: Path) -> None:
+    teacher, stats = source()
+    terms = {"rules": [Rule(passes=("linear",))], "tier": 2}
+    plan = attnopt.plan(teacher, {"kv_cache": 0.7}, statistics=stats, **terms)
+    assert {c.rewrite for c in plan.choices} == {"linear"}
+    assert plan.provenance["left"]["kv_cache"] <= 0.7
+    plan.save(tmp_path / "plan.yaml")
+    first, again = (attnopt.apply(teacher, p) for p in (plan, Plan.load(tmp_path / "plan.yaml")))
+    assert all(torch.equal(first.weights[n], again.weights[n]) for n in first.weights)

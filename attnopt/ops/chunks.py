@@ -21,7 +21,9 @@ from attnopt.ops.linear import (
 from attnopt.ops.opaque_linear import opaque
 from attnopt.ops.window import held_sides, positions_of, ring_of
 
-_CHUNK: Final = 64
+# The queries of a chunk: fewer where there are few, but no fewer than the least.
+CHUNK: Final = 64
+LEAST_CHUNK: Final = 16
 # Weights of a segment: more of them leave the cache.
 _MOST: Final = 2**19
 
@@ -158,7 +160,7 @@ def _folded(mixing: Mixing, of_key: Tensor, v: Tensor) -> Tensor:
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor, mixing: Mixing, padding: Tensor | None) -> Tensor:
     """Return the sums (B, H, T, E + 1) of queries at the end of the keys, segment by segment."""
     tokens, keys = q.shape[2], k.shape[2]
-    bands = _Bands(mixing, min(_CHUNK, max(16, tokens)), q.device)
+    bands = _Bands(mixing, min(CHUNK, max(LEAST_CHUNK, tokens)), q.device)
     size, reach = bands.size, bands.reach
     chunks = -(-tokens // size)
     early = max(keys - tokens - reach, 0)
