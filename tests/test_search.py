@@ -17,6 +17,7 @@ from attnopt.passes import amp, dha, window
 from attnopt.program import Program
 from attnopt.search import Rule
 from attnopt.search.candidates import Asked, Candidate, Step, following, steps_at
+from attnopt.search.clock import Clock
 from attnopt.search.scores import Scores
 from attnopt.search.solving import Measured, Model, Scored, damages_of, solve
 from attnopt.search.uniform import uniform_plans
@@ -212,6 +213,19 @@ def test_a_plan_is_replayed_bit_for_bit(known: tuple[Program, Statistics], tmp_p
     for name in again.weights:
         assert torch.equal(result.weights[name], again.weights[name]), name
     assert Plan.load(tmp_path / "plan.yaml").choices == plan.choices
+
+
+def test_ops_that_attention_becomes_are_timed_as_they_run(known: tuple[Program, Statistics]):
+    program, stats = known
+    held: dict[str, Any] = {}
+    clock = Clock(Scores(held=held), {"input_ids": ids(1, TOKENS)})
+    for settings in ({"heads": 1}, {"heads": 3}):
+        given = {"refit": False, "score": "norm", **settings}
+        choices = tuple(Choice(s.name, "moh", given) for s in program.sites)
+        assert clock.seconds(attnopt.apply(program, Plan(choices, statistics=stats))) > 0
+    times = [n for n in held if n.startswith("fast op attnopt.routed_attention")]
+    # One for each share of the rows that is on, whatever the layer.
+    assert [n.split()[-1] for n in times] == ["0.25", "0.75"]
 
 
 # ---------------------------------------------------------------------------------------- pieces
