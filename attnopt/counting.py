@@ -6,17 +6,23 @@ chunks those pairs count that `attnopt.ops.bands` attends to.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Final, Protocol
 
 from torch import fx
 
+from attnopt.diagnosing import estimator_flops
 from attnopt.neighborhoods import Neighborhood
 from attnopt.ops.bands import bands
+from attnopt.ops.blocks import TILE, reads_plan, tiles_in
 from attnopt.ops.chunks import CHUNK, LEAST_CHUNK
 from attnopt.ops.features import width
 from attnopt.ops.hidden import Hidden, Keys, Structure
+from attnopt.ops.plan_blocks import STRIDE
 from attnopt.ops.structure import OPTIONS
+
+# What is just a whole number of tiles is not rounded up.
+_ROUNDING: Final = 1e-6
 
 
 class Sizes(Protocol):
@@ -123,6 +129,86 @@ def _routed(node: fx.Node, sizes: Sizes) -> int:
     return _attention(node, sizes) * on // heads
 
 
+def _fitted(node: fx.Node, sizes: Sizes) -> int:
+    """Count what tells from tokens and norms of queries which heads are on."""
+    return 2 * math.prod(sizes(node.args[1])[:-1]) * math.prod(sizes(node.args[2]))
+
+
+def _routers(node: fx.Node, sizes: Sizes) -> int:
+    """Count the routers, each row of which reads every token."""
+    rows = sum(sizes(x)[0] for x in node.args[1:] if x is not None)
+    return 2 * math.prod(sizes(node.args[0])) * rows
+
+
+def _planned(node: fx.Node, sizes: Sizes) -> int:
+    """Count the estimate that a plan of tiles is made by; a call that reads no plan has none."""
+    batch, heads, queries, channels = sizes(node.args[0])
+    keys, given = sizes(node.args[1])[-2], _Plan.of(node)
+    if not reads_plan(queries, keys, given.q_tile, given.least_tokens):
+        return 0
+    told = {"tile": given.tile, "stride": given.stride, "q_tile": given.q_tile}
+    return round(batch * estimator_flops(given.estimator, heads, channels, queries, keys, **told))
+
+
+def _blocks(node: fx.Node, sizes: Sizes) -> int:
+    """Count the tiles that a plan visits, whole; where the data decide, as many as it may."""
+    queries, keys = sizes(node.args[0])[-2], sizes(node.args[1])[-2]
+    getitem: Any = node.args[3]
+    made = getitem.args[0] if isinstance(getitem, fx.Node) and getitem.args else None
+    if not isinstance(made, fx.Node) or "rule" not in made.kwargs:
+        return _structured(node, sizes)
+    plan = _Plan.of(made)
+    pairs = plan.pairs(queries, keys)
+    return _structured(node, sizes) if pairs is None else _mixed(node, sizes, pairs)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is said of a plan of tiles where it is made."""
+
+    estimator: str
+    rule: str
+    amount: float
+    tile: int = TILE
+    causal: bool = False
+    q_tile: int = TILE
+    aligned: bool = True
+    stride: int = STRIDE
+    least_tokens: int = 0
+    dense_above: float = 1.0
+
+    @classmethod
+    def of(cls, node: fx.Node) -> "_Plan":
+        """Read the options of the op that makes a plan."""
+        given: dict[str, Any] = {f.name: node.kwargs.get(f.name) for f in fields(cls)}
+        given = {name: x for name, x in given.items() if x is not None}
+        return cls(**{"q_tile": given.get("tile", TILE), **given})
+
+    def pairs(self, queries: int, keys: int) -> int | None:
+        """Return the pairs of the tiles that are visited; None where all are."""
+        if not reads_plan(queries, keys, self.q_tile, self.least_tokens):
+            return None
+        seen: list[int] = []
+        for row in range(tiles_in(queries, self.q_tile)):
+            last = min((row + 1) * self.q_tile, queries) + keys - queries
+            seen.append(tiles_in(last if self.causal and self.aligned else keys, self.tile))
+        visited = sum(map(self._visited, seen))
+        if visited > self.dense_above * sum(seen):
+            return None
+        return visited * self.q_tile * self.tile
+
+    def _visited(self, tiles: int) -> int:
+        """Return how many of a row's tiles are visited; the first and its own are always."""
+        least = min(tiles, 2 if self.q_tile == self.tile else 1)
+        match self.rule:
+            case "topk":
+                return max(math.ceil(tiles * self.amount - _ROUNDING), least)
+            case "count":
+                return min(max(int(self.amount), least), tiles)
+            case _:
+                return max(int(tiles * self.dense_above), least)
+
+
 def _linear(node: fx.Node, sizes: Sizes) -> int:
     """Count attention by way of a matrix, as `attnopt.ops.chunks` computes it."""
     (batch, heads, tokens, channels), keys = sizes(node.args[0]), sizes(node.args[1])[-2]
@@ -202,6 +288,10 @@ COUNTS: Mapping[str, Count] = {
     "neighborhood_attention": _neighborhood,
     "routed_attention": _routed,
     "agent_attention": _agents,
+    "block_attention": _blocks,
+    "plan_blocks": _planned,
+    "fitted_gates": _fitted,
+    "router_gates": _routers,
     "linear_attention": _linear,
     "linear_attention_step": _linear,
 }

@@ -16,9 +16,10 @@ from typing import Any, Final, Literal
 
 from torch import fx
 
+from attnopt.costs import Workload
 from attnopt.diagnosing import estimator_flops
 from attnopt.finder.emit import Writer
-from attnopt.nouns import No, Site
+from attnopt.nouns import Mlp, No, Site
 from attnopt.ops.blocks import TILE, block_attention
 from attnopt.ops.estimators import CAUSAL_ONLY, ESTIMATORS, STRIDED
 from attnopt.ops.plan_blocks import ALIKE, STRIDE, plan_blocks
@@ -28,6 +29,7 @@ from attnopt.surgery import GraphEdit
 exact = False
 tier = 2
 weightless = True
+far = True
 
 # What a kernel for tiles reaches of what a dense one does.
 _KERNEL: Final = 0.75
@@ -35,6 +37,7 @@ _ALONG_KEYS: Final = ("pooled", "sub_block", "antidiagonal")
 _MODES: Final = ("planned", "routed")
 _COUNTED: Final = ("topk", "count")
 _RATIOS: Final = (0.5, 0.3, 0.2, 0.1)
+_PROPOSED: Final = (0.5, 0.3, 0.1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,20 @@ def fits(site: Site, config: Config) -> Literal[True] | No:
 def candidates(site: Site) -> tuple[Config, ...]:
     """List the settings worth trying, the weakest first."""
     return tuple(Config(amount=ratio) for ratio in _RATIOS)
+
+
+def proposals(site: Site | Mlp, asked: Any) -> tuple[Config, ...]:
+    """List a few densities where texts are so long that tiles are chosen, and less is computed."""
+    if isinstance(site, Mlp) or not {"flops", "latency"} & set(asked.goals):
+        return ()
+    workload = Workload(sequence=max(asked.tokens, _cells(site)))
+    tried = [Config(amount=ratio) for ratio in _PROPOSED]
+    return tuple(c for c in tried if cost(site, c, workload)["density"] < 1)
+
+
+def _cells(site: Site) -> int:
+    """Return the tokens of a site whose number is fixed by an image."""
+    return 0 if site.grid is None else site.grid.leading + site.grid.height * site.grid.width
 
 
 def convert(site: Site, stats: Any, config: Config) -> dict[str, Any]:

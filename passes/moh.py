@@ -21,7 +21,7 @@ from attnopt.contributing import fitted_router, norm_scales, tokens_of
 from attnopt.finder.emit import Writer
 from attnopt.finder.ops import value
 from attnopt.moments import Statistics
-from attnopt.nouns import Choice, No, Site
+from attnopt.nouns import Choice, Mlp, No, Site
 from attnopt.ops import fitted_gates, norm_gates, routed_attention, router_gates
 from attnopt.program import Program
 from attnopt.refusals import unreadable
@@ -35,6 +35,7 @@ Mode = Literal["dynamic", "group", "trained"]
 Score = Literal["fitted", "scaled", "norm"]
 _MODES: Final = ("dynamic", "group", "trained")
 _SCORES: Final = ("fitted", "scaled", "norm")
+_SHARES: Final = (0.75, 0.5, 0.25)
 _ROUTERS: Final = ("pair", "shared", "routed")
 
 
@@ -58,6 +59,22 @@ class Config:
     def __post_init__(self) -> None:
         if self.refit is None:
             object.__setattr__(self, "refit", self.mode != "trained")
+
+
+def proposals(site: Site | Mlp, asked: Any) -> tuple[Config, ...]:
+    """List a few numbers of heads, and of key heads where several heads read each."""
+    if isinstance(site, Mlp) or set(asked.goals) <= {"params", "memory"}:
+        return ()
+    found = [Config(heads=n) for n in _shares(site.heads)]
+    if 1 < site.kv_heads < site.heads:
+        found += [Config("group", n) for n in _shares(site.kv_heads)[:2]]
+    return tuple(found)
+
+
+def _shares(units: int) -> list[int]:
+    """Return how many units are on, the most first."""
+    counts = dict.fromkeys(max(1, round(units * share)) for share in _SHARES)
+    return [n for n in counts if n < units]
 
 
 def weightless(config: Config) -> bool:

@@ -9,11 +9,12 @@ import zoo
 from dha_models import decoder, ids
 
 import attnopt
-from attnopt.costs import Workload
+from attnopt.costs import Workload, count_costs, uncounted
 from attnopt.nouns import Choice, Mask, No
 from attnopt.ops import attention, block_attention, plan_blocks
 from attnopt.ops.estimators import ESTIMATORS
 from attnopt.passes import blocks
+from attnopt.search.candidates import Asked, steps_at
 
 SMALL = {"tile": 4, "stride": 2, "least_tokens": 1}
 
@@ -256,3 +257,30 @@ def test_a_plan_is_made_in_onnxruntime_too(tmp_path: Path) -> None:
     made = attnopt.export_onnx(blocked(source, amount=0.4), tmp_path / "out")
     assert made.accepted
     assert max(c.max_delta_logit for c in made.parity.cases) < 1e-5
+
+
+def test_densities_are_proposed_for_long_texts_only(program) -> None:
+    site = program.sites[0]
+    short, long = (Asked(program, None, ("flops",), 2, n, n) for n in (1024, 8192))
+    assert steps_at(site, short, ("blocks",)) == ([], [])
+    steps, refused = steps_at(site, long, ("blocks",))
+    assert [s.config.amount for s in steps] == [0.5, 0.3, 0.1]
+    assert not refused
+    steps, refused = steps_at(site, replace(long, seen=1024), ("blocks",))
+    assert not steps
+    assert "rows of 1024 tokens say nothing of a text of 8192" in str(refused[0])
+
+
+def test_the_tiles_that_are_visited_are_counted(program) -> None:
+    workload = Workload(sequence=40)
+    base, whole, few = (
+        count_costs(p, workload).flops
+        for p in (program, blocked(program, amount=1.0), blocked(program, rule="count", amount=3))
+    )
+    site = program.sites[0]
+    assert whole - base == 2 * 2 * site.heads * site.head_dim * (40 / 2) ** 2
+    # Ten rows of tiles, of which the first two have fewer than three to visit.
+    pairs = (1 + 2 + 8 * 3) * 4 * 4
+    wide = 2 * 2 * site.heads * 2 * site.head_dim
+    assert whole - few == wide * (40 * 40 - pairs)
+    assert not list(uncounted(blocked(program)))

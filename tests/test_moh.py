@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import attnopt
 from attnopt import spreading
 from attnopt.contributing import fitted_router, norm_scales
-from attnopt.costs import Workload, count_costs
+from attnopt.costs import Workload, count_costs, uncounted
 from attnopt.graphs import copied_module
 from attnopt.healing import Recipe, healed
 from attnopt.healing.functional import Functional, wide_weights
@@ -24,6 +24,7 @@ from attnopt.ops import fitted_gates, routed_attention
 from attnopt.passes import moh
 from attnopt.passes.moh import Config
 from attnopt.rewriting import settled
+from attnopt.search.candidates import Asked, steps_at
 
 MODES = (
     {"mode": "dynamic"},
@@ -383,3 +384,38 @@ def test_routers_learn(teacher, shared):
         assert not torch.equal(result.program.weights[name], student.weights[name])
     found = result.losses["sites"]
     assert found[-1] < 0.9 * found[0]
+
+
+@only_llama
+def test_a_few_numbers_of_heads_are_proposed_where_operations_are_to_be_saved(source):
+    _, program, stats = source
+    site, asked = program.sites[0], Asked(program, stats, ("flops",), 2, 24, 24)
+    found = [(s.config.mode, s.config.heads) for s in steps_at(site, asked, ("moh",))[0]]
+    assert found == [*(("dynamic", n) for n in (6, 4, 2)), ("group", 3), ("group", 2)]
+    assert steps_at(site, replace(asked, goals=("params",)), ("moh",)) == ([], [])
+    steps, refused = steps_at(site, replace(asked, goals=("kv_cache",)), ("moh",))
+    assert not steps
+    assert {no.why for no in refused} == {"moh: it leaves the cache as it is"}
+
+
+@only_llama
+def test_gates_cost_what_they_read(source):
+    _, program, stats = source
+    few = routed(program, stats, heads=4, refit=False)
+    whole, found = (count_costs(p, Workload(sequence=64)).flops for p in (program, few))
+    # Half of eight heads of four channels; tokens of 32, eight norms and a one tell of eight heads.
+    saved, gates = 2 * 64 * 64 * 4 * (4 + 4), 2 * 64 * (32 + 8 + 1) * 8
+    assert whole - found == len(program.sites) * (saved - gates)
+    assert not list(uncounted(few))
+
+
+@only_llama
+@pytest.mark.slow  # a search
+def test_a_plan_of_heads_is_replayed_without_data(source, tmp_path):
+    _, program, stats = source
+    terms = {"passes": ["moh"], "tier": 2, "tokens": 200}
+    plan = attnopt.plan(program, {"flops": 0.99}, statistics=stats, **terms)
+    assert {c.rewrite for c in plan.choices} == {"moh"}
+    plan.save(tmp_path / "plan.yaml")
+    first, again = (attnopt.apply(program, p) for p in (plan, Plan.load(tmp_path / "plan.yaml")))
+    assert all(torch.equal(first.weights[n], again.weights[n]) for n in first.weights)

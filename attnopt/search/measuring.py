@@ -53,6 +53,8 @@ class Measuring:
         self._calls = calls
         self._judges: dict[int, Judge] = {}
         self._clock = Clock(scores, _first_rows(calls, 1)[0])
+        # What passes keep that they work out of the source alone.
+        self._of_source = Refits()
         self._refits: tuple[float, str, Refits] | None = None
         self._applied: tuple[str, Program] | None = None
 
@@ -140,7 +142,10 @@ class Measuring:
         """Return the program with a candidate at its site, its projections not refitted."""
         if self._applied is not None and self._applied[0] == candidate.key:
             return self._applied[1]
-        plan = Plan(candidate.choices(refit=False), statistics=self._fresh())
+        seen = self._fresh()
+        if len(candidate.steps) == 1:
+            seen = replace(seen, refits=self._of_source)
+        plan = Plan(candidate.choices(refit=False), statistics=seen)
         try:
             made = apply(self.program, plan)
         except (ValueError, NotImplementedError, _Unsolvable) as error:
