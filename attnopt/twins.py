@@ -23,6 +23,7 @@ from attnopt.program import Program
 
 LAYERS: Final = 2
 _CHANNELS: Final = 8
+_NEURONS: Final = 512
 _COUNTS: Final = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"),
     *("decoder_layers", "num_encoder_layers", "num_decoder_layers", "depth"),
@@ -32,13 +33,17 @@ _HEADS: Final = (
     "decoder_attention_heads",
 )
 _WIDTHS: Final = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
-_HEAD_WIDTHS: Final = ("head_dim", "d_kv")
+_TURNED, _PLAIN = "qk_rope_head_dim", "qk_nope_head_dim"
+_HEAD_WIDTHS: Final = ("head_dim", "d_kv", _TURNED, _PLAIN, "v_head_dim")
+_RANKS: Final = ("q_lora_rank", "kv_lora_rank")
 _INNER: Final = (
     *("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
     *("mlp_dim", "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
 )
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 _CHOSEN: Final = ("num_experts_per_tok", "top_k")
+# Groups of experts, those that a token chooses among, and the layers before the first with experts.
+_ROUTING: Final = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": LAYERS - 1}
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,13 @@ def _shrink(config: Any, *, widths: bool, inner: bool) -> None:
         width = _narrow(config)
     if inner and width:
         for name in _numbers(config, _INNER):
-            setattr(config, name, min(getattr(config, name), 2 * width))
+            setattr(config, name, min(getattr(config, name), 2 * width, _NEURONS))
         for name in _numbers(config, _EXPERTS):
             setattr(config, name, min(getattr(config, name), 4))
         for name in _numbers(config, _CHOSEN):
             setattr(config, name, min(getattr(config, name), 2))
+        for name in _numbers(config, tuple(_ROUTING)):
+            setattr(config, name, min(getattr(config, name), _ROUTING[name]))
 
 
 def _cut_lists(config: Any, layers: int) -> None:
@@ -138,12 +145,16 @@ def _cut_lists(config: Any, layers: int) -> None:
 def _narrow(config: Any) -> int:
     """Give every head few channels, and return the width that follows."""
     heads = math.lcm(*{getattr(config, n) for n in _numbers(config, _HEADS)} or {1})
-    channels = 2 * _CHANNELS if heads <= 16 else _CHANNELS
+    channels = 2 * _CHANNELS if heads <= 16 else _CHANNELS if heads <= 64 else _CHANNELS // 2
     for name in _numbers(config, _HEAD_WIDTHS):
         setattr(config, name, min(getattr(config, name), channels))
+    if _numbers(config, ("qk_head_dim",)):
+        config.qk_head_dim = getattr(config, _TURNED) + getattr(config, _PLAIN)
     width = heads * channels
     for name in _numbers(config, _WIDTHS):
         setattr(config, name, min(getattr(config, name), width))
+    for name in _numbers(config, _RANKS):
+        setattr(config, name, min(getattr(config, name), width // 8))
     return width
 
 

@@ -20,9 +20,10 @@ FAMILIES = {
     "t5": ("T5Config", "T5ForConditionalGeneration", {}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
     "bert": ("BertConfig", "BertForMaskedLM", {}),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
 }
-SLOW = ("mixtral", "t5", "gpt2", "bert", "qwen3")
+SLOW = ("mixtral", "deepseek_v3", "t5", "gpt2", "bert", "qwen3")
 
 
 def written(family: str, folder: Path) -> Path:
