@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from attnopt.finder.ops import value
 from attnopt.fitting import Fit, Trial, fit_agents
-from attnopt.nouns import Choice, No, Site
+from attnopt.nouns import Choice, Mlp, No, Site
 from attnopt.ops import agent_attention
 from attnopt.ops.agent import STEPS
 from attnopt.program import Program
@@ -34,6 +34,7 @@ _EXPONENTS = (1.0, 0.75, 0.5, 0.3, 0.1, -0.2, -0.5, -1.0)
 _SHARES = (2, 4, 8)
 _COARSE = 7  # cells of a table of biases, each way
 _FILTER = 3
+_BATCHES = 4  # that agents are fitted on before it is known where they serve
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,33 @@ def candidates(site: Site) -> tuple[Config, ...]:
     sides = (site.grid.height, site.grid.width)
     found = [tuple(max(1, n // share) for n in sides) for share in _SHARES]
     return tuple(Config(agents) for agents in dict.fromkeys(found))
+
+
+def proposals(site: Site | Mlp, asked: Any) -> tuple[Config, ...]:
+    """List numbers of agents, each with the core, the exponent and the shortcut that fit best."""
+    if isinstance(site, Mlp) or not {"flops", "latency"} & set(asked.goals):
+        return ()
+    found = candidates(site)
+    return found if asked.statistics is None else tuple(_fitted(site, c, asked) for c in found)
+
+
+def _fitted(site: Site, config: Config, asked: Any) -> Config:
+    """Return a config with nothing left to calibration data; all sites are fitted at once."""
+    if fits(site, config) is not True or not is_open(config):
+        return config
+    key = f"agent/{config.agents}"
+    if key not in asked.statistics.memo:
+        main = asked.program.main
+        able = {s.name: _trial(s, config) for s in main.sites if fits(s, config) is True}
+        rows = replace(asked.statistics, batches=asked.statistics.batches[:_BATCHES])
+        asked.statistics.memo[key] = fit_agents(main, rows, able)
+    found = asked.statistics.memo[key].get(site.name)
+    return config if found is None else _said(config, found)
+
+
+def alike(config: Config) -> str:
+    """Return what is the same where another site is treated alike: the agents, not their fit."""
+    return f"{config.agents} {config.mode} {config.timesteps}"
 
 
 def settle(program: Program, stats: Any, choices: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -205,12 +233,16 @@ def _trial(site: Site, config: Config) -> Trial:
 
 def _settled(choice: Choice, config: Config, fit: Fit) -> Choice:
     """Return a choice that says what was found."""
+    made = _said(config, fit)
+    why = f"{made.core} core, exponent {made.exponent:g}: {fit.error:.1%} of the output is lost"
+    return replace(choice, config=asdict(made), why=choice.why or why)
+
+
+def _said(config: Config, fit: Fit) -> Config:
+    """Return a config that says what was found."""
     core: Core = "nystrom" if fit.options.get("nystrom") else "plain"
     made = replace(config, core=core, exponent=fit.options["exponent"])
-    if config.shortcut is None:
-        made = replace(made, shortcut=list(fit.shortcut))
-    why = f"{core} core, exponent {made.exponent:g}: {fit.error:.1%} of the output is lost"
-    return replace(choice, config=asdict(made), why=choice.why or why)
+    return made if config.shortcut is not None else replace(made, shortcut=list(fit.shortcut))
 
 
 # ------------------------------------------------------------------------------------------- graph

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnopt.finder.ops import value
 from attnopt.hoisting import lay_out
 from attnopt.neighborhoods import BORDERS, Border, Neighborhood
-from attnopt.nouns import No, Site
+from attnopt.nouns import Mlp, No, Site
 from attnopt.ops import neighborhood_attention
 from attnopt.surgery import GraphEdit
 from attnopt.visits import search
@@ -66,6 +66,13 @@ def candidates(site: Site) -> tuple[Config, ...]:
         if best and window != grid:
             found.append(Config(window, best[0].stride, tile=best[0].tile))
     return tuple(dict.fromkeys(found)) or (Config(),)
+
+
+def proposals(site: Site | Mlp, asked: Any) -> tuple[Config, ...]:
+    """List the windows of `candidates` where operations or time are to be saved."""
+    if isinstance(site, Mlp) or not {"flops", "latency"} & set(asked.goals):
+        return ()
+    return candidates(site)
 
 
 def convert(site: Site, stats: Any, config: Config) -> dict[str, Tensor]:

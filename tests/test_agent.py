@@ -19,6 +19,7 @@ from attnopt.ops import agent_attention, attention
 from attnopt.passes import agent
 from attnopt.passes.agent import Config
 from attnopt.rewriting import settled
+from attnopt.search.candidates import Asked, steps_at
 from tests.agent_models import SAID, block, distance, rewritten
 
 DIGITS = Path(__file__).parents[1] / "examples" / "models" / "vit-digits"
@@ -453,3 +454,27 @@ def test_inductor_agrees_with_the_program(name):
     module = attnopt.lower(result, "inductor")
     for steps in CALLS:
         assert distance(called(module, steps), called(result, steps)) < 1e-5
+
+
+def test_agents_are_proposed_with_what_was_fitted():
+    (site, *_) = digits().sites
+    asked = Asked(digits(), None, ("flops",), 2, 0)
+    assert [c.agents for c in agent.proposals(site, asked)] == [(8, 8), (4, 4), (2, 2)]
+    steps, refused = steps_at(site, replace(asked, statistics=statistics()), ("agent",))
+    assert not refused
+    assert not any(agent.is_open(s.config) for s in steps)
+    whole = settled(digits(), plan_of(digits(), statistics(), agents=[8, 8])).choices[0].config
+    assert steps[0].settings == whole
+    assert steps_at(site, replace(asked, goals=("memory",)), ("agent",)) == ([], [])
+
+
+@pytest.mark.slow  # a search
+def test_a_plan_of_agents_is_replayed_without_data(tmp_path):
+    terms = {"passes": ["agent", "neighborhood"], "tier": 2}
+    plan = attnopt.plan(digits(), {"flops": 0.9}, statistics=statistics(), **terms)
+    assert {c.rewrite for c in plan.choices} <= {"agent", "neighborhood"}
+    plan.save(tmp_path / "plan.yaml")
+    first, again = (
+        attnopt.apply(digits(), p) for p in (plan, attnopt.Plan.load(tmp_path / "plan.yaml"))
+    )
+    assert torch.equal(logits(first), logits(again))

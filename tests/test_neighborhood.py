@@ -17,6 +17,7 @@ from attnopt.nouns import Choice, Grid, Mask, No
 from attnopt.ops import attention, neighborhood_attention
 from attnopt.passes import neighborhood
 from attnopt.passes.neighborhood import Config
+from attnopt.search.candidates import Asked, steps_at
 
 DIGITS = Path(__file__).parents[1] / "examples" / "models" / "vit-digits"
 
@@ -204,3 +205,13 @@ def test_inductor_agrees_with_the_program():
     with torch.no_grad():
         found = attnopt.lower(result, "inductor")(pixel_values=noise(3, 1, 32, 32, seed=1)).logits
     assert distance(found, logits(result)) < 1e-5
+
+
+def test_windows_are_proposed_where_operations_are_to_be_saved():
+    (site, *_) = digits().sites
+    asked = Asked(digits(), None, ("latency",), 2, 0)
+    steps, refused = steps_at(site, asked, ("neighborhood",))
+    assert [s.config.window for s in steps] == [(12, 12), (8, 8), (4, 4)]
+    assert not refused
+    for goals in (("params",), ("memory",), ("kv_cache",)):
+        assert steps_at(site, replace(asked, goals=goals), ("neighborhood",)) == ([], [])
