@@ -47,9 +47,11 @@ def run(
     ):
         made, result, call = _tried(source, recipe, Path(folder))
         apart = _distance(Path(folder) / "out", result, call)
-    spent = time.perf_counter() - started
+        spent = time.perf_counter() - started
+        # Weights are read from the folder as long as it is there.
+        document = _document(made, result, apart, spent)
     if output.json:
-        output.document(SCHEMA, _document(made, result, apart, spent))
+        output.document(SCHEMA, document)
     else:
         _summary(output, made, result, apart, spent)
     return Exit.ACCEPTED
