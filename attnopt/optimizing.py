@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnopt import debug
 from attnopt.artifacts.saving import Result, needed_tier, refuse_foreign, save, stock_model
 from attnopt.branches import branches, has_branches
-from attnopt.data import Split, batches_of, split_for
+from attnopt.data import Split, batches_of, presented, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
 from attnopt.estimating import Estimate, estimate, refuse_too_large
 from attnopt.frontend import capture
@@ -25,7 +25,7 @@ from attnopt.program import Program, State
 from attnopt.reporting import samples
 from attnopt.rewriting import apply, settled
 from attnopt.search.foreseeing import looks_of
-from attnopt.search.preparing import Terms
+from attnopt.search.preparing import Terms, check_rules
 from attnopt.search.rules import Rule
 from attnopt.verifying import in_float32, verify
 from attnopt.weights import described
@@ -55,7 +55,10 @@ def optimize(
     that fails its gate is saved beside, as `out`.rejected, and says so.
     """
     wanted = checked_goal(goal or (plan.goal if isinstance(plan, Plan) else {}))
+    data = presented(data)
     program = model if isinstance(model, Program) else capture(model)
+    if plan is None:
+        check_rules(program, rules)
     if out is not None:
         refuse_foreign(Path(out).absolute(), program)
     with debug.stage("prove"):

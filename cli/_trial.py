@@ -117,9 +117,9 @@ def _folder_of(source: _source.Source) -> Path:
 
 def _few(recipe: "Recipe") -> "Source":
     """Return the user's data, little of it."""
-    from attnopt.data import Source, checked
+    from attnopt.data import Source, readable
 
-    data = checked(Source.parse(recipe.data, seed=recipe.seed))
+    data = readable(Source.parse(recipe.data, seed=recipe.seed))
     return replace(data, rows=min(data.rows, _ROWS), length=min(data.length, _TOKENS))
 
 

@@ -108,7 +108,7 @@ def _models(arguments: argparse.Namespace) -> tuple[_source.Source, _source.Sour
 def _checked(arguments: argparse.Namespace) -> "tuple[Recipe, Source]":
     """Return the recipe and the data; whatever is wrong with them is told before any work."""
     from attnopt.artifacts.saving import refuse_foreign
-    from attnopt.data import Source, checked
+    from attnopt.data import Source, readable
     from attnopt.healing import Recipe, check_checkpoint
     from attnopt.planning import checked_goal
 
@@ -119,7 +119,7 @@ def _checked(arguments: argparse.Namespace) -> "tuple[Recipe, Source]":
     try:
         goal = {} if arguments.max_drop is None else {"max_drop": arguments.max_drop}
         recipe = Recipe.of(arguments.steps, {**given, **checked_goal(goal)})
-        data = checked(Source.parse(arguments.data, seed=recipe.seed))
+        data = readable(Source.parse(arguments.data, seed=recipe.seed))
         refuse_foreign(Path(arguments.out).absolute())
         check_checkpoint(_checkpoint(arguments), resume=arguments.resume)
     except (ValueError, TypeError) as error:

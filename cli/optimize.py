@@ -78,7 +78,7 @@ def _one_goal(arguments: argparse.Namespace) -> None:
 def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Recipe") -> "Result":
     from attnopt import passes as registry
     from attnopt.artifacts.saving import refuse_foreign
-    from attnopt.data import Source, checked
+    from attnopt.data import Source, readable
     from attnopt.estimating import TooLargeError
     from attnopt.nouns import Plan
     from attnopt.optimizing import optimize
@@ -89,7 +89,7 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
         refuse_foreign(Path(arguments.out).absolute())
         for name in recipe.passes:
             registry.load(name)
-        data = checked(Source.parse(recipe.data, seed=recipe.seed))
+        data = readable(Source.parse(recipe.data, seed=recipe.seed))
         plan = None if arguments.plan is None else Plan.load(arguments.plan)
     except ValueError as error:
         raise CommandError("AO112", str(error)) from error

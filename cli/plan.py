@@ -68,16 +68,16 @@ class _Made:
 def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Recipe") -> _Made:
     """Say what planning takes, plan, and say what carrying it out would take."""
     from attnopt import debug
-    from attnopt.data import Source, checked, split_for
+    from attnopt.data import Source, readable, split_for
     from attnopt.estimating import Estimate, TooLargeError, estimate, refuse_too_large, told_time
     from attnopt.keeping import folder_of, kept
     from attnopt.optimizing import foretold
     from attnopt.planning import NothingToDoError, foreseen, plan
     from attnopt.rewriting import apply
-    from attnopt.search.preparing import Terms
+    from attnopt.search.preparing import Terms, check_rules
 
     try:
-        data = checked(Source.parse(recipe.data, seed=recipe.seed))
+        data = readable(Source.parse(recipe.data, seed=recipe.seed))
     except ValueError as error:
         raise CommandError("AO112", str(error)) from error
     captured = _source.capture(source)
@@ -86,6 +86,7 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
     terms = Terms(recipe.tier, recipe.passes, rules, devices, recipe.tokens)
     with told(arguments.out or "the scores", "AO113"), _source.quiet_libraries():
         try:
+            check_rules(captured, rules)
             program = apply(captured, "exact")
             found = foreseen(program, goal, recipe.passes or None, recipe.tier, rules, devices)
             split = split_for(captured, data, recipe.held_out)

@@ -99,13 +99,13 @@ def _limit(arguments: argparse.Namespace) -> float | None:
 def _verified(
     arguments: argparse.Namespace, sources: list[_source.Source], limit: float | None
 ) -> "Report":
-    from attnopt.data import Source, checked, split_for
+    from attnopt.data import Source, readable, split_for
     from attnopt.verifying import verify
     from attnopt.verifying.harness import check_harness
 
     tasks = [t.strip() for t in (arguments.lm_eval or "").split(",") if t.strip()]
     try:
-        data = checked(Source.parse(arguments.data))
+        data = readable(Source.parse(arguments.data))
         if tasks:
             check_harness()
     except ValueError as error:

@@ -464,3 +464,26 @@ def test_a_model_of_pictures_says_what_it_takes(tmp_path: Path):
     model.config.name_or_path = str(tmp_path)
     with pytest.raises(ValueError, match="takes pixel_values, no text; give a folder of images"):
         split_for(model, "stdlib:4x16")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nothing", "no such file or folder"),
+        ("weights.bin", "an archive or a pickle"),
+        ("other.safetensors", "must hold one of input_ids"),
+        ("empty", "holds no text"),
+    ],
+)
+def test_data_is_looked_at_before_the_model(name: str, told: str, tmp_path: Path):
+    (tmp_path / "weights.bin").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    save_file({"words": ids(8, 9)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=told):
+        attnopt.optimize(tmp_path / "no-model", {"params": 0.8}, data=tmp_path / name)
+
+
+@pytest.mark.parametrize("data", [7, torch.tensor([1, 2, 3]), {"input_ids": [1, 2]}])
+def test_data_of_another_kind_is_refused_before_the_model(data: Any, tmp_path: Path):
+    with pytest.raises((TypeError, ValueError), match=r"^(the )?data"):
+        attnopt.optimize(tmp_path / "no-model", {"params": 0.8}, data=data)

@@ -10,6 +10,7 @@ import torch
 from dha_models import captured, decoder, ids
 
 import attnopt
+from attnopt import debug
 from attnopt.calibrating import Statistics
 from attnopt.costs import Workload
 from attnopt.nouns import Choice, Plan
@@ -134,6 +135,17 @@ def test_rules_keep_sites_and_say_what_is_tried(known: tuple[Program, Statistics
         planned(known, {"kv_cache": 0.8}, rules=[Rule("nothing", keep=True)])
     kept = planned(known, {"kv_cache": 0.8}, passes=["dha"], tier=1, rules=rules[:1])
     assert {c.site for c in kept.choices} == {second.name}
+
+
+def test_a_rule_about_nothing_is_told_before_anything_is_proved(
+    known: tuple[Program, Statistics],
+):
+    heard: list[str] = []
+    terms = {"rules": [Rule("nothing", keep=True)], "data": ids(16, TOKENS)}
+    told = pytest.raises(ValueError, match="'keep nothing' decides about no site")
+    with debug.hearing(lambda name, _: heard.append(name)), told:
+        attnopt.optimize(known[0], {"kv_cache": 0.8}, **terms)
+    assert heard == []
 
 
 def test_heads_divide_among_devices(known: tuple[Program, Statistics]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnopt.data.calls import batches_of, bounded, taken_by
 from attnopt.data.sources import Source, checked
-from attnopt.data.splitting import HELD_OUT, Split, halved, split_of
+from attnopt.data.splitting import HELD_OUT, Split, halved, readable, split_of
 from attnopt.untrusted import check_tokenizer, code_of, read_json
 
 
@@ -26,25 +26,42 @@ def split_for(program: Any, data: Any = None, held_out: int | None = None) -> Sp
     if data is None or isinstance(data, str | os.PathLike | Source):
         source = data if isinstance(data, Source) else Source.parse(str(data or Source()))
         return _read(program, source, held_out)
+    _check_kind(data)
     if isinstance(data, Tensor):
-        if data.dim() < 2 or len(data) < 2:
-            raise ValueError(
-                f"the data has shape {list(data.shape)}; it must be at least two rows, such as "
-                "(rows, tokens)"
-            )
         name = next(iter(next(batches_of(program, data[:1]))))
         return halved({name: data}, _whole("tensor", data), held_out)
     if isinstance(data, Mapping):
-        first = next((v for v in data.values() if isinstance(v, Tensor)), None)
-        if first is None:
-            raise ValueError("the data names no tensor")
+        first = next(v for v in data.values() if isinstance(v, Tensor))
         return halved(dict(data), _whole("tensors", first), held_out)
-    if isinstance(data, Iterable):
-        return _of_calls(program, data)
-    raise TypeError(
-        f"data must be the name of a source, rows, or an iterable of calls, not "
-        f"{type(data).__name__}"
-    )
+    return _of_calls(program, data)
+
+
+def presented(data: Any) -> Any:
+    """Return data that `split_for` takes, as far as that can be told without a model.
+
+    A ValueError or TypeError says what is wrong with other data.
+    """
+    if data is None or isinstance(data, Split):
+        return data
+    if isinstance(data, str | os.PathLike | Source):
+        return readable(data if isinstance(data, Source) else Source.parse(os.fspath(data)))
+    _check_kind(data)
+    return data
+
+
+def _check_kind(data: Any) -> None:
+    if isinstance(data, Tensor) and (data.dim() < 2 or len(data) < 2):
+        raise ValueError(
+            f"the data has shape {list(data.shape)}; it must be at least two rows, such as "
+            "(rows, tokens)"
+        )
+    if isinstance(data, Mapping) and not any(isinstance(v, Tensor) for v in data.values()):
+        raise ValueError("the data names no tensor")
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must be the name of a source, rows, or an iterable of calls, not "
+            f"{type(data).__name__}"
+        )
 
 
 def held_out_of(program: Any, data: Any) -> tuple[Any, str, tuple[str, ...]]:

@@ -79,6 +79,16 @@ def split_of(
     )
 
 
+def readable(source: Source) -> Source:
+    """Return a source that can be opened, as far as that takes no model; ValueError for others."""
+    checked(source)
+    if source.kind == "arrays":
+        stored(source.path, source.length)
+    elif source.is_text and source.name != "stdlib" and next(documents(source), None) is None:
+        raise ValueError(f"data {source.name!r} holds no text that could be read")
+    return source
+
+
 def cut(documents: Sequence[str], tokenizer: Any, *, rows: int, length: int, seed: int) -> Tensor:
     """Tokenize documents in an order drawn from the seed, and cut the stream into rows."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,18 +69,28 @@ def _check(program: Program, terms: Terms) -> None:
     """Raise ValueError for rules that are about nothing, and for passes that are not there."""
     for name in (*terms.passes, *(n for r in terms.rules for n in r.passes or ())):
         registry.load(name)
-    main = program.main
-    names = [*(s.name for s in main.sites), *(m.name for m in main.mlps)]
-    idle = unused(terms.rules, names)
+    check_rules(program, terms.rules)
+    if terms.tensor_parallel < 1:
+        raise ValueError(f"tensor_parallel {terms.tensor_parallel} must be at least 1")
+    if not _names(program):
+        raise NothingToDoError("no attention and no MLP was found that could be rewritten")
+
+
+def check_rules(program: Program, rules: Sequence[Rule]) -> None:
+    """Raise ValueError for rules that are about nothing."""
+    names = _names(program) if rules else []
+    idle = unused(rules, names)
     if idle:
         raise ValueError(
             f"the rule '{idle[0]}' decides about no site: its pattern fits none, or rules before "
             f"it cover them; sites are named like {', '.join(names[:2])}"
         )
-    if terms.tensor_parallel < 1:
-        raise ValueError(f"tensor_parallel {terms.tensor_parallel} must be at least 1")
-    if not names:
-        raise NothingToDoError("no attention and no MLP was found that could be rewritten")
+
+
+def _names(program: Program) -> list[str]:
+    """List the names of all that can be rewritten."""
+    main = program.main
+    return [*(s.name for s in main.sites), *(m.name for m in main.mlps)]
 
 
 def _lister(
