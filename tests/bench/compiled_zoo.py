@@ -6,8 +6,8 @@
 Each model is compiled by both backends in a process of its own, with the attention that
 Transformers chooses for it and fixed sizes, compared with the stock model, and timed in interleaved
 rounds. The models are tiny, so that this weighs what is done beside the arithmetic; compiled.py
-times larger ones. Rows are written as they come. Exit status 1 where results differ or where the interval of the
-speedup ends below 1.
+times larger ones. Rows are written as they come. Exit status 1 where results differ or where the
+interval of the speedup ends below 1.
 """
 
 import argparse
