@@ -1,14 +1,16 @@
 """A short look at how fast a model runs here, and at what it keeps on the way.
 
 The program is run on one row and on a few, node by node, as calibration does it; what the runs hold
-is weighed after every node. A product and a softmax say how fast this machine is.
+is weighed after every node. A product and a softmax say how fast this machine is. All is timed
+for a while: a machine with other work is slow in spells, and a long run meets them as they come.
 """
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 import torch
@@ -19,8 +21,13 @@ from attnopt.program import Program
 from attnopt.running import Run
 
 _FEW: Final = 4
-_SIDE: Final = 384
+# As large as the products of a solve: threads that wait for each other cost little beside it.
+_SIDE: Final = 768
 _NUMBERS: Final = 2**20
+# Seconds that something is timed for, and how often at least and at most.
+_WHILE: Final = 0.4
+_LEAST: Final = 3
+_MOST: Final = 16
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,11 @@ class Probe:
     @classmethod
     def of(cls, program: Program, batch: Mapping[str, Any], parameters: list[str]) -> "Probe":
         """Run a program on some rows of a batch, with a look at the inputs of some parameters."""
-        copied = _seconds(lambda: program.cast(torch.float32))
+        copied = _time(lambda: program.cast(torch.float32))
         wide = program.cast(torch.float32)
         inputs = inputs_of(wide, parameters)
         count = min(_FEW, rows_in(batch))
-        _Watched(wide, first_rows(batch, 1), inputs).finish()
-        one, few = (_Watched(wide, first_rows(batch, n), inputs) for n in (1, count))
-        one.finish()
-        few.finish()
+        one, few = _watched(wide, [first_rows(batch, n) for n in (1, count)], inputs)
         more = max(count - 1, 1)
         row, whole_row = (
             max(b - a, 0.0) / more if count > 1 else a
@@ -76,6 +80,24 @@ class Probe:
             {name: n / count for name, n in few.moments.items()},
             {name: int(node.meta["val"].shape[-1]) for name, node in few.owners.items()},
         )
+
+
+def _watched(
+    program: Program, calls: Sequence[Mapping[str, Any]], inputs: Mapping[str, fx.Node]
+) -> "list[_Watched]":
+    """Run calls in turn for a while, and return the last run of each, with the mean times."""
+    _Watched(program, calls[0], inputs).finish()
+    rounds: list[list[_Watched]] = []
+    start = time.perf_counter()
+    while not rounds or (time.perf_counter() - start < _WHILE and len(rounds) < _MOST):
+        rounds.append([_Watched(program, call, inputs) for call in calls])
+        for run in rounds[-1]:
+            run.finish()
+            run.forget()
+    for last, runs in zip(rounds[-1], zip(*rounds, strict=True), strict=True):
+        last.seconds = fmean(run.seconds for run in runs)
+        last.whole = fmean(run.whole for run in runs)
+    return rounds[-1]
 
 
 class _Watched(Run):
@@ -141,23 +163,31 @@ def first_rows(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _time(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
+def _mean(work: Callable[[], object]) -> float:
+    """Return the mean seconds of some work over a while, without the first time."""
+    work()
+    spent: list[float] = []
+    while len(spent) < _LEAST or sum(spent) < _WHILE:
+        spent.append(_time(work))
+    return fmean(spent)
+
+
 def _product_seconds() -> float:
     """Time a multiply-add of a product in float64."""
     a = torch.ones(_SIDE, _SIDE, dtype=torch.float64)
-    return min(_seconds(lambda: a @ a) for _ in range(4)) / _SIDE**3
+    return _mean(lambda: a @ a) / _SIDE**3
 
 
 def _softmax_seconds() -> float:
     """Time one number of a softmax."""
     a = torch.ones(_NUMBERS // 1024, 1024)
-    a.log_softmax(-1)
-    return min(_seconds(lambda: a.log_softmax(-1)) for _ in range(3)) / _NUMBERS
+    return _mean(lambda: a.log_softmax(-1)) / _NUMBERS
 
 
 def resident() -> int:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,14 @@ def test_what_clearly_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(estimating, "free_at", lambda place: 700)
     with pytest.raises(TooLargeError, match="choose another disk"):
         refuse_too_large(expected, tmp_path)
+
+
+def test_a_machine_that_is_slow_in_spells_is_told_as_it_is(
+    program, monkeypatch: pytest.MonkeyPatch
+):
+    # Every other moment takes ten times as long.
+    passed = accumulate(cycle([0.001, 0.001, 0.001, 0.01]))
+    monkeypatch.setattr("attnopt.probing.time.perf_counter", lambda: next(passed))
+    probe = probed(program)
+    assert probe.multiply * 768**3 == pytest.approx(0.0055, rel=0.1)
+    assert probe.touch * 2**20 == pytest.approx(0.0055, rel=0.1)
