@@ -5,6 +5,7 @@ import inspect
 import io
 import logging
 import os
+import random
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,10 @@ from attnopt.program import Binding
 
 # Where the source sits in the traced wrapper; removed from every name afterwards.
 SOURCE = "source"
+
+# How many sizes a condition is tried at, and how far from the least.
+_DRAWS = 16
+_MOST = 1000
 
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]
 Found = TypeVar("Found")
@@ -180,11 +185,26 @@ def _guards(exported: ExportedProgram) -> list[Any]:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
             environment = value.fake_mode.shape_env
-            found = [guard.expr for guard in environment.guards if not _about_layout(guard)]
+            guards = [guard.expr for guard in environment.guards if not _about_layout(guard)]
             # An attempt with guards as asserts has these instead, which the clean graph drops.
-            found += [a.expr for a in environment.deferred_runtime_asserts.get(None, [])]
-            return [environment.replace(expression) for expression in found]
+            asserts = [a.expr for a in environment.deferred_runtime_asserts.get(None, [])]
+            known = (environment.replace(condition) for condition in asserts)
+            failing = (condition for condition in known if _can_fail(condition, exported))
+            return [*map(environment.replace, guards), *failing]
     return []
+
+
+def _can_fail(condition: Any, exported: ExportedProgram) -> bool:
+    """Say whether sizes within their bounds miss a condition; an assert may be true of all."""
+    chance = random.Random(0)
+    bounds = _bounds(exported)
+    drawn: list[dict[Any, int]] = [{} for _ in range(_DRAWS)]
+    for symbol in sorted(condition.free_symbols, key=str):
+        low, high = bounds.get(str(symbol), (0, None))
+        most = low + _MOST if high is None else min(high, low + _MOST)
+        for sizes in drawn:
+            sizes[symbol] = chance.randint(min(max(low, 2), most), most)
+    return any(condition.subs(sizes) == False for sizes in drawn)  # noqa: E712
 
 
 def _finish(
