@@ -21,6 +21,7 @@ class WritesBlocks(nn.Module):
         last = queries[:, :, -1]
         last.add_(1.0)
         last.mul_(2.0)
+        queries.transpose(1, 2)[:, 3:5] -= 0.5
         blocks = queries.view(*q.shape[:3], 2, 4)
         blocks[:, :, 1].scatter_(2, index, v[:, :, 0, :4].unflatten(-1, (1, 4)))
         blocks[:, :, 2:-2, 1] += 1.0

@@ -16,7 +16,7 @@ _SCATTERED: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
 }
-_PARTS = (*_SCATTERED, aten.view.default)
+_PARTS = (*_SCATTERED, aten.view.default, aten.transpose.int)
 """What names a part of a tensor, or all of it by another shape."""
 
 
@@ -245,6 +245,8 @@ def _put_back(part: fx.Node, value: fx.Node) -> fx.Node:
     if part.target in _SCATTERED:
         arguments = (whole, value, *part.args[1:])
         made = part.graph.call_function(_SCATTERED[part.target], arguments, part.kwargs)
+    elif part.target is aten.transpose.int:
+        made = part.graph.call_function(aten.transpose.int, (value, *part.args[1:]))
     else:
         made = part.graph.call_function(aten.reshape_as.default, (value, whole))
     made.meta = dict(whole.meta)
