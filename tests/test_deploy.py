@@ -157,6 +157,25 @@ class Cuts(torch.nn.Module):
         return torch.softmax(x / x.sum().item(), dim=-1)
 
 
+class Branches(torch.nn.Module):
+    """Takes one of two ways by a number of its scores."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        many = (x > 0).sum().item() > 4
+        return torch.softmax(x if many else -x, dim=-1)
+
+
+def test_a_branch_on_data_is_a_limit_of_torch_even_where_numbers_are_captured() -> None:
+    module, x = Branches(), torch.rand(2, 4)
+
+    def alone(case: Any, way: zoo_deploy.Way) -> None:
+        torch.compile(module, backend="eager", dynamic=way.dynamic)(x)
+
+    way, cut = zoo_deploy.Way(scalars=True), DiffersError("left as it was", cut=True)
+    told = zoo_deploy.limit_of_torch(zoo_deploy.Case("none"), way, cut, alone)
+    assert told.startswith("dynamo cuts the graph within an attention for any backend")
+
+
 def test_a_limit_of_torch_fails_without_attnopt_too(monkeypatch) -> None:
     """A way to compile is left for the next only where backend eager fails in the same place."""
     torch._dynamo.reset()

@@ -314,15 +314,18 @@ def limit_of_torch(
     differs = isinstance(error, DiffersError)
     if differs and not getattr(error, "facts", {}).get("cut"):
         return ""
-    cuts = torch._dynamo.utils.counters["graph_break"]
+    counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
-    cuts.clear()
+    counters.clear()
     try:
         with torch._dynamo.config.patch(settings(way)):
             alone(case, way)
     except Exception as other:
         same = type(other) is type(error) or type(other) is type(error.__cause__)
         return f"backend 'eager' fails, too: {_told(_root(other))}" if same and not differs else ""
+    # A branch on data is in the second only; what follows any cut is in the third.
+    kinds = ("graph_break", "unimplemented", "resumes")
+    cuts = next((counters[kind] for kind in kinds if counters[kind]), {})
     if not differs or not cuts:
         return ""
     reasons = sorted({str(reason).strip().splitlines()[0] for reason in cuts})
