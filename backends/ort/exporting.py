@@ -245,7 +245,7 @@ def _model(module: fx.GraphModule, signature: Signature, target: Target, name: s
 
 
 # A size depends on another one, or the exporter fails to say how it does.
-_TIED = ("Constraints violated", "Expected derived min value")
+_TIED = ("Constraints violated", "Expected derived min value", "Dim with inconsistent min")
 
 
 def _translated_somehow(module: fx.GraphModule, signature: Signature, opset: int, name: str) -> Any:
