@@ -143,7 +143,7 @@ def _read(
 
 def _with_whole_mask(view: View, site: Site, match: Match, anchor: Anchor) -> Site:
     """Name the mask of an attention over blocks of tokens by the tokens that meet in it."""
-    visible = MaskReader(view, match).visible_scores()
+    visible = MaskReader(view, match).values.visible_scores()
     if visible is None:
         return site
     reading = read_factor(view, anchor, "blocks of tokens", visible)

@@ -5,81 +5,30 @@ evaluated as they are; terms that read a padding mask are evaluated with all one
 masks, and must split into structure AND padding. Soft terms are biases, not masks.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import sympy
 import torch
 from torch import Tensor, fx
 
-from attnopt.finder.evaluate import Sizes, ancestors, evaluate, is_size, leaves
-from attnopt.finder.layout import Layout
-from attnopt.finder.match import Match, Operand, Side
-from attnopt.finder.numbering import canonical_numbers
-from attnopt.finder.ops import (
-    LAYOUT,
-    TRANSPARENT,
-    args,
-    argument,
-    is_number,
-    kind,
-    module_path,
-    shape,
-    value,
-)
+from attnopt.finder.evaluate import Sizes, ancestors, is_size, leaves
+from attnopt.finder.mask_terms import Term, fills, split_terms
+from attnopt.finder.mask_trials import Trials
+from attnopt.finder.mask_values import MaskValues
+from attnopt.finder.match import Match
+from attnopt.finder.ops import LAYOUT, TRANSPARENT, args, kind, module_path, shape, value
 from attnopt.finder.provenance import View
 from attnopt.finder.scores import HARD
 from attnopt.finder.structures import name_structure
-from attnopt.finder.structures import structure as shown_by
 from attnopt.nouns import Mask
 
 Bias = Literal["none", "alibi", "relative", "table", "dense"]
 
 MOVED = "padding at the left moves the structure along"
 
-_BROADCASTING = frozenset(
-    "expand expand_as unsqueeze slice view reshape broadcast_to to _to_copy".split()
-)
-_FILLING = frozenset("masked_fill where full full_like new_full mul scalar_tensor slice".split())
 _MOVES = LAYOUT - frozenset("getitem gather index take_along_dim constant_pad_nd pad".split())
-_PADDING_TRIALS = 8
-_LONG_TRIALS = 3
-_LARGEST_SQUARE = 8200
-_LARGEST_PADDED_SQUARE = 2100
-_LARGEST_INTEGER = 65536
-_LARGEST_POSITION = 1e9
 # What a mask's own code raises at sizes that it was not written for: nothing is known of it there.
 CANNOT_RUN = (RuntimeError, IndexError, KeyError, ValueError, TypeError)
-
-
-@dataclass(frozen=True)
-class Term:
-    """A part of what is added to, or hides, the scores.
-
-    `under` is what data decide, where this term only writes a mask over it.
-    """
-
-    node: fx.Node
-    op: str
-    when: bool
-    factor: float
-    layout: Layout
-    under: fx.Node | None = None
-
-    @property
-    def ends(self) -> tuple[fx.Node, ...]:
-        """Return where the term's own subgraph ends: at what the mask is written over."""
-        return () if self.under is None else (self.under,)
-
-    def is_hard(self, numbers: Tensor) -> Tensor:
-        """Tell which numbers hide: as they are written, or as they are multiplied after it."""
-        return numbers * math.copysign(max(abs(self.factor), 1.0), self.factor) <= HARD
-
-    def nodes(self) -> list[fx.Node]:
-        """List the term's own subgraph, in order of execution."""
-        return [n for n in ancestors([self.node], self.ends) if n not in self.ends]
 
 
 @dataclass(frozen=True)
@@ -97,45 +46,13 @@ def name_masks(view: View, match: Match) -> Named:
     return MaskReader(view, match).read()
 
 
-def split_terms(side: Side) -> list[Term]:
-    """Split a side operand into the terms that are added up in it."""
-    step = side.step
-    if step.op != "add":
-        return [Term(side.node, step.op, step.when, 1.0, side.layout)]
-    return [Term(n, "add", True, side.factor, side.layout) for n in _summands(side.node)]
-
-
-def _summands(node: fx.Node) -> list[fx.Node]:
-    """Follow sums, casts and broadcasts down to the terms, each a tensor that broadcasts."""
-    inner = node
-    while kind(inner) in _BROADCASTING | TRANSPARENT and isinstance(args(inner)[0], fx.Node):
-        if kind(inner) in LAYOUT and not _keeps_axes(inner):
-            break
-        inner = args(inner)[0]
-    if kind(inner) == "add" and argument(inner, 2, "alpha", 1) == 1:
-        parts = [a for a in args(inner)[:2] if isinstance(a, fx.Node)]
-        if len(parts) == 2 and all(isinstance(value(p), Tensor) for p in parts):
-            return [term for p in parts for term in _summands(p)]
-    return [inner]
-
-
-def _keeps_axes(node: fx.Node) -> bool:
-    """Tell whether a layout op only broadcasts: its input could stand in its place."""
-    before, after = shape(args(node)[0]), shape(node)
-    if kind(node) == "unsqueeze" and args(node)[1] not in (0,):
-        return False
-    lead = len(after) - len(before)
-    return lead >= 0 and all(b in (1, a) for b, a in zip(before, after[lead:], strict=True))
-
-
 class MaskReader:
-    """Evaluates the terms of one site."""
+    """Reads the terms of one site: what hides keys, by its values, and what only adds to scores."""
 
     def __init__(self, view: View, match: Match) -> None:
         self.view = view
         self.match = match
         self.program = view.program
-        self.polarity: dict[fx.Node, bool] = {}
         terms = [t for side in match.sides if side.step.op != "multiply" for t in split_terms(side)]
         self.hard: list[Term] = []
         self.soft: list[Term] = []
@@ -147,6 +64,8 @@ class MaskReader:
             else:
                 (self.hard if self._decidable(term.node) else self.soft).append(term)
         self.inputs = self._mask_inputs()
+        self.values = MaskValues(view, match, self.hard, self.inputs)
+        self.trials = Trials(self.values)
 
     def read(self) -> Named:
         """Evaluate, name, and test for padding."""
@@ -187,8 +106,6 @@ class MaskReader:
         shapes = tuple(shape(x.product) for x in (match.q, match.k))
         return (tuple(self.hard), match.structure, match.scores_layout, shapes)
 
-    # ------------------------------------------------------------------------- dependencies
-
     def _decidable(self, node: fx.Node) -> bool:
         """Tell whether positions, constants and mask inputs decide a term."""
         flags = self.view.origins.of(node)
@@ -200,7 +117,7 @@ class MaskReader:
         """Return the data that a decidable mask is written over; None where there is no such."""
         node, masked = term.node, False
         while term.op == "add":
-            under = next((x for x in _fills(node) if self._is_mask(*x[:2])), None)
+            under = next((x for x in fills(node) if self._is_mask(*x[:2])), None)
             if under is not None:
                 node, masked = under[2], True
             elif kind(node) in _MOVES | TRANSPARENT and isinstance(args(node)[0], fx.Node):
@@ -250,98 +167,6 @@ class MaskReader:
             not in ("position_ids", "cache_position")
         ]
 
-    # --------------------------------------------------------------------------- evaluation
-
-    def visible(self, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
-        """Return which keys are visible, as (B or 1, H or 1, T, S) booleans."""
-        visible = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-
-        for term in self.hard:
-            hidden = self._is_hidden(term, sizes, inputs)
-            own = broadcast_layout(term.layout, tuple(hidden.shape))
-            visible = visible & ~_to_bhts(hidden, own, term.layout)
-        if self.match.structure.kind != "none":
-            queries, keys = visible.shape[-2:]
-            queries, keys = (
-                max(queries, self._length("T", sizes)),
-                max(keys, self._length("S", sizes)),
-            )
-            visible = visible & shown_by(self.match.structure, queries, keys)
-        return visible
-
-    def visible_scores(self) -> Tensor | None:
-        """Return what no mask hides in the shape of the scores, where the masks are written there.
-
-        Padding hides nothing here.
-        """
-        if any(t.layout != self.match.scores_layout for t in self.hard):
-            return None
-        sizes = self.view.shapes.captured
-        held = tuple(_product(f.size for f in axis) for axis in self.match.scores_layout.axes)
-        visible = torch.ones(held, dtype=torch.bool)
-        for term in self.hard:
-            visible = visible & ~self._is_hidden(term, sizes, self._all_visible(sizes))
-        return visible
-
-    def _is_hidden(self, term: Term, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
-        found = self._value(term, sizes, inputs)
-        hidden = found != 0 if term.op == "hide" else term.is_hard(found)
-        return hidden == term.when
-
-    def _value(self, term: Term, sizes: Sizes, inputs: dict[fx.Node, Tensor]) -> Tensor:
-        """Evaluate a term, with zeros for what its mask is written over."""
-
-        def leaf(node: fx.Node) -> Tensor:
-            if node in term.ends:
-                return torch.zeros(self.view.shapes.shape(node, sizes), dtype=value(node).dtype)
-            return inputs[node] if node in inputs else self._default(node, sizes)
-
-        (found,) = evaluate([term.node], leaf, sizes=sizes, stop=term.ends)
-        assert isinstance(found, Tensor)
-        return found
-
-    def _default(self, node: fx.Node, sizes: Sizes) -> Tensor:
-        binding = self.program.bindings[node.name]
-        if binding.kind in ("parameter", "buffer", "constant"):
-            return self.program.weights[binding.name]
-        example = value(node)
-        size = self.view.shapes.shape(node, sizes)
-        if binding.name.split(".")[-1] in ("position_ids", "cache_position"):
-            past = sizes.get(self._past, 0) if self._past is not None else 0
-            return (torch.arange(size[-1]) + past).expand(size)
-        if example.is_floating_point():
-            return torch.zeros(size, dtype=example.dtype)
-        return torch.ones(size, dtype=example.dtype)
-
-    @property
-    def _past(self) -> sympy.Symbol | None:
-        return next(filter(self._is_past, self.view.shapes.sources), None)
-
-    def _is_past(self, symbol: sympy.Symbol) -> bool:
-        """Tell whether a size is the length of a state."""
-        node, _ = self.view.shapes.sources[symbol]
-        return self.program.bindings[node.name].kind in ("past_length", "state")
-
-    def _length(self, role: str, sizes: Sizes) -> int:
-        """Return the number of queries or keys at the given sizes."""
-        operand = self.match.q if role == "T" else self.match.k
-        found = self.view.shapes.shape(operand.product, sizes)
-        held = self._layout_of(operand)
-        total = 1
-        for size, axis in zip(found, held.axes, strict=True):
-            if any(f.role == role for f in axis):
-                # Heads or the batch may share the axis.
-                total *= size // _product(f.size for f in axis if f.role != role)
-        return total
-
-    def _layout_of(self, operand: Operand) -> Layout:
-        by_label = dict(
-            zip(self.match.contraction.out_labels, self.match.scores_layout.axes, strict=True)
-        )
-        return Layout(tuple(by_label.get(x, ()) for x in operand.labels))
-
-    # ----------------------------------------------------------------------------- structure
-
     def _structure(self, notes: list[str]) -> Mask:
         if not self.hard and self.match.structure.kind == "none":
             return Mask("none")
@@ -352,9 +177,9 @@ class MaskReader:
             notes.append(met if through_agents else seen)
             return self.match.structure
         shown: list[tuple[Tensor, int]] = []
-        for sizes in self._trials():
+        for sizes in self.trials.structural():
             try:
-                visible = self.visible(sizes, self._all_visible(sizes))
+                visible = self.values.visible(sizes, self.values.all_visible(sizes))
                 full = self._full(visible, sizes)
             except (RuntimeError, IndexError, KeyError, ValueError, TypeError, ZeroDivisionError):
                 continue
@@ -371,110 +196,8 @@ class MaskReader:
         first = visible[0, 0]
         if not (visible == first).all():
             return None
-        queries, keys = self._length("T", sizes), self._length("S", sizes)
+        queries, keys = self.values.length("T", sizes), self.values.length("S", sizes)
         return first.expand(queries, keys)
-
-    def _all_visible(self, sizes: Sizes) -> dict[fx.Node, Tensor]:
-        """Give each mask input the value that hides nothing: ones, or zeros."""
-        return {
-            n: torch.full_like(self._default(n, sizes), 1 if self.ones_show(n) else 0)
-            for n in self.inputs
-        }
-
-    def ones_show(self, node: fx.Node) -> bool:
-        """Tell a mask whose ones are visible from one whose zeros are (an additive one, too)."""
-        if node not in self.polarity:
-            sizes = self.view.shapes.captured
-            shown = {}
-            for fill in (0, 1):
-                given = {n: torch.ones_like(self._default(n, sizes)) for n in self.inputs}
-                given[node] = torch.full_like(given[node], fill)
-                shown[fill] = int(self.visible(sizes, given).sum())
-            additive = value(node).is_floating_point() and shown[1] == shown[0]
-            self.polarity[node] = shown[1] >= shown[0] and not additive
-        return self.polarity[node]
-
-    def _trials(self) -> Iterator[Sizes]:
-        """Yield sizes: those of the capture, small ones, and ones around every constant.
-
-        With a state, a few rows after a long past show what a square mask would.
-        """
-        yield dict(self.view.shapes.captured)
-        found = self._length_symbols()
-        if not found:
-            return
-        queries, past = found
-        for n in sorted({3, 7, 13, *self._constants()}):
-            if past is not None:
-                rows = min(3, n)
-                yield self._sized(queries[0], rows, past, n - rows)
-                if n <= 64:
-                    yield self._sized(queries[0], n, past, 0)
-            elif n <= _LARGEST_SQUARE:
-                yield self._sized(queries[0], n, None, 0)
-
-    def _sized(
-        self, query: sympy.Symbol, length: int, past: sympy.Symbol | None, before: int
-    ) -> Sizes:
-        """Set a number of queries after a past; sizes that were equal at capture stay equal.
-
-        Each input has symbols of its own, so a mask as long as the keys must follow them.
-        """
-        captured = self.view.shapes.captured
-        old, old_past = captured[query], captured[past] if past is not None else 0
-        follow = {old: length, old + old_past: length + before}
-        if past is not None:
-            follow[old_past] = before
-        sources = self.view.shapes.sources
-        return {
-            s: size if s not in sources or sources[s][1] == 0 else follow.get(size, size)
-            for s, size in captured.items()
-        }
-
-    def _length_symbols(self) -> tuple[list[sympy.Symbol], sympy.Symbol | None] | None:
-        """Find the symbols that lengths of queries and keys are made of."""
-        past = self._past
-        used: set[sympy.Symbol] = set()
-        for role, operand in (("T", self.match.q), ("S", self.match.k)):
-            pairs = zip(value(operand.product).shape, self._layout_of(operand).axes, strict=True)
-            for size, axis in pairs:
-                if any(f.role == role for f in axis) and isinstance(size, torch.SymInt):
-                    used |= size.node.expr.free_symbols
-        sources = self.view.shapes.sources
-        # Every state has a past of its own, and keys are as long as that and the queries together.
-        queries = [s for s in sources if s in used and not self._is_past(s)]
-        return (queries, past) if queries else None
-
-    def _constants(self) -> set[int]:
-        """Collect the integers in the mask's own subgraph, and their neighbours."""
-        named = self.match.structure
-        found = _integers([n for n in (named.window, named.right, named.prefix) if n is not None])
-        for node in {n for term in self.hard for n in term.nodes()}:
-            if node.op == "placeholder" and not is_size(node):
-                binding = self.program.bindings[node.name]
-                if binding.kind in ("buffer", "constant"):
-                    found |= _stored_integers(self.program.weights[binding.name])
-            elif node.op == "call_function" and kind(node) not in (
-                "slice",
-                "view",
-                "reshape",
-                "expand",
-            ):
-                for arg in (*args(node), *node.kwargs.values()):
-                    found |= _integers(arg)
-        return {n for c in found for n in (c - 1, c, c + 1, 2 * c + 1) if n > 1}
-
-    def covers_its_constants(self) -> bool:
-        """Tell whether every number that may bound a structure was passed by some trial."""
-        found = self._length_symbols()
-        if not found:
-            return True
-        most = _LARGEST_INTEGER if found[1] is not None else _LARGEST_SQUARE // 2
-        nodes = [n for t in self.hard for n in t.nodes() if kind(n) not in _FILLING]
-        given: list[Any] = [a for n in nodes for a in (*args(n), *n.kwargs.values())]
-        return not any(is_number(a) and most < abs(a) < _LARGEST_POSITION for a in given)
-
-    # ------------------------------------------------------------------------------ padding
 
     def _padding(self, structure: Mask, *, right: bool) -> tuple[bool, bool]:
         """Return whether inputs hide keys, and whether they do nothing else.
@@ -485,11 +208,13 @@ class MaskReader:
         exact = True
         base = torch.ones(())
         tried: Sizes | None = None
-        for sizes, seed in self.padding_trials(structure):
+        for sizes, seed in self.trials.with_padding(structure):
             try:
                 if sizes is not tried:
-                    base, tried = self.visible(sizes, self._all_visible(sizes)), sizes
-                visible = self.visible(sizes, self.random_masks(sizes, seed, right=right))
+                    base, tried = self.values.visible(sizes, self.values.all_visible(sizes)), sizes
+                visible = self.values.visible(
+                    sizes, self.values.random_masks(sizes, seed, right=right)
+                )
             except CANNOT_RUN:
                 return True, False
             shape_ = torch.broadcast_shapes(base.shape, visible.shape)
@@ -499,65 +224,6 @@ class MaskReader:
             if not exact:
                 break
         return padded, exact
-
-    def padding_trials(self, structure: Mask) -> Iterator[tuple[Sizes, int]]:
-        """Yield sizes and seeds to try mask inputs with.
-
-        Where a structure is longer than what was captured, there are longer ones, too.
-        """
-        for seed in range(_PADDING_TRIALS):
-            yield self.view.shapes.captured, seed
-        longer = self._beyond(structure)
-        if longer is not None:
-            for seed in range(_LONG_TRIALS):
-                yield longer, seed
-
-    def _beyond(self, structure: Mask) -> Sizes | None:
-        """Return sizes at which a structure shows that the capture is too short for."""
-        named = (structure.window, structure.right, structure.prefix, structure.first)
-        length = 2 * max((n for n in named if n is not None), default=0) + 1
-        found = self._length_symbols()
-        if found is None or length <= self._length("S", self.view.shapes.captured):
-            return None
-        queries, past = found
-        if past is not None:
-            rows = min(3, length)
-            return self._sized(queries[0], rows, past, length - rows)
-        return (
-            self._sized(queries[0], length, None, 0) if length <= _LARGEST_PADDED_SQUARE else None
-        )
-
-    def random_masks(self, sizes: Sizes, seed: int, *, right: bool) -> dict[fx.Node, Tensor]:
-        """Draw all mask inputs at random."""
-        generator = torch.Generator().manual_seed(seed)
-        return {n: self.random_mask(n, sizes, generator, right) for n in self.inputs}
-
-    def random_mask(
-        self, node: fx.Node, sizes: Sizes, generator: torch.Generator, right: bool
-    ) -> Tensor:
-        """Draw a mask input at random; with `right` only the end of each row is hidden.
-
-        Otherwise each row hides a run besides, which a mask of pooled tokens shows.
-        """
-        example = value(node)
-        size = self.view.shapes.shape(node, sizes)
-        shown = torch.rand(size, generator=generator) < 0.7
-        *rows, length = size or (1,)
-        place = torch.arange(length)
-        if right:
-            last = torch.randint(1, length + 1, (*rows, 1), generator=generator)
-            shown = place < last
-        elif rows and length > 1:
-            first = torch.randint(0, length, (*rows, 1), generator=generator)
-            shown &= (place < first) | (place >= first + length // 2)
-        if self.ones_show(node):
-            return shown.to(example.dtype)
-        if example.is_floating_point():
-            least = torch.finfo(example.dtype).min
-            return torch.zeros(size, dtype=example.dtype).masked_fill(~shown, least)
-        return (~shown).to(example.dtype)
-
-    # --------------------------------------------------------------------------------- bias
 
     def _bias(self, notes: list[str]) -> Bias:
         """Name what is added softly."""
@@ -587,7 +253,7 @@ class MaskReader:
         """Return the bias in a term that positions decide; None where it only hides."""
         sizes = self.view.shapes.captured
         try:
-            found = self._value(term, sizes, self._all_visible(sizes))
+            found = self.values.numbers(term, sizes, self.values.all_visible(sizes))
         except CANNOT_RUN:
             return "dense"
         soft = found[~term.is_hard(found)]
@@ -620,85 +286,10 @@ def _has_slopes(bias: Tensor, rounding: float) -> bool:
     return True
 
 
-def _fills(node: fx.Node) -> list[tuple[fx.Node, Any, fx.Node]]:
-    """List how a node may be read as (condition, what is written, over what)."""
-    given = args(node)
-    read = {
-        "masked_fill": [(1, 2, 0)],
-        "where": [(0, 1, 2), (0, 2, 1)],
-    }.get(kind(node), [])
-    found = [(given[c], given[f], given[o]) for c, f, o in read if len(given) == 3]
-    return [x for x in found if isinstance(x[0], fx.Node) and isinstance(x[2], fx.Node)]
-
-
 def _is_key_mask(node: fx.Node) -> bool:
     """Tell a given float mask over keys from a bias over queries and keys."""
     sizes = shape(node)
     return len(sizes) <= 2 or sizes[-2] == 1
-
-
-def broadcast_layout(layout: Layout, sizes: tuple[int, ...]) -> Layout:
-    """Return the layout of a tensor that broadcasts into a stage."""
-    axes = layout.axes[len(layout.axes) - len(sizes) :]
-    return Layout(tuple(a if s > 1 else () for a, s in zip(axes, sizes, strict=True)))
-
-
-def _to_bhts(hidden: Tensor, own: Layout, full: Layout) -> Tensor:
-    """Bring a broadcasting tensor to (B, H, T, S)."""
-    if hidden.dim() == 0:
-        return hidden.view(1, 1, 1, 1)
-    groups: list[list[int]] = []
-    covered: set[str] = set()
-    for role in "BHTS":
-        axes = [i for i, a in enumerate(own.axes) if a and a[0].role == role]
-        groups.append(sorted(axes, key=lambda i: -own.axes[i][0].stride))
-        if axes and sum(f.size > 1 for f in own.factors(role)) < len(full.factors(role)):
-            covered.add(role)
-    if covered or any(len(a) > 1 for a in own.axes):
-        return _expanded_bhts(hidden, own, full, covered)
-    used = [i for g in groups for i in g]
-    rest = [i for i in range(hidden.dim()) if i not in used]
-    sizes = [_product(hidden.shape[i] for i in g) for g in groups]
-    return hidden.permute(*rest, *used).reshape(sizes)
-
-
-def _expanded_bhts(hidden: Tensor, own: Layout, full: Layout, roles: set[str]) -> Tensor:
-    lead = len(full.axes) - hidden.dim()
-    hidden = hidden.reshape((1,) * lead + tuple(hidden.shape))
-    sizes = [
-        _product(f.size for f in a)
-        if a and hidden.shape[i] == 1 and any(f.role in roles for f in a)
-        else -1
-        for i, a in enumerate(full.axes)
-    ]
-    hidden = hidden.expand(sizes)
-    axes = tuple(a if s > 1 else () for a, s in zip(full.axes, hidden.shape, strict=True))
-    return canonical_numbers(hidden, Layout(axes), "BHTS")
-
-
-def _product(sizes: Any) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _stored_integers(stored: Tensor) -> set[int]:
-    """Return a stored number, or the length of the window that a stored square mask shows."""
-    if stored.numel() == 1:
-        return _integers(stored.item())
-    if stored.dim() < 2 or stored.shape[-1] != stored.shape[-2] or stored.is_complex():
-        return set()
-    last = stored.reshape(-1, stored.shape[-1])[-1]
-    return {int((last == last[-1]).sum())}
-
-
-def _integers(x: Any) -> set[int]:
-    if isinstance(x, list | tuple):
-        return {n for y in x for n in _integers(y)}
-    if is_number(x) and 2 <= abs(x) <= _LARGEST_INTEGER and float(x).is_integer():
-        return {abs(int(x))}
-    return set()
 
 
 def _is_padding(visible: Tensor, plain: Tensor) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from attnopt.finder.evaluate import Sizes, leaves
-from attnopt.finder.masks import CANNOT_RUN, MOVED, MaskReader, split_terms
+from attnopt.finder.mask_terms import split_terms
+from attnopt.finder.masks import CANNOT_RUN, MOVED, MaskReader
 from attnopt.finder.match import Match, Padding, Side
 from attnopt.finder.ops import value
 from attnopt.finder.provenance import View
@@ -28,14 +29,14 @@ def simplify(view: View, match: Match) -> Match:
         # A mask that is written over data stays with them.
         return match
     named, padded, notes = reader.name_hard()
-    if named.kind == "dense" or notes or not reader.covers_its_constants():
+    if named.kind == "dense" or notes or not reader.trials.covers_its_constants():
         return match
     given = [n for n in leaves([t.node for t in reader.hard]) if _is_input(view, n)]
     if not padded and not given:
         return _without_masks(reader, match, named, None)
     if len(given) != 1 or not _hides_keys_alone(reader, named, given[0]):
         return match
-    padding = Padding(given[0], inverted=not reader.ones_show(given[0])) if padded else None
+    padding = Padding(given[0], inverted=not reader.values.ones_show(given[0])) if padded else None
     return _without_masks(reader, match, named, padding)
 
 
@@ -49,12 +50,14 @@ def reach(view: View, match: Match) -> Mask | None:
     if not reader.hard or any(t.op != "hide" or t.under is not None for t in reader.hard):
         return None
     named, _, notes = reader.name_hard()
-    if named.kind != "chunked" or notes != (MOVED,) or not reader.covers_its_constants():
+    if named.kind != "chunked" or notes != (MOVED,) or not reader.trials.covers_its_constants():
         return None
     window = Mask("sliding", window=named.window)
-    for sizes, seed in reader.padding_trials(named):
+    for sizes, seed in reader.trials.with_padding(named):
         try:
-            seen = reader.visible(sizes, reader.random_masks(sizes, seed, right=False))
+            seen = reader.values.visible(
+                sizes, reader.values.random_masks(sizes, seed, right=False)
+            )
         except CANNOT_RUN:
             return None
         if (seen & ~structure(window, *seen.shape[-2:])).any():
@@ -72,18 +75,19 @@ def _hides_keys_alone(reader: MaskReader, named: Mask, given: fx.Node) -> bool:
     if given not in reader.inputs or example.dim() != 2 or example.is_floating_point():
         return False
     return all(
-        _agrees(reader, named, given, sizes, seed) for sizes, seed in reader.padding_trials(named)
+        _agrees(reader, named, given, sizes, seed)
+        for sizes, seed in reader.trials.with_padding(named)
     )
 
 
 def _agrees(reader: MaskReader, named: Mask, given: fx.Node, sizes: Sizes, seed: int) -> bool:
     generator = torch.Generator().manual_seed(seed)
-    drawn = reader.random_mask(given, sizes, generator, right=False)
+    drawn = reader.values.random_mask(given, sizes, generator, right=False)
     try:
-        want = reader.visible(sizes, {given: drawn})
+        want = reader.values.visible(sizes, {given: drawn})
     except CANNOT_RUN:
         return False
-    shown = ((drawn != 0) == reader.ones_show(given))[:, None, None, :]
+    shown = ((drawn != 0) == reader.values.ones_show(given))[:, None, None, :]
     if want.shape[-1] != shown.shape[-1] or want.shape[0] not in (1, shown.shape[0]):
         return False
     got = structure(named, *want.shape[-2:]) & shown
