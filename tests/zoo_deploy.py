@@ -250,8 +250,11 @@ def _reloaded(case: Case, place: Path) -> Iterator[tuple[str, Facts]]:
         options = {"attn_implementation": "eager"} if stock else {}
         model: Any = attnopt.load(place / folder, **options)
         if stock:
-            # Kernels are chosen by it, and a stock checkpoint does not say it.
+            # Kernels are chosen by these, and a stock checkpoint does not say them: whether there
+            # are gradients, and where tensors lie, for those of a mapped file lie anywhere.
             model.requires_grad_(False)
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()
         wanted = torch.load(place / f"{folder}.pt")
         deltas = [same_bits(case.outputs(model, d), x) for d, x in enumerate(wanted["outputs"])]
         differ = 0
