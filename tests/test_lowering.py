@@ -193,8 +193,8 @@ def test_an_encoder_decoder_generates_the_same_tokens(make, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mamba", "whisper"])
-def test_a_cache_or_an_input_of_another_name_generates_the_same_tokens(name):
+@pytest.mark.parametrize("name", ["mamba", "prophetnet", "whisper"])
+def test_a_cache_an_input_or_a_step_of_another_kind_generates_the_same_tokens(name):
     model, kwargs, _ = zoo.build(name, task="lm", pad="left")
     twin = attnopt.lower(attnopt.capture(model, (), kwargs), backend="eager")
     way = {"max_new_tokens": 24, "do_sample": False}

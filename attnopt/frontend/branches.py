@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _python_dispatch
 
 
@@ -79,8 +79,29 @@ def _drawn(seed: int | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return drawn.clone()
 
 
+def _positions_of_prophetnet(
+    self: Any,
+    inputs_shape: Any,
+    device: Any,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Number the token of a step by its past, which the source makes a plain number first."""
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if position_ids is None and seen != 0:
+        last = self.padding_idx + inputs_shape[1] + seen
+        position_ids = torch.full((1, 1), last, dtype=torch.long, device=device)
+    elif position_ids is None:
+        ones = torch.ones(inputs_shape, dtype=torch.long, device=device)
+        shown = ones if attention_mask is None else attention_mask.long()
+        position_ids = (shown.cumsum(1) * shown + self.padding_idx).clamp(0, self.max_length - 1)
+    return nn.Embedding.forward(self, position_ids), position_ids
+
+
 BRANCHES: Final[Mapping[str, Callable[..., Any]]] = {
     "LSHSelfAttention._hash_vectors": _hash_vectors,
     "LongformerSelfAttention._get_global_attn_indices": staticmethod(_global_indices),
+    "ProphetNetPositionalEmbeddings.forward": _positions_of_prophetnet,
     "LEDEncoderSelfAttention._get_global_attn_indices": staticmethod(_global_indices),
 }

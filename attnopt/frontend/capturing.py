@@ -303,7 +303,7 @@ def two_steps(
     first = best_of(example, axes, lambda e, a, t: trace_encode(model, e, a, t))
     if isinstance(first, No):
         return first
-    later = best_of(example, axes, lambda e, a, t: trace_decode(model, e, a, t))
+    later = _later_steps(model, example, axes)
     if isinstance(later, No):
         return later
     encode = plain_program(model, example, first)
@@ -323,6 +323,17 @@ def two_steps(
         source=source_of(model),
         parts={"encode": encode, "decode": decode},
     )
+
+
+def _later_steps(
+    model: nn.Module, example: Example, axes: Mapping[str, tuple[int, ...]]
+) -> Stateful | No:
+    """Trace later calls of any number of tokens, or of one where a source takes no more."""
+    several = best_of(example, axes, lambda e, a, t: trace_decode(model, e, a, t))
+    if not isinstance(several, No):
+        return several
+    one = best_of(example, axes, lambda e, a, t: trace_decode(model, e, a, t, new=1))
+    return several if isinstance(one, No) else one
 
 
 def without_cache(example: Example) -> Example:

@@ -56,16 +56,20 @@ def trace_decode(
     example: Example,
     axes: Mapping[str, tuple[int, ...]],
     attempts: tuple[Attempt, ...] = (),
+    *,
+    new: int = _NEW,
 ) -> Stateful | No:
-    """Trace a later call: the decoder from its cache and the encoder's result."""
+    """Trace a later call of so many tokens: the decoder from its cache and the encoder's result."""
     probe = _first_call(source, example)
     if isinstance(probe, No):
         return probe
     encoded, forms, output = probe
-    given = _decode_tensors(example, encoded)
+    given = _decode_tensors(example, encoded, new)
     states, state_axes = _decode_states(forms)
     skeleton = _decode_skeleton(example)
     dynamic = {n: _axes(t) for n, t in given.items()} | state_axes if axes else {}
+    if dynamic and new == 1:
+        dynamic["decoder_input_ids"] = (0,)
 
     def call(module: nn.Module, tensors: Mapping[str, Any]) -> Any:
         from attnopt.frontend.caches import build_both_halves
@@ -112,13 +116,13 @@ def _first_call(source: nn.Module, example: Example) -> tuple[Tensor, list[Any],
     return encoded, read_both_halves(result.past_key_values), output
 
 
-def _decode_tensors(example: Example, encoded: Tensor) -> dict[str, Tensor]:
+def _decode_tensors(example: Example, encoded: Tensor, new: int) -> dict[str, Tensor]:
     kept = {n: t for n, t in example.tensors.items() if n not in _ENCODER_ONLY}
     ids = example.tensors["decoder_input_ids"]
-    kept["decoder_input_ids"] = ids[:, :1].repeat(1, _NEW)
+    kept["decoder_input_ids"] = ids[:, :1].repeat(1, new)
     if "decoder_attention_mask" in kept:
         mask = kept["decoder_attention_mask"]
-        kept["decoder_attention_mask"] = mask.new_ones(mask.shape[0], _PAST + _NEW)
+        kept["decoder_attention_mask"] = mask.new_ones(mask.shape[0], _PAST + new)
     kept[f"{_ENCODED}_last_hidden_state"] = encoded
     return kept
 
