@@ -335,6 +335,9 @@ def _step(program: Program) -> StepSignature | No:
         if isinstance(node, fx.Node) and node.op != "placeholder"
     )
     shapes = {n: (*axes, *given[n][len(axes) :]) for n, axes in known.items() if n in given}
+    count = given[made.tokens][1]
+    if isinstance(count, int):  # a source may take so many new tokens at a time, and no others
+        shapes[made.tokens] = ("batch", count)
     if "attention_mask" in shapes and not any(s.grows for s in program.states):
         shapes["attention_mask"] = _NEW_ONLY  # a mask covers the past where a state does
     return StepSignature(shapes, made.inputs.dtypes, program.states, results)
