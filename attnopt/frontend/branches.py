@@ -89,14 +89,16 @@ def _positions_of_prophetnet(
 ) -> tuple[Tensor, Tensor]:
     """Number the token of a step by its past, which the source makes a plain number first."""
     seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if position_ids is None and seen != 0:
+    if position_ids is not None:
+        numbers = position_ids
+    elif seen != 0:
         last = self.padding_idx + inputs_shape[1] + seen
-        position_ids = torch.full((1, 1), last, dtype=torch.long, device=device)
-    elif position_ids is None:
+        numbers = torch.full((1, 1), last, dtype=torch.long, device=device)
+    else:
         ones = torch.ones(inputs_shape, dtype=torch.long, device=device)
         shown = ones if attention_mask is None else attention_mask.long()
-        position_ids = (shown.cumsum(1) * shown + self.padding_idx).clamp(0, self.max_length - 1)
-    return nn.Embedding.forward(self, position_ids), position_ids
+        numbers = (shown.cumsum(1) * shown + self.padding_idx).clamp(0, self.max_length - 1)
+    return nn.Embedding.forward(self, numbers), numbers
 
 
 BRANCHES: Final[Mapping[str, Callable[..., Any]]] = {

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
-from torch._functorch import predispatch
+from torch._functorch.predispatch import (
+    _vmap_decrement_nesting as _END,  # pyright: ignore[reportPrivateUsage]
+)
+from torch._functorch.predispatch import (
+    _vmap_increment_nesting as _BEGIN,  # pyright: ignore[reportPrivateUsage]
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnopt.graphs import copied_module
-
-_BEGIN, _END = predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting
 
 
 def without_vmaps(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
