@@ -305,6 +305,16 @@ def test_an_encoder_decoder_becomes_two_files_on_the_same_weights(name: str, tmp
     assert not any("encoder" in o.name for o in decode.output)
 
 
+@pytest.mark.slow
+def test_first_tokens_in_streams_are_as_many_as_are_given(tmp_path: Path):
+    model, kwargs, _ = zoo.build("prophetnet", "eager", task="lm", pad="right")
+    made = attnopt.export_onnx(attnopt.capture(model, (), kwargs), tmp_path / "out", steps=4)
+    assert made.accepted, made.parity
+    inputs = onnx.load(made.paths[0], load_external_data=False).graph.input
+    taken = next(i for i in inputs if i.name == "decoder_input_ids")
+    assert [d.dim_param for d in taken.type.tensor_type.shape.dim] == ["batch", "size_2"]
+
+
 def test_what_was_captured_module_by_module_is_refused(tmp_path: Path):
     program = attnopt.capture(decoder("llama_gqa"))
     parts = dataclasses.replace(program, parts={"layers.0": program})

@@ -1,5 +1,6 @@
 """A program's graph as a module of its own, as `torch.export` takes it."""
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ def standalone(
     graph = graph_module.graph
     _promote_integers(graph)
     _read_in_order_of_memory(graph)
+    _split_into_rows(graph)
     _keep_outputs(graph, signature.kept)
     neighbors_as_masks(graph)
     routes_as_products(graph)
@@ -88,6 +90,33 @@ def _read_in_order_of_memory(graph: fx.Graph) -> None:
             moved = graph.call_function(aten.permute.default, (tensor, order))
         moved.meta = {**tensor.meta, "val": found.permute(order)}
         node.replace_input_with(tensor, moved)
+
+
+def _split_into_rows(graph: fx.Graph) -> None:
+    """Split into equal parts, whose size varies, by an axis of as many rows.
+
+    The exporter counts parts by dividing sizes, and fixes what it cannot divide.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.split.Tensor):
+        tensor, size, *dim = node.args
+        axis: Any = dim[0] if dim else node.kwargs.get("dim", 0)
+        parts = node.meta["val"]
+        sizes = list(tensor.meta["val"].shape)
+        if isinstance(size, int) or any(part.shape[axis] != parts[0].shape[axis] for part in parts):
+            continue
+        axis %= len(sizes)
+        taken = [user for user in node.users if user.target is operator.getitem]
+        with graph.inserting_before(node):
+            rows = graph.call_function(aten.unflatten.int, (tensor, axis, [len(parts), -1]))
+            rows.meta = {"val": tensor.meta["val"].unflatten(axis, (len(parts), -1))}
+            for user in taken:
+                part = graph.call_function(aten.select.int, (rows, axis, user.args[1]))
+                part.meta = dict(user.meta)
+                user.replace_all_uses_with(part)
+        for user in taken:
+            graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _keep_outputs(graph: fx.Graph, kept: tuple[int, ...]) -> None:
