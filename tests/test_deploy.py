@@ -5,12 +5,14 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zoo_deploy
-from zoo_deploy import Decoded, DiffersError, same_bits, same_tokens
+from deploy_case import Case, Decoded, DiffersError, LimitError, same_bits, same_tokens
+from deploy_compiling import CUT, READ, Way, in_a_way, limit_of_torch, raise_left
 
 
 @pytest.fixture
@@ -168,12 +170,33 @@ class Branches(torch.nn.Module):
 def test_a_branch_on_data_is_a_limit_of_torch_even_where_numbers_are_captured() -> None:
     module, x = Branches(), torch.rand(2, 4)
 
-    def alone(case: Any, way: zoo_deploy.Way) -> None:
+    def alone(case: Any, way: Way) -> None:
         torch.compile(module, backend="eager", dynamic=way.dynamic)(x)
 
-    way, cut = zoo_deploy.Way(scalars=True), DiffersError("left as it was", cut=True)
-    told = zoo_deploy.limit_of_torch(zoo_deploy.Case("none"), way, cut, alone)
+    way, cut = Way(scalars=True), DiffersError("left as it was", cut=True)
+    told = limit_of_torch(Case("none"), way, cut, alone)
     assert told.startswith("dynamo cuts the graph within an attention for any backend")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "rewritten", "cut"),
+    [
+        ([CUT], 3, True),
+        ([READ], 2, True),
+        ([CUT, READ], 2, True),
+        # A site that is lost without a reason is no limit of torch.
+        ([CUT], 2, False),
+        ([CUT, "its mask is odd"], 3, False),
+    ],
+)
+def test_attentions_that_a_cut_leaves_as_they_were_are_told_apart(
+    reasons: list[str], rewritten: int, cut: bool
+) -> None:
+    sites = ["a", "b", "c"]
+    report = SimpleNamespace(refused=reasons, found=sites, rewritten=sites[:rewritten])
+    with pytest.raises(DiffersError, match="not all are rewritten") as caught:
+        raise_left(report)
+    assert bool(caught.value.facts.get("cut")) is cut
 
 
 def test_a_limit_of_torch_fails_without_attnopt_too(monkeypatch) -> None:
@@ -181,32 +204,32 @@ def test_a_limit_of_torch_fails_without_attnopt_too(monkeypatch) -> None:
     torch._dynamo.reset()
     module, x = Cuts(), torch.rand(2, 4)
 
-    def alone(case: Any, way: zoo_deploy.Way) -> None:
+    def alone(case: Any, way: Way) -> None:
         torch.compile(module, backend="eager", dynamic=way.dynamic)(x)
 
-    def work(way: zoo_deploy.Way) -> dict[str, Any]:
+    def work(way: Way) -> dict[str, Any]:
         if not way.scalars:
             raise DiffersError("left as it was", cut=True)
         return {"equal": 1}
 
-    found = zoo_deploy.in_a_way(zoo_deploy.Case("none"), work, alone)
+    found = in_a_way(Case("none"), work, alone)
     assert (found["equal"], found["way"]) == (1, "scalar outputs captured")
     assert "dynamo cuts the graph" in found["not_by_torch"][0]
 
-    def ours(way: zoo_deploy.Way) -> dict[str, Any]:
+    def ours(way: Way) -> dict[str, Any]:
         raise DiffersError("left as it was")
 
     with pytest.raises(DiffersError, match=r"^left as it was$"):
-        zoo_deploy.in_a_way(zoo_deploy.Case("none"), ours, alone)
+        in_a_way(Case("none"), ours, alone)
 
-    def crash(way: zoo_deploy.Way) -> dict[str, Any]:
+    def crash(way: Way) -> dict[str, Any]:
         raise RuntimeError("ours alone")
 
     with pytest.raises(RuntimeError, match="ours alone"):
-        zoo_deploy.in_a_way(zoo_deploy.Case("none"), crash, alone)
+        in_a_way(Case("none"), crash, alone)
 
-    def fails(case: Any, way: zoo_deploy.Way) -> None:
+    def fails(case: Any, way: Way) -> None:
         raise RuntimeError("the source's")
 
-    with pytest.raises(zoo_deploy.LimitError, match="backend 'eager' fails, too"):
-        zoo_deploy.in_a_way(zoo_deploy.Case("none"), crash, fails)
+    with pytest.raises(LimitError, match="backend 'eager' fails, too"):
+        in_a_way(Case("none"), crash, fails)

@@ -14,207 +14,42 @@ import math
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import torch
 import transformers
 import zoo
 import zoo_parity
-from torch import Tensor, nn
-from transformers import GenerationMixin
+from deploy_case import (
+    DRAWS,
+    Case,
+    DiffersError,
+    Facts,
+    LimitError,
+    Named,
+    NotApplicableError,
+    RefusedError,
+    decoded,
+    error_told,
+    first_line,
+    same_bits,
+    same_tokens,
+)
+from deploy_compiling import check_compiled, check_tokens_compiled
+from torch import Tensor
 
 import attnopt
 
-TOKENS: Final = 64
 STEPS: Final = 16
 """How many tokens the exporter decodes for its own comparison."""
 LIMIT: Final = 1e-4
 """How much a logit of ONNX Runtime may differ."""
-DRAWS: Final = 2
-"""Calls that are compared bit by bit: one padded at the left, one at the right."""
-POSITIONS: Final = {"whisper": 128}
-"""Models that have fewer positions than the prompt and the tokens take."""
 MARK: Final = "@deploy "
 """Begins a line of results; libraries write to stdout, too."""
-
-Facts = dict[str, Any]
-Named = dict[str, Tensor]
-
-
-class DiffersError(Exception):
-    """A check that came out unequal, with what was measured."""
-
-    def __init__(self, why: str, **facts: Any) -> None:
-        super().__init__(why)
-        self.facts = facts
-
-
-class NotApplicableError(Exception):
-    """A check that a model has no use for."""
-
-
-class RefusedError(DiffersError):
-    """A check that pass exact refuses, with its reason."""
-
-
-class LimitError(DiffersError):
-    """A check that fails in the same way without attnopt: what torch cannot do with the model."""
-
-
 STATUS: Final = {RefusedError: "refused", LimitError: "limit"}
-
-
-@dataclass(frozen=True)
-class Way:
-    """How torch.compile is asked: for sizes that vary, with the numbers of tensors in the graph."""
-
-    dynamic: bool = True
-    scalars: bool = False
-
-    def __str__(self) -> str:
-        told = [] if self.dynamic else ["sizes fixed"]
-        return ", ".join([*told, *["scalar outputs captured"] * self.scalars])
-
-
-WAYS: Final = (Way(), Way(scalars=True), Way(dynamic=False), Way(dynamic=False, scalars=True))
-"""Tried in turn; a later one where the earlier fails without attnopt, too."""
-CUT: Final = "cut within the attention"
-"""Words of the refusal of an attention of which dynamo hands over a part."""
-READ: Final = "the attention weights are read elsewhere"
-"""Words of the refusal of an attention whose weights a function of the source returns.
-
-Where dynamo cuts the graph around that function, they are results of the graph.
-"""
-ASSEMBLED: Final = "assembled from pieces"
-"""Words of the refusal of an attention that pass exact does not rewrite."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Greedy tokens of every row, and the logits that they were chosen by."""
-
-    tokens: Tensor
-    logits: Tensor
-
-    @property
-    def distinct(self) -> int:
-        """How many different tokens the least varied row has."""
-        return min(len(set(row.tolist())) for row in self.tokens)
-
-
-@dataclass
-class Case:
-    """A model of the zoo and what is made of it, each made once when it is needed."""
-
-    name: str
-    shelf: Path = field(default_factory=Path)
-    inner: str = "eager"
-    folder: Path = field(default_factory=Path)
-    forwards: dict[Way, Callable[..., Any]] = field(default_factory=dict)
-
-    @property
-    def task(self) -> str:
-        return "lm" if self.name in zoo.LM else "base"
-
-    @property
-    def sites(self) -> int:
-        return int(zoo.ZOO[self.name].sites)
-
-    @cached_property
-    def subject(self) -> zoo_parity.Subject:
-        return self.another()
-
-    def another(self) -> zoo_parity.Subject:
-        """Build the same model again."""
-        positions = POSITIONS.get(self.name)
-        return zoo_parity.subject(self.name, "eager", self.task, positions=positions)
-
-    @cached_property
-    def program(self) -> attnopt.Program:
-        program = attnopt.capture(self.subject.model, (), self.subject.kwargs)
-        return attnopt.apply(program, "exact")
-
-    @cached_property
-    def lowered(self) -> nn.Module:
-        return attnopt.lower(self.program, "eager")
-
-    def compiled_forward(self, way: Way) -> Callable[..., Any]:
-        """Compile the model in a way, once."""
-        if way not in self.forwards:
-            torch._dynamo.reset()
-            options = {"backend": "attnopt", "options": {"inner": self.inner}}
-            forward = self.subject.model.forward
-            self.forwards[way] = torch.compile(forward, **options, dynamic=way.dynamic)
-        return self.forwards[way]
-
-    @cached_property
-    def stock_tokens(self) -> Decoded:
-        if self.task == "base":
-            raise NotApplicableError("no language-model head")
-        return decoded(self.subject.model, self.subject.kwargs)
-
-    @cached_property
-    def right_tokens(self) -> Decoded:
-        """The stock tokens, without the cache where a stock step forgets what is masked in it."""
-        if self.name not in zoo_parity.FORGETFUL:
-            return self.stock_tokens
-        return decoded(self.subject.model, {**self.subject.kwargs, "use_cache": False})
-
-    def outputs(self, model: Callable[..., Any], draw: int = 0) -> Named:
-        """Run a model as the parity tests do: language models in pieces, with their cache."""
-        return zoo_parity.run(self.subject, model, zoo_parity.drawn(self.subject, draw))
-
-
-@torch.no_grad()
-def decoded(model: Any, kwargs: dict[str, Any]) -> Decoded:
-    """Decode greedily with the `generate()` of Transformers."""
-    if not hasattr(model, "prepare_inputs_for_generation"):
-        raise DiffersError(f"{type(model).__name__} has no generate()")
-    torch.manual_seed(0)
-    # Not model.generate: a speech model overrides it with a loop of its own.
-    way = {"do_sample": False, "max_new_tokens": TOKENS, "output_logits": True}
-    made: Any = GenerationMixin.generate(model, **kwargs, **way, return_dict_in_generate=True)
-    return Decoded(made.sequences[:, -TOKENS:], torch.stack(made.logits, 1).float())
-
-
-def same_tokens(got: Decoded, want: Decoded) -> Facts:
-    """Compare tokens; where they differ, say how near the choice was at the first difference."""
-    same = got.tokens == want.tokens
-    facts: Facts = {"equal": int(same.sum()), "of": same.numel(), "distinct": want.distinct}
-    if same.all():
-        return {**facts, "logits_differ": float((got.logits - want.logits).abs().max())}
-    step = int((~same).any(0).nonzero()[0])
-    row = int((~same[:, step]).nonzero()[0])
-    logits = want.logits[row, step]
-    chosen, other = (int(x.tokens[row, step]) for x in (want, got))
-    margin = float(logits[chosen] - logits[other])
-    top = float(logits.abs().max())
-    facts |= {"first_difference": [row, step], "margin": margin, "largest_logit": top}
-    raise DiffersError(
-        f"{facts['equal']} of {facts['of']} tokens equal; the first difference is in row {row} at "
-        f"token {step}, by a margin of {margin:.1e} (logits to {top:.1f})",
-        **facts,
-    )
-
-
-def same_bits(got: Named, want: Named) -> float:
-    """Return the largest difference of outputs that must be equal bit by bit."""
-    return max(_difference(got[name], tensor) for name, tensor in want.items())
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        return math.inf
-    if (got.isnan() & want.isnan() | (got == want)).all():
-        return 0.0
-    delta = float((got.double() - want.double()).abs().max())
-    return delta if math.isfinite(delta) and delta else math.inf
 
 
 # --------------------------------------------------------------------------------------- stored
@@ -266,134 +101,6 @@ def _reloaded(case: Case, place: Path) -> Iterator[tuple[str, Facts]]:
                 f"{folder}: outputs differ by {max(deltas):.1e}, and {differ} tokens differ"
             )
         yield folder, {"difference": max(deltas), "tokens_differ": differ}
-
-
-# ------------------------------------------------------------------------------------- compiled
-
-
-@contextlib.contextmanager
-def compiled(case: Case, way: Way) -> Iterator[Any]:
-    """Give the stock model with a compiled forward, the same one for all checks of a process."""
-    model = case.subject.model
-    forward = case.compiled_forward(way)
-    model.forward = forward
-    attnopt.compile_report(reset=True)
-    try:
-        with torch._dynamo.config.patch(settings(way)):
-            yield model
-    finally:
-        del model.forward
-
-
-def settings(way: Way) -> dict[str, Any]:
-    """Return what dynamo is told.
-
-    Without the limits a model that recompiles often would run as it was, and say nothing.
-    """
-    never_give_up = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
-    return {**never_give_up, "capture_scalar_outputs": way.scalars}
-
-
-def in_a_way(case: Case, work: Callable[[Way], Facts], alone: Callable[[Case, Way], None]) -> Facts:
-    """Try the ways to compile; where `alone` fails as well, without attnopt, go on to the next."""
-    told: list[str] = []
-    for way in WAYS:
-        try:
-            facts = work(way)
-        except Exception as error:
-            limit = limit_of_torch(case, way, error, alone)
-            if not limit:
-                raise
-            told.append(f"{str(way) or 'as usual'}: {limit}")
-        else:
-            return {**facts, "way": str(way), "not_by_torch": told}
-    raise LimitError("; ".join(told))
-
-
-def limit_of_torch(
-    case: Case, way: Way, error: Exception, alone: Callable[[Case, Way], None]
-) -> str:
-    """Say how backend "eager" fails in the same place; nothing where the failure is ours."""
-    differs = isinstance(error, DiffersError)
-    if differs and not getattr(error, "facts", {}).get("cut"):
-        return ""
-    counters = torch._dynamo.utils.counters
-    torch._dynamo.reset()
-    counters.clear()
-    try:
-        with torch._dynamo.config.patch(settings(way)):
-            alone(case, way)
-    except Exception as other:
-        same = type(other) is type(error) or type(other) is type(error.__cause__)
-        return f"backend 'eager' fails, too: {_told(_root(other))}" if same and not differs else ""
-    # A branch on data is in the second only; what follows any cut is in the third.
-    kinds = ("graph_break", "unimplemented", "resumes")
-    cuts = next((counters[kind] for kind in kinds if counters[kind]), {})
-    if not differs or not cuts:
-        return ""
-    reasons = sorted({str(reason).strip().splitlines()[0] for reason in cuts})
-    return f"dynamo cuts the graph within an attention for any backend: {'; '.join(reasons)[:200]}"
-
-
-def call_alone(case: Case, way: Way) -> None:
-    """Compile the stock model without attnopt, and call it."""
-    stock = replace(case.another(), task="base")
-    model = torch.compile(stock.model, backend="eager", dynamic=way.dynamic)
-    for draw in range(DRAWS):
-        zoo_parity.run(stock, model, zoo_parity.drawn(stock, draw))
-
-
-def decode_alone(case: Case, way: Way) -> None:
-    """Decode with the stock model, compiled without attnopt."""
-    model = case.another().model
-    model.forward = torch.compile(model.forward, backend="eager", dynamic=way.dynamic)
-    decoded(model, case.subject.kwargs)
-
-
-def check_compiled(case: Case) -> Facts:
-    """Compile the model: every attention is rewritten, and it is as exact as the stock one."""
-    return in_a_way(case, lambda way: compiled_facts(case, way), call_alone)
-
-
-def compiled_facts(case: Case, way: Way) -> Facts:
-    """Compile in one way, and compare."""
-    # Whole calls; decoding step by step is compared by its tokens.
-    stock = replace(case.another(), task="base")
-    with compiled(case, way) as model, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        verdict = zoo_parity.parity(stock, {"compiled": model})["compiled"]
-        report = attnopt.compile_report()
-    found = {site.name for site in report.found}
-    facts: Facts = {
-        "sites": case.sites,
-        "found": len(found),
-        "graphs_found": len(report.found),
-        "graphs_rewritten": len(report.rewritten),
-        "refused": sorted({str(no) for no in report.refused})[:4],
-        "rms_ratio": verdict.rms_ratio,
-        "peak_ratio": verdict.peak_ratio,
-    }
-    if not verdict.passed:
-        raise DiffersError(f"not as exact as the stock model: {verdict}", **facts)
-    if report.refused or report.rewritten != report.found:
-        raise_left(report, **facts)
-    if len(found) < case.sites:
-        texts = (str(w.message) for w in told)
-        why = next((text for text in texts if text.startswith("attnopt")), "no warning")
-        raise DiffersError(f"found {len(found)} of {case.sites} attentions ({why})", **facts)
-    return facts
-
-
-def raise_left(report: Any, **facts: Any) -> NoReturn:
-    """Raise what attentions that stay as they were mean."""
-    reasons = [str(no) for no in report.refused] or ["no reason is given"]
-    told = f"not all are rewritten: {reasons[0]}"
-    cut = report.rewritten == report.found and all(CUT in reason for reason in reasons)
-    if cut or all(READ in reason for reason in reasons):
-        raise DiffersError(told, **facts, cut=True)
-    if all(CUT in reason or ASSEMBLED in reason for reason in reasons):
-        raise RefusedError(told, **facts)
-    raise DiffersError(told, **facts)
 
 
 # ----------------------------------------------------------------------------------------- onnx
@@ -482,23 +189,6 @@ def check_tokens_lowered(case: Case) -> Facts:
     return same_tokens(decoded(case.lowered, case.subject.kwargs), want)
 
 
-def check_tokens_compiled(case: Case) -> Facts:
-    """Decode with the compiled stock model."""
-    want = case.stock_tokens
-    return in_a_way(case, lambda way: compiled_tokens(case, way, want), decode_alone)
-
-
-def compiled_tokens(case: Case, way: Way, want: Decoded) -> Facts:
-    """Decode with the model compiled in one way."""
-    with compiled(case, way) as model:
-        got = decoded(model, case.subject.kwargs)
-        report = attnopt.compile_report()
-    facts = same_tokens(got, want)
-    if report.refused:
-        raise_left(report, **facts)
-    return facts
-
-
 def check_tokens_onnx(case: Case) -> Facts:
     """Decode with ONNX Runtime."""
     want = case.right_tokens
@@ -570,29 +260,9 @@ def settled(work: Callable[[], Facts]) -> Facts:
     except NotApplicableError as error:
         return {"status": "n/a", "reason": str(error)}
     except NotImplementedError as error:
-        return {"status": "refused", "reason": _first_line(error)}
+        return {"status": "refused", "reason": first_line(error)}
     except Exception as error:  # whatever it is, it is the row
-        return {"status": "failed", "reason": _told(error)}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    # A compiler says first which backend it was.
-    return " ".join(lines[: 1 + lines[0].endswith("raised:")])[:300]
-
-
-def _told(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "attnopt" in f.filename] or list(frames)
-    place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-    return f"{type(error).__name__}: {_first_line(error)} ({place})"
-
-
-def _root(error: BaseException) -> BaseException:
-    """Return what was raised at first; compilers raise other things for it."""
-    while (before := error.__cause__ or error.__context__) is not None:
-        error = before
-    return error
+        return {"status": "failed", "reason": error_told(error)}
 
 
 def say(content: Any) -> None:
