@@ -98,6 +98,58 @@ def test_a_stock_cache_with_a_list_of_states_is_taken_over() -> None:
     assert error_of(result.logits, model(input_ids=ids[:, :8]).logits[:, 7:]) < 1e-5
 
 
+DELTA = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+WIDTHS = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+
+
+def delta_rules(name: str) -> Any:
+    """Return a model of one layer that runs a gated delta rule, and one of attention."""
+    if name == "kimi":
+        config: Any = transformers.KimiLinearConfig(
+            **DELTA, linear_num_heads=4, linear_head_dim=8, moe_intermediate_size=16,
+            num_local_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=8,
+            qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+        )  # fmt: skip
+        kind: Any = transformers.KimiLinearForCausalLM
+    elif name == "olmo":
+        config = transformers.OlmoHybridConfig(**DELTA, **WIDTHS, linear_num_value_heads=2)
+        kind = transformers.OlmoHybridForCausalLM
+    else:
+        config = transformers.Qwen3_5TextConfig(
+            **DELTA, **WIDTHS, linear_num_value_heads=4, head_dim=8
+        )
+        kind = transformers.Qwen3_5ForCausalLM
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+# Over a second: it captures a model.
+@pytest.mark.parametrize(
+    "name", ["olmo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen", "kimi"))]
+)
+def test_gated_delta_rules_take_any_number_of_chunks_and_steps(name: str) -> None:
+    model = delta_rules(name)
+    ids = torch.randint(3, 64, (2, 150), generator=torch.Generator().manual_seed(0))
+    call = left_padded({"input_ids": ids[:, :16]}, 16)
+    program = attnopt.capture(model, kwargs=call)
+    assert [s.role for s in program.states] == ["conv", "recurrent", "key", "value"]
+    assert len(program.sites) == 1
+    assert {m.node for m in program.near_misses} == {"gated_delta_rule"}
+    call = with_positions(left_padded({"input_ids": ids}, 150))
+    seen = call["attention_mask"].bool()
+    want = decode(model, call, (150,))[seen]
+    for cuts in ((150,), (100, 1, 1, 48)):
+        assert error_of(decode(program, call, cuts)[seen], want) < 2e-5
+
+
 def test_a_recurrence_from_zeros_goes_on_from_a_state_that_is_not_read() -> None:
     graph = fx.Graph()
     decay, new, state = (graph.placeholder(n) for n in ("decay", "new", "state"))

@@ -17,6 +17,7 @@ from attnopt.ops import (
     attention_reference,
     cached_attention,
     cached_attention_reference,
+    gated_delta_rule_reference,
     linear_recurrence_reference,
 )
 
@@ -230,6 +231,39 @@ def test_the_linear_recurrence_is_a_scan(tmp_path: Path):
     names = ("decay", "new", "initial")
     (found,) = session.run(None, {n: x.numpy() for n, x in zip(names, longer, strict=True)})
     torch.testing.assert_close(torch.from_numpy(found), linear_recurrence_reference(*longer))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_gated_delta_rule_is_the_op_of_the_runtime(channels: int, tmp_path: Path):
+    from attnopt.backends.ort.linear import linear_kernel
+
+    call = torch.fx.Graph().call_function(torch.ops.attnopt.gated_delta_rule.default)
+    kernel = linear_kernel(call)
+    assert kernel is not None
+
+    class Rule(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Any:
+            return kernel(*given)
+
+    def drawn(tokens: int) -> tuple[Tensor, ...]:
+        q, k = torch.randn(2, tokens, 3, 4), torch.randn(2, tokens, 3, 4)
+        k, decay = torch.nn.functional.normalize(k, dim=-1), -torch.rand(2, tokens, 3, channels)
+        v, initial = torch.randn(2, tokens, 3, 5), torch.randn(2, 3, 4, 5)
+        return q, k, v, decay, torch.rand(2, tokens, 3), initial
+
+    torch.manual_seed(0)
+    axes = {1: torch.export.Dim("length")}
+    names = ["q", "k", "v", "decay", "beta", "initial"]
+    torch.onnx.export(
+        Rule().eval(), drawn(6), tmp_path / "rule.onnx", dynamo=True, opset_version=21,
+        dynamic_shapes=((axes, axes, axes, axes, axes, None),), input_names=names, verbose=False,
+    )  # fmt: skip
+    session = ort.InferenceSession(tmp_path / "rule.onnx", providers=["CPUExecutionProvider"])
+    for tokens in (1, 9, 130):
+        given = drawn(tokens)
+        found = session.run(None, {n: x.numpy() for n, x in zip(names, given, strict=True)})
+        for got, want in zip(found, gated_delta_rule_reference(*given), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("call", [c for c in CALLS if c.past is not None], ids=str)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import fx
+from torch import Tensor, fx
 
 from attnopt.finder.contraction import read_contraction
 from attnopt.finder.ops import CONTRACTIONS, kind, module_path
@@ -10,7 +10,7 @@ from attnopt.finder.provenance import View
 from attnopt.nouns import NearMiss
 
 _WHY = "mixes tokens without a softmax (linear attention, a state space or a recurrence)"
-_RUNNING = ("cumsum", "linear_recurrence")
+_RUNNING = ("cumsum", "linear_recurrence", "gated_delta_rule")
 _FOURIER = "mixes tokens by a Fourier transform"
 
 
@@ -29,7 +29,7 @@ def _mixing(view: View) -> Iterator[tuple[fx.Node, str]]:
         name = kind(node)
         if name.startswith("fft"):
             yield node, _FOURIER
-        elif name in _RUNNING and view.origins.is_data(node):
+        elif name in _RUNNING and view.origins.is_data(node) and not _counts(node):
             yield node, _WHY
         elif name in CONTRACTIONS and name not in ("conv1d", "conv2d", "conv3d", "convolution"):
             contraction = read_contraction(node)
@@ -37,3 +37,9 @@ def _mixing(view: View) -> Iterator[tuple[fx.Node, str]]:
                 view.origins.is_data(x) for x in (contraction.lhs, contraction.rhs)
             ):
                 yield node, _WHY
+
+
+def _counts(node: fx.Node) -> bool:
+    """Tell a running count, as of the tokens of experts, from a running sum."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not value.is_floating_point()

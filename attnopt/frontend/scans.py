@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attnopt.ops.delta import gated_delta_rule
 from attnopt.ops.recurrence import linear_recurrence
 
 
@@ -111,9 +112,41 @@ def _lightning(
     return self.out_proj(gated), states_BTHDE[:, -1]
 
 
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run a gated delta rule; its decays (B, T, H) are one for a head, or (B, T, H, N)."""
+    q, k, v, decay, rate = (x.float() for x in (query, key, value, g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    # Each head of queries and keys serves as many consecutive heads of values.
+    shared = v.shape[2] // k.shape[2]
+    if shared > 1:
+        q, k = (x.repeat_interleave(shared, dim=2) for x in (q, k))
+    if initial_state is None:
+        initial_state = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
+    decay = decay.unsqueeze(-1) if decay.dim() == v.dim() - 1 else decay
+    read, last = gated_delta_rule(q * q.shape[-1] ** -0.5, k, v, decay, rate, initial_state.float())
+    return read.to(query.dtype), last if output_final_state else None
+
+
 SCANS: Final[Mapping[str, Callable[..., Any]]] = {
     "mamba_selective_scan": _selective_scan,
     "RecurrentGemmaRglru._rnn_scan": _rglru,
     "RecurrentGemmaRecurrentBlock.forward": _griffin_block,
     "MiniMaxLightningAttention.forward": _lightning,
+    # One op takes one token and many.
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "torch_recurrent_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "recurrent_kimi_delta_attention": _delta_rule,
 }

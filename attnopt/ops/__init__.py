@@ -4,6 +4,7 @@ from attnopt.ops.agent import agent_attention, agent_attention_reference
 from attnopt.ops.attention import attention, attention_lse, attention_reference
 from attnopt.ops.blocks import block_attention, block_attention_lse, block_attention_reference
 from attnopt.ops.cached import cached_attention, cached_attention_reference
+from attnopt.ops.delta import gated_delta_rule, gated_delta_rule_reference
 from attnopt.ops.gates import fitted_gates, norm_gates, router_gates
 from attnopt.ops.linear import (
     linear_attention,
@@ -36,6 +37,8 @@ __all__ = [
     "cached_attention",
     "cached_attention_reference",
     "fitted_gates",
+    "gated_delta_rule",
+    "gated_delta_rule_reference",
     "linear_attention",
     "linear_attention_reference",
     "linear_attention_step",
