@@ -221,7 +221,7 @@ PLAIN = (
 GATED = (
     "llama mistral qwen2 qwen3 gemma gemma2 phi3 glm cohere2 olmo modernbert nomic_bert"
 ).split()
-WIDER = {"bloom": 128, "mpt": 64}
+WIDER = {"bloom": 128, "mpt": 128}
 FAST = ("gpt2", "phi3", "vit")
 
 
