@@ -194,8 +194,9 @@ class _Gathering:
         moments = self.moments.setdefault(key, Moments(rows.shape[1]))
         moments.add(rows)
         first = first_tokens(batch)
-        if first is not None and value.shape[:2] == first.shape:
-            moments.add_first(value[first])
+        apart = None if first is None else rows_at(value, first)
+        if apart is not None:
+            moments.add_first(apart)
         for parameter, read in self.work.outputs.items():
             if self.work.inputs[parameter] is node:
                 weight = self.work.wide.weights[parameter].movedim(read.axis, 0).flatten(1)
@@ -314,7 +315,14 @@ def first_tokens(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def rows_of(value: Tensor, kept: Tensor | None) -> Tensor:
-    """Return the rows of a (batch, tokens, channels) tensor that count."""
-    if kept is not None and value.shape[:2] == kept.shape:
-        return value[kept]
-    return value.reshape(-1, value.shape[-1])
+    """Return the rows of channels that count; all of them where there is none for each token."""
+    found = None if kept is None else rows_at(value, kept)
+    return value.reshape(-1, value.shape[-1]) if found is None else found
+
+
+def rows_at(value: Tensor, tokens: Tensor) -> Tensor | None:
+    """Return the rows of some tokens, of (batch, tokens, channels) or of one row for each token."""
+    if value.shape[:2] == tokens.shape:
+        return value[tokens]
+    one_each = value.dim() == 2 and len(value) == tokens.numel()
+    return value[tokens.flatten()] if one_each else None

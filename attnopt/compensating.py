@@ -134,8 +134,15 @@ def _residual(given: fx.Node, program: Program, name: str) -> fx.Node | None:
             (other,) = (n for n in user.all_input_nodes if n is not product)
             same = isinstance(value(other), Tensor) and shape(other) == shape(user)
             return other if same and other.op == "call_function" else None
-        product = user if kind(user) in TRANSPARENT else None
+        product = user if kind(user) in TRANSPARENT or _keeps_rows(user) else None
     return None
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    """Tell whether a node says only how rows of channels are numbered."""
+    if kind(node) not in ("view", "reshape", "_unsafe_view"):
+        return False
+    return bool(shape(node)[-1] == shape(node.all_input_nodes[0])[-1])
 
 
 def _reads(user: fx.Node, program: Program, name: str) -> bool:

@@ -77,6 +77,21 @@ def test_statistics_are_those_of_the_inputs(program: Program, model: Any, more: 
     assert stats.tokens == len(x)
 
 
+def test_tokens_in_rows_without_batches_are_counted_alike() -> None:
+    """GPT-2 multiplies with one row for each token of all texts."""
+    model = decoder("gpt2")
+    stats = attnopt.calibrate(exactly(model), batches())
+    place = "transformer.h.1.attn.c_proj"
+    seen = inputs_of(model, place, batches())
+    x = counted(batches(), seen)
+    longer = torch.cat([x, torch.ones(len(x), 1)], 1)
+    gram = stats.gram(f"{place}.weight")
+    assert torch.allclose(gram, longer.T @ longer / len(x), rtol=1e-4, atol=1e-5)
+    count, mean = stats.first(f"{place}.weight")
+    norms = [seen[0][0, 4], seen[0][1, 0], seen[0][2, 0], seen[1][0, 0], seen[1][1, 0]]
+    assert (count, mean) == (5, pytest.approx(float(torch.stack(norms).norm(dim=1).mean()), 1e-4))
+
+
 def test_the_first_token_is_kept_apart(program: Program, model: Any) -> None:
     stats = attnopt.calibrate(program, batches())
     first, second = inputs_of(model, LAYER + "o_proj", batches())
@@ -216,3 +231,15 @@ def test_two_calibrations_do_not_share_a_place(program: Program, tmp_path: Path)
 def test_rows_of_one_token_are_refused(program: Program) -> None:
     with pytest.raises(ValueError, match="longer rows"):
         attnopt.calibrate(program, ids(4, 1))
+
+
+def test_a_refit_sees_the_stream_that_rows_without_batches_are_added_to() -> None:
+    """Moments of the new input with the old one, and with how far the streams are apart."""
+    program = exactly(decoder("gpt2"))
+    stats = attnopt.calibrate(program, batches())
+    attnopt.apply(program, attnopt.plan(program, {"params": 0.9}, statistics=stats, tier=0))
+    pairs = dict(stats.refits)
+    assert pairs
+    for name, (gram, cross) in pairs.items():
+        weight = program.weights[name.split("/")[-1]]
+        assert cross.shape == (len(gram), sum(weight.shape)), name
