@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from attnopt.artifacts.saving import Result, needed_tier, refuse_foreign, save, 
 from attnopt.branches import branches, has_branches
 from attnopt.data import Split, batches_of, presented, split_for
 from attnopt.data.reading import tokenizer_of as tokenizer_of
-from attnopt.estimating import Estimate, estimate, refuse_too_large
+from attnopt.estimating import Estimate, TooLargeError, estimate, refuse_too_large
 from attnopt.frontend import capture
 from attnopt.keeping import calibrated, folder_of, kept, moved, resumed
 from attnopt.nouns import No, Plan
-from attnopt.planning import checked_goal, foreseen
+from attnopt.planning import NothingToDoError, checked_goal, foreseen
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program, State
 from attnopt.reporting import samples
@@ -39,7 +39,7 @@ def optimize(
     out: str | os.PathLike[str] | None = None,
     *,
     held_out: int = 96,
-    tier: int = 0,
+    tier: int | None = None,
     command: str = "",
     passes: Sequence[str] | None = None,
     rules: Sequence[Rule] = (),
@@ -50,7 +50,9 @@ def optimize(
 ) -> Result:
     """Rewrite a model to meet a goal (or as a plan says), measure it, and save it to `out`.
 
-    `tier` to `work`: see `plan`; `recipe` is kept in the artifact. `data` is a Source or its name
+    Without a `tier` all layers are treated alike (tier 0) where that stays within the goal's
+    `max_drop`; where it does not, every pass is measured at every site (tier 2).
+    `passes` to `work`: see `plan`; `recipe` is kept in the artifact. `data` is a Source or its name
     ("stdlib:48x256"), a Split, rows, or an iterable of calls; its held-out part judges. A result
     that fails its gate is saved beside, as `out`.rejected, and says so.
     """
@@ -61,47 +63,111 @@ def optimize(
         check_rules(program, rules)
     if out is not None:
         refuse_foreign(Path(out).absolute(), program)
+    terms = Terms(tier or 0, tuple(passes or ()), tuple(rules), tensor_parallel, tokens)
     with debug.stage("prove"):
         exact = apply(program, "exact")
         # Where one pass alone can serve, what it will do is known before its data.
-        found: Sequence[Sequence[Any]] | None = []
-        if plan is None:
-            found = foreseen(exact, wanted, passes, tier, rules, tensor_parallel)
+        found = _foreseen(exact, wanted, terms) if plan is None else []
     split = split_for(program, data, held_out)
-    with debug.stage("estimate"):
-        if isinstance(plan, Plan):
-            expected = estimate(exact, split, wanted, plan)
-        else:
-            terms = Terms(tier, tuple(passes or ()), tuple(rules), tensor_parallel, tokens)
-            expected = foretold(exact, split, wanted, found, terms, work)
-    if isinstance(expected, Estimate):
-        debug.announce(f"takes {expected}")
-        refuse_too_large(expected, None if out is None else Path(out).absolute())
     place = None if work is None else folder_of(work, exact, split)
+    run = _Run(exact, wanted, split, None if out is None else Path(out).absolute(), work, place)
     with kept(place, saved=out is not None):
-        with debug.stage("plan"):
-            if plan is None:
-                given = {"rules": rules, "tensor_parallel": tensor_parallel, "tokens": tokens}
-                made = _made(exact, wanted, split, passes, tier=tier, work=work, **given)
-            else:
-                made = _given(exact, wanted, plan, split, place)
-        with debug.stage("rewrite"):
-            made = resumed(made, place)
-            rewritten = apply(exact, made)
-        with debug.stage("verify"):
-            report = verify(rewritten, exact, split, max_drop=wanted.get("max_drop"))
-        with debug.stage("measure"):
-            rewritten, measured = _measured(rewritten, exact, split, sampled=out is not None)
-        if isinstance(expected, Estimate):
-            measured["estimate"] = expected.content()
-        result = Result(rewritten, exact, made, report, measured, command, recipe)
+        result = run.result(plan, terms, found)
+        if plan is None and tier is None and not result.accepted:
+            result = _mixed(run, terms, result)
+        result = replace(result, command=command, recipe=recipe)
         if out is not None:
             with debug.stage("save"):
                 where = save(result, target(out, result))
             if place is not None:
-                plan = moved(made, where / "attnopt" / "statistics.safetensors")
-                result = replace(result, plan=plan)
+                moved_to = moved(result.plan, where / "attnopt" / "statistics.safetensors")
+                result = replace(result, plan=moved_to)
     return result
+
+
+def _foreseen(exact: Program, goal: Mapping[str, Any], terms: Terms) -> Any:
+    asked = terms.passes or None, terms.tier, terms.rules, terms.tensor_parallel
+    return foreseen(exact, goal, *asked)
+
+
+def _mixed(run: "_Run", terms: Terms, rejected: Result) -> Result:
+    """Search for the best mixture where all layers alike lose too much."""
+    lost = "" if rejected.report is None else f" (up to {rejected.report.drop.ci95[1]:.2%})"
+    debug.announce(
+        f"all layers alike lose more than is allowed{lost}: every pass is measured at every site, "
+        "for the best mixture"
+    )
+    try:
+        return run.result(None, replace(terms, tier=2), None)
+    except (NothingToDoError, TooLargeError) as error:
+        debug.announce(f"there is no mixture: {error}")
+        return rejected
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An exact program, what is wanted of it, and by which data it is judged."""
+
+    exact: Program
+    goal: Mapping[str, Any]
+    split: Split
+    out: Path | None
+    work: str | os.PathLike[str] | None
+    place: Path | None
+
+    def result(
+        self, plan: Plan | str | None, terms: Terms, found: Sequence[Sequence[Any]] | None
+    ) -> Result:
+        """Say what it takes, plan, rewrite and measure; `found` is what is foreseen of a search."""
+        exact, split = self.exact, self.split
+        with debug.stage("estimate"):
+            if isinstance(plan, Plan):
+                expected = estimate(exact, split, self.goal, plan)
+            else:
+                expected = foretold(exact, split, self.goal, found, terms, self.work)
+        if isinstance(expected, Estimate):
+            debug.announce(f"takes {expected}")
+            refuse_too_large(expected, self.out)
+        with debug.stage("plan"):
+            made = self._searched(terms) if plan is None else self._given(plan)
+        with debug.stage("rewrite"):
+            made = resumed(made, self.place)
+            rewritten = apply(exact, made)
+        with debug.stage("verify"):
+            report = verify(rewritten, exact, split, max_drop=self.goal.get("max_drop"))
+        with debug.stage("measure"):
+            sampled = self.out is not None
+            rewritten, measured = _measured(rewritten, exact, split, sampled=sampled)
+        if isinstance(expected, Estimate):
+            measured["estimate"] = expected.content()
+        return Result(rewritten, exact, made, report, measured)
+
+    def _searched(self, terms: Terms) -> Plan:
+        told = {"data": self.split.source, "data_sha256": self.split.digest}
+        return make_plan(
+            self.exact,
+            self.goal,
+            self.split,
+            terms.passes or None,
+            tier=terms.tier,
+            provenance=told,
+            rules=terms.rules,
+            tensor_parallel=terms.tensor_parallel,
+            tokens=terms.tokens,
+            work=self.work,
+        )
+
+    def _given(self, plan: Plan | str) -> Plan:
+        """Return a plan that needs no search, with the statistics that it needs."""
+        if plan == "exact":
+            return Plan((), dict(self.goal))
+        if isinstance(plan, str):
+            plan = Plan.load(plan)
+        needs = any(c.rewrite != "exact" for c in plan.choices)
+        if needs and plan.statistics is None and plan.source is None:
+            statistics = calibrated(self.exact, self.split, self.place)
+            return settled(self.exact, replace(plan, statistics=statistics))
+        return plan
 
 
 def foretold(
@@ -136,31 +202,6 @@ def target(out: str | os.PathLike[str], result: Result) -> Path:
     """Return where a result goes: what is rejected never takes the place of what was accepted."""
     place = Path(out).absolute()
     return place if result.accepted else place.with_name(f"{place.name}.rejected")
-
-
-def _made(
-    exact: Program,
-    goal: Mapping[str, Any],
-    split: Split,
-    passes: Sequence[str] | None,
-    **terms: Any,
-) -> Plan:
-    told = {"data": split.source, "data_sha256": split.digest}
-    return make_plan(exact, goal, split, passes, provenance=told, **terms)
-
-
-def _given(
-    exact: Program, goal: Mapping[str, Any], plan: Plan | str, split: Split, place: Path | None
-) -> Plan:
-    """Return a plan that needs no search, with the statistics that it needs."""
-    if plan == "exact":
-        return Plan((), dict(goal))
-    if isinstance(plan, str):
-        plan = Plan.load(plan)
-    needs = any(c.rewrite != "exact" for c in plan.choices)
-    if needs and plan.statistics is None and plan.source is None:
-        return settled(exact, replace(plan, statistics=calibrated(exact, split, place)))
-    return plan
 
 
 def measure(rewritten: Program, reference: Program, rows: Any) -> dict[str, Any]:

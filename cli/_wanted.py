@@ -35,9 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tier",
         type=int,
         choices=(0, 1, 2),
-        help="what may hold the result: 0 a stock checkpoint, all layers alike (default); 1 one "
-        "whose layers differ, 2 a saved program; both load after `import attnopt`. Above 0 every "
-        "pass is measured at every site, and the best mixture is taken",
+        help="what may hold the result: 0 a stock checkpoint, all layers alike; 1 one whose layers "
+        "differ, 2 a saved program; both load after `import attnopt`. Above 0 every pass is "
+        "measured at every site, and the best mixture is taken (default: 0 where that stays within "
+        "--max-drop, or else 2)",
     )
     parser.add_argument(
         "--passes",

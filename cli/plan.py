@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from attnopt.recipes import Recipe
 
 _FEW = 8
+_ALIKE = (
+    "all layers alike, without a look at what that loses; optimize goes on to the best mixture\n"
+    "where it loses more than --max-drop, and --tier 2 plans that mixture"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +53,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.document("attnopt.plan/1", _document(made))
     else:
         _print(output, made, verbose=arguments.verbose)
+        if recipe.tier is None and made.plan.search is None:
+            output.line(_ALIKE)
         if arguments.out is not None:
             output.line(f"saved as {shown(Path(arguments.out).absolute())}; carry it out with")
             output.line(f"  attnopt optimize {arguments.model} -o OUT --plan {arguments.out}")
@@ -83,12 +89,13 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
     captured = _source.capture(source)
     work = _wanted.work_of(arguments, arguments.out)
     goal, rules, devices = recipe.goal, recipe.rules, recipe.tensor_parallel
-    terms = Terms(recipe.tier, recipe.passes, rules, devices, recipe.tokens)
+    tier = recipe.tier or 0
+    terms = Terms(tier, recipe.passes, rules, devices, recipe.tokens)
     with told(arguments.out or "the scores", "AO113"), _source.quiet_libraries():
         try:
             check_rules(captured, rules)
             program = apply(captured, "exact")
-            found = foreseen(program, goal, recipe.passes or None, recipe.tier, rules, devices)
+            found = foreseen(program, goal, recipe.passes or None, tier, rules, devices)
             split = split_for(captured, data, recipe.held_out)
             expected = foretold(program, split, goal, found, terms, work)
             if isinstance(expected, Estimate):
@@ -100,7 +107,7 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
                     goal,
                     split,
                     recipe.passes or None,
-                    tier=recipe.tier,
+                    tier=tier,
                     provenance={"data": split.source, "data_sha256": split.digest},
                     rules=rules,
                     tensor_parallel=devices,

@@ -45,7 +45,7 @@ def test_a_gate_that_fails_keeps_the_candidate_aside(
 ):
     out = tmp_path / "out"
     words = ["optimize", str(model), "-o", str(out), "--kv-cache", "25%", "--data", data]
-    assert main([*words, "--max-drop", "0.000001%", "--json"]) == 4
+    assert main([*words, "--tier", "0", "--max-drop", "0.000001%", "--json"]) == 4
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "attnopt.optimize/1"
     assert document["accepted"] is False

@@ -2,14 +2,17 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from dha_models import captured, decoder, exactly, ids, known, repeat_heads
 
 import attnopt
+from attnopt import optimizing
 from attnopt.heads import removable
 from attnopt.knapsack import Item, choose
+from attnopt.nouns import Plan
 from attnopt.passes import dha, latent
 from attnopt.planning import NothingToDoError
 from attnopt.program import Program
@@ -127,3 +130,46 @@ def test_of_two_passes_the_one_that_damages_less_is_chosen(
 
 def rewrites(plan: attnopt.Plan) -> set[str]:
     return {choice.rewrite for choice in plan.choices}
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_mixture_is_searched_for_where_all_layers_alike_lose_too_much(
+    found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search would find is given; without one, what was rejected is handed back."""
+    program = exactly(decoder("llama"))
+    asked: list[int] = []
+    own = optimizing.make_plan
+
+    def planned(*args: Any, tier: int, **kwargs: Any) -> Plan:
+        asked.append(tier)
+        if tier == 0:
+            return own(*args, tier=tier, **kwargs)
+        if not found:
+            raise NothingToDoError("nothing of that kind")
+        return Plan((), {"kv_cache": 0.5})
+
+    monkeypatch.setattr(optimizing, "make_plan", planned)
+    goal = {"kv_cache": 0.5, "max_drop": 1e-9}
+    rows = ids(24, 24)
+    result = attnopt.optimize(program, goal, data=rows)
+    assert asked == [0, 2]
+    assert result.accepted is found
+    assert {c.rewrite for c in result.plan.choices} == (set() if found else {"dha"})
+    asked.clear()
+    # A tier that is asked for is kept, and a goal without a limit is met as it is.
+    assert not attnopt.optimize(program, goal, data=rows, tier=0).accepted
+    assert attnopt.optimize(program, {"kv_cache": 0.5}, data=rows).accepted
+    assert asked == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_search_that_follows_finds_what_loses_less() -> None:
+    program = exactly(decoder("llama"))
+    rows = ids(40, 24)
+    alike = attnopt.optimize(program, {"kv_cache": 0.5}, data=rows, tier=0).report.drop.ci95[1]
+    goal = {"kv_cache": 0.5, "max_drop": 0.8 * alike}
+    result = attnopt.optimize(program, goal, data=rows, passes=["dha", "window"])
+    assert result.accepted
+    assert result.plan.search is not None
+    assert result.measured["tier"] == 2

@@ -39,7 +39,7 @@ class Recipe:
     """What is wanted; `rules` keep sites as they are, or say what is tried there."""
 
     goal: Mapping[str, float] = field(default_factory=dict, hash=False)
-    tier: int = 0
+    tier: int | None = None
     passes: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     tensor_parallel: int = 1
@@ -189,7 +189,12 @@ SHAPE = Keys(
         Key("attnopt", Whole(FORMAT, FORMAT), "the version of this format", required=True),
         Key("description", Text(), "what the recipe is for"),
         Key("goal", _GOAL, "budgets, as shares of what the source takes", required=True),
-        Key("tier", Whole(0, 2), "0 a stock checkpoint, 1 layers differ, 2 a saved program"),
+        Key(
+            "tier",
+            Whole(0, 2),
+            "0 a stock checkpoint, 1 layers differ, 2 a saved program; 0 where that stays within "
+            "max_drop, or else 2, if left out",
+        ),
         Key("passes", Items(_PASS, 1), "the passes to choose among; all of them if left out"),
         Key("keep", Items(_KEEP, 1), "sites that stay as they are"),
         Key(
