@@ -19,7 +19,7 @@ from attnopt.estimating import Estimate, TooLargeError, estimate, refuse_too_lar
 from attnopt.frontend import capture
 from attnopt.keeping import calibrated, folder_of, kept, moved, resumed
 from attnopt.nouns import No, Plan
-from attnopt.planning import NothingToDoError, checked_goal, foreseen
+from attnopt.planning import NothingToDoError, NoUniformPlanError, checked_goal, foreseen
 from attnopt.planning import plan as make_plan
 from attnopt.program import Program, State
 from attnopt.reporting import samples
@@ -50,8 +50,8 @@ def optimize(
 ) -> Result:
     """Rewrite a model to meet a goal (or as a plan says), measure it, and save it to `out`.
 
-    Without a `tier` all layers are treated alike (tier 0) where that stays within the goal's
-    `max_drop`; where it does not, every pass is measured at every site (tier 2).
+    Without a `tier` all layers are treated alike (tier 0) where that meets the goal and stays
+    within its `max_drop`; where it does not, every pass is measured at every site (tier 2).
     `passes` to `work`: see `plan`; `recipe` is kept in the artifact. `data` is a Source or its name
     ("stdlib:48x256"), a Split, rows, or an iterable of calls; its held-out part judges. A result
     that fails its gate is saved beside, as `out`.rejected, and says so.
@@ -67,13 +67,15 @@ def optimize(
     with debug.stage("prove"):
         exact = apply(program, "exact")
         # Where one pass alone can serve, what it will do is known before its data.
-        found = _foreseen(exact, wanted, terms) if plan is None else []
+        found: Any = []
+        if plan is None:
+            terms, found = within(exact, wanted, tier, terms)
     split = split_for(program, data, held_out)
     place = None if work is None else folder_of(work, exact, split)
     run = _Run(exact, wanted, split, None if out is None else Path(out).absolute(), work, place)
     with kept(place, saved=out is not None):
         result = run.result(plan, terms, found)
-        if plan is None and tier is None and not result.accepted:
+        if plan is None and tier is None and not terms.tier and not result.accepted:
             result = _mixed(run, terms, result)
         result = replace(result, command=command, recipe=recipe)
         if out is not None:
@@ -85,9 +87,21 @@ def optimize(
     return result
 
 
-def _foreseen(exact: Program, goal: Mapping[str, Any], terms: Terms) -> Any:
-    asked = terms.passes or None, terms.tier, terms.rules, terms.tensor_parallel
-    return foreseen(exact, goal, *asked)
+def within(
+    exact: Program, goal: Mapping[str, Any], tier: int | None, terms: Terms
+) -> tuple[Terms, Any]:
+    """Return the terms that can meet a goal, and what is foreseen: all layers alike, or mixtures.
+
+    A tier that is asked for is kept.
+    """
+    asked = goal, terms.passes or None, tier or 0, terms.rules, terms.tensor_parallel
+    try:
+        return replace(terms, tier=tier or 0), foreseen(exact, *asked)
+    except NoUniformPlanError as error:
+        if tier is not None:
+            raise
+        debug.announce(f"{error}: every pass is measured at every site, for the best mixture")
+        return replace(terms, tier=2), None
 
 
 def _mixed(run: "_Run", terms: Terms, rejected: Result) -> Result:

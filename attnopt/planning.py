@@ -21,6 +21,7 @@ from attnopt.moments import Statistics
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
 from attnopt.program import Program
 from attnopt.refusals import NothingToDoError as NothingToDoError
+from attnopt.refusals import NoUniformPlanError as NoUniformPlanError
 from attnopt.refusals import shared
 from attnopt.search.rules import Rule
 
@@ -170,7 +171,7 @@ def _options(program: Program, names: Sequence[str] | None) -> dict[str, list[_O
     if stuck:
         why = next((r.why for r in refusals if r.where == stuck[0]), "no pass applies")
         more = f" and {len(stuck) - 1} more" if len(stuck) > 1 else ""
-        raise NothingToDoError(f"the cache of {stuck[0]}{more} cannot shrink: {why}")
+        raise NoUniformPlanError(f"the cache of {stuck[0]}{more} cannot shrink: {why}")
     return found
 
 
@@ -189,7 +190,7 @@ def _uniform(
     if found:
         return list(found.values())
     least = min(o.left for o in first) / full[first[0].site.name]
-    raise NothingToDoError(
+    raise NoUniformPlanError(
         f"no uniform plan leaves {share:.4g} of the cache; the least is {least:.4g} (--kv-cache "
         f"{least:.4%})"
     )

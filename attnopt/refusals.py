@@ -10,6 +10,10 @@ class NothingToDoError(ValueError):
     """No rewrite serves the goal; the message says what stands in the way."""
 
 
+class NoUniformPlanError(NothingToDoError):
+    """A goal that layers which are all alike cannot meet; others might."""
+
+
 def unreadable(site: Site) -> No | None:
     """Say why the projections of a site cannot be changed head by head."""
     for name in ("q", "k", "v", "o"):

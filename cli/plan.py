@@ -77,8 +77,8 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
     from attnopt.data import Source, readable, split_for
     from attnopt.estimating import Estimate, TooLargeError, estimate, refuse_too_large, told_time
     from attnopt.keeping import folder_of, kept
-    from attnopt.optimizing import foretold
-    from attnopt.planning import NothingToDoError, foreseen, plan
+    from attnopt.optimizing import foretold, within
+    from attnopt.planning import NothingToDoError, plan
     from attnopt.rewriting import apply
     from attnopt.search.preparing import Terms, check_rules
 
@@ -89,13 +89,12 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
     captured = _source.capture(source)
     work = _wanted.work_of(arguments, arguments.out)
     goal, rules, devices = recipe.goal, recipe.rules, recipe.tensor_parallel
-    tier = recipe.tier or 0
-    terms = Terms(tier, recipe.passes, rules, devices, recipe.tokens)
+    terms = Terms(0, recipe.passes, rules, devices, recipe.tokens)
     with told(arguments.out or "the scores", "AO113"), _source.quiet_libraries():
         try:
             check_rules(captured, rules)
             program = apply(captured, "exact")
-            found = foreseen(program, goal, recipe.passes or None, tier, rules, devices)
+            terms, found = within(program, goal, recipe.tier, terms)
             split = split_for(captured, data, recipe.held_out)
             expected = foretold(program, split, goal, found, terms, work)
             if isinstance(expected, Estimate):
@@ -107,7 +106,7 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
                     goal,
                     split,
                     recipe.passes or None,
-                    tier=tier,
+                    tier=terms.tier,
                     provenance={"data": split.source, "data_sha256": split.digest},
                     rules=rules,
                     tensor_parallel=devices,

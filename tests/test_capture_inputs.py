@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,20 @@ def test_raw_queries_keys_and_values_may_have_any_length() -> None:
         program(q.new_zeros(2, 5, 5, 4), k, v)
 
 
-def test_a_factory_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def short() -> Any:
+    """Return a module and its arguments, without keywords."""
+    return make()[:2]
+
+
+def odd() -> Any:
+    """Return a module and what are no arguments."""
+    return make()[0], 3
+
+
+@pytest.mark.parametrize("name", ["make", "short"])
+def test_a_factory_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    program = attnopt.capture("test_capture_inputs:make")
+    program = attnopt.capture(f"test_capture_inputs:{name}")
     _, args, _ = make()
     assert program(*args).shape == (2, 3, 5, 4)
 
@@ -52,6 +64,7 @@ def test_a_factory_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     ("place", "message"),
     [
         ("test_capture_inputs:nothing", "must return a module or .*, not int"),
+        ("test_capture_inputs:odd", r"not a tuple of \w+, int"),
         ("test_capture_inputs:absent", "has no attribute 'absent'"),
         ("no_such_package:make", "No module named 'no_such_package'"),
     ],

@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import dha_models
 import pytest
 import torch
 from dha_models import captured, decoder, exactly, ids, known, repeat_heads
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import attnopt
 from attnopt import optimizing
@@ -161,6 +163,26 @@ def test_a_mixture_is_searched_for_where_all_layers_alike_lose_too_much(
     assert not attnopt.optimize(program, goal, data=rows, tier=0).accepted
     assert attnopt.optimize(program, {"kv_cache": 0.5}, data=rows).accepted
     assert asked == [0, 0]
+
+
+def test_a_mixture_is_searched_for_where_no_uniform_plan_meets_the_goal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys that pass a norm are not fused: of Qwen3's cache three quarters are left."""
+    config = Qwen3Config(**dha_models.SIZES)
+    program = exactly(Qwen3ForCausalLM(config).eval().requires_grad_(False))
+    asked: list[int] = []
+
+    def planned(*args: Any, tier: int, **kwargs: Any) -> Plan:
+        asked.append(tier)
+        return Plan((), {"kv_cache": 0.5})
+
+    monkeypatch.setattr(optimizing, "make_plan", planned)
+    rows = ids(8, 24)
+    with pytest.raises(NothingToDoError, match=r"no uniform plan leaves 0\.5"):
+        attnopt.optimize(program, {"kv_cache": 0.5}, data=rows, tier=0)
+    assert attnopt.optimize(program, {"kv_cache": 0.5}, data=rows).accepted
+    assert asked == [2]
 
 
 @pytest.mark.slow

@@ -132,9 +132,13 @@ def tokenizer_of(program: Any) -> Any:
 
     folder = folder_of(program)
     if folder is None:
+        taken = taken_by(program)
+        what = "token ids as data: a tensor (rows, tokens) or a .safetensors file with input_ids"
+        if taken and "input_ids" not in taken:
+            what = f"what it takes as data: a .safetensors file of rows of {' and '.join(taken)}"
         raise ValueError(
             f"{_named(program)} was not captured from a directory, so it has no tokenizer; give "
-            "token ids as data: a tensor (rows, tokens) or a .safetensors file with input_ids"
+            f"{what}"
         )
     _refuse_text(program)
     if not any(_TOKENIZES.match(p.name) for p in folder.iterdir()):

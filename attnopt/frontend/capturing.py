@@ -93,7 +93,7 @@ def with_weights(program: Program, weights: Mapping[str, Tensor], note: str) -> 
 def call_factory(
     place: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
-    """Import "package.module:factory" and call it for a module, or (module, args, kwargs)."""
+    """Import "package.module:factory" and call it for a module, (module, args), or with kwargs."""
     module_name, name = place.split(":")
     factory = attempted(lambda: getattr(importlib.import_module(module_name), name))
     if isinstance(factory, No):
@@ -108,11 +108,14 @@ def call_factory(
                 "(module, args, kwargs)"
             )
         return made, args, kwargs
-    if isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module):
-        return made
-    raise ValueError(
-        f"{place!r} must return a module or (module, args, kwargs), not {type(made).__name__}"
+    found: tuple[Any, ...] = made if isinstance(made, tuple) else ()
+    kinds = (nn.Module, tuple | list, Mapping)[: len(found)]
+    if 2 <= len(found) <= 3 and all(map(isinstance, found, kinds)):
+        return found[0], tuple(found[1]), found[2] if len(found) == 3 else {}
+    told = (
+        f"a tuple of {', '.join(type(x).__name__ for x in found)}" if found else type(made).__name__
     )
+    raise ValueError(f"{place!r} must return a module or (module, args, kwargs), not {told}")
 
 
 def _said(failure: No) -> str:
