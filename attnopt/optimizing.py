@@ -57,7 +57,7 @@ def optimize(
     that fails its gate is saved beside, as `out`.rejected, and says so.
     """
     wanted = checked_goal(goal or (plan.goal if isinstance(plan, Plan) else {}))
-    data = presented(data)
+    data = presented(data, model)
     program = model if isinstance(model, Program) else capture(model)
     if plan is None:
         check_rules(program, rules)

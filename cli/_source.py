@@ -34,6 +34,11 @@ class Source:
     trust_pickle: bool = False
     trust_remote_code: bool = False
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a module of the user's, with names of its own for what it takes."""
+        return self.kind in ("factory", "exported")
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare MODEL and what belongs to it."""

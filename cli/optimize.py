@@ -89,7 +89,7 @@ def _optimize(arguments: argparse.Namespace, source: _source.Source, recipe: "Re
         refuse_foreign(Path(arguments.out).absolute())
         for name in recipe.passes:
             registry.load(name)
-        data = readable(Source.parse(recipe.data, seed=recipe.seed))
+        data = readable(Source.parse(recipe.data, seed=recipe.seed), own=source.is_own)
         plan = None if arguments.plan is None else Plan.load(arguments.plan)
     except ValueError as error:
         raise CommandError("AO112", str(error)) from error

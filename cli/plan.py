@@ -83,7 +83,7 @@ def _planned(arguments: argparse.Namespace, source: _source.Source, recipe: "Rec
     from attnopt.search.preparing import Terms, check_rules
 
     try:
-        data = readable(Source.parse(recipe.data, seed=recipe.seed))
+        data = readable(Source.parse(recipe.data, seed=recipe.seed), own=source.is_own)
     except ValueError as error:
         raise CommandError("AO112", str(error)) from error
     captured = _source.capture(source)

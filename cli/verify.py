@@ -105,7 +105,7 @@ def _verified(
 
     tasks = [t.strip() for t in (arguments.lm_eval or "").split(",") if t.strip()]
     try:
-        data = readable(Source.parse(arguments.data))
+        data = readable(Source.parse(arguments.data), own=any(s.is_own for s in sources))
         if tasks:
             check_harness()
     except ValueError as error:

@@ -458,6 +458,31 @@ def test_pictures_are_no_data_of_a_language_model():
         next(batches_of(program, pictures))
 
 
+class Own(torch.nn.Module):
+    """A model whose input has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 3)
+
+    def forward(self, points: torch.Tensor) -> torch.Tensor:
+        return self.linear(points)
+
+
+def test_a_model_of_its_own_names_takes_rows_by_them(tmp_path: Path):
+    program = attnopt.capture(Own(), (torch.randn(2, 5, 3),))
+    rows = torch.randn(12, 5, 3)
+    save_file({"points": rows}, tmp_path / "rows.safetensors")
+    split = split_for(program, str(tmp_path / "rows.safetensors"), 3)
+    assert torch.equal(split.held_out["points"], rows[9:])
+    with pytest.raises(ValueError, match=r"a \.safetensors file of rows of points$"):
+        split_for(program, "stdlib:4x16")
+    save_file({"dots": rows}, tmp_path / "other.safetensors")
+    other = split_for(program, str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="the data has dots, and Own takes points"):
+        next(batches_of(program, other))
+
+
 def test_a_model_of_pictures_says_what_it_takes(tmp_path: Path):
     model = vision()
     model.save_pretrained(tmp_path)

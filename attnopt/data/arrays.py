@@ -11,7 +11,7 @@ from torch import Tensor
 from attnopt.untrusted import leaves
 
 _LARGEST: Final = 2**32
-_MAIN: Final = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
+MAIN: Final = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
 _BESIDE: Final = (
     *("attention_mask", "token_type_ids", "position_ids", "labels"),
     *("decoder_input_ids", "decoder_attention_mask"),
@@ -19,16 +19,17 @@ _BESIDE: Final = (
 LABELS: Final = "labels.npy"
 
 
-def stored(path: Path, length: int) -> dict[str, Tensor]:
+def stored(path: Path, length: int, *, own: bool = False) -> dict[str, Tensor]:
     """Return the arrays of a file by the names that a model has for them, row by row.
 
-    A single axis of ids is cut into rows of `length`. Bytes are pictures, named `images`.
+    A single axis of ids is cut into rows of `length`. Bytes are pictures, named `images`. A model
+    may have names of its `own`, none of which is known here.
     """
     if path.stat().st_size > _LARGEST:
         raise ValueError(f"{path} is larger than {_LARGEST >> 30} GiB; save a part of it")
     if path.suffix.lower() == ".npy":
         return _with_labels(_of_array(_array(path), path, length), path)
-    return _of_tensors(_tensors(path), path)
+    return _of_tensors(_tensors(path), path, own=own)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -41,14 +42,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no safetensors file that can be read: {error}") from error
 
 
-def _of_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    if not any(name in _MAIN for name in tensors):
-        raise ValueError(f"{path} must hold one of {', '.join(_MAIN)}")
-    unknown = sorted(set(tensors) - {*_MAIN, *_BESIDE})
-    if unknown:
-        raise ValueError(
-            f"{path} holds {unknown[0]!r}; it may hold {', '.join((*_MAIN, *_BESIDE))}"
-        )
+def _of_tensors(tensors: Mapping[str, Tensor], path: Path, *, own: bool) -> dict[str, Tensor]:
+    usual = any(name in MAIN for name in tensors)
+    if not usual and not (own and tensors):
+        raise ValueError(f"{path} must hold one of {', '.join(MAIN)}")
+    unknown = sorted(set(tensors) - {*MAIN, *_BESIDE})
+    if usual and unknown:
+        raise ValueError(f"{path} holds {unknown[0]!r}; it may hold {', '.join((*MAIN, *_BESIDE))}")
     made = {name: _plain(tensor) for name, tensor in tensors.items()}
     counts = {len(t) if t.dim() else 0 for t in made.values()}
     if len(counts) > 1 or 0 in counts:
@@ -56,7 +56,7 @@ def _of_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     ids = made.get("input_ids")
     if ids is not None:
         _check_ids(ids, path)
-    return {name: made[name] for name in (*_MAIN, *_BESIDE) if name in made}
+    return {name: made[name] for name in (*MAIN, *_BESIDE) if name in made} if usual else made
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import Tensor
 from torch.nn import functional
 
+from attnopt.data.arrays import MAIN
 from attnopt.data.splitting import Split
 from attnopt.program import Program
 
@@ -15,7 +16,6 @@ from attnopt.program import Program
 _NUMBERS: Final = 2**21
 _MOST_BYTES: Final = 2**32
 _LABELS: Final = "labels"
-_MAIN: Final = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
 
 
 def batches_of(
@@ -60,6 +60,14 @@ def taken_by(program: Any) -> tuple[str, ...]:
         return tuple(dict.fromkeys(found))
     forward = getattr(program, "forward", program)
     return tuple(inspect.signature(forward).parameters) if callable(forward) else ()
+
+
+def names_its_own(model: Any) -> bool:
+    """Tell whether a model, or what is said in place of one, takes none of the usual inputs."""
+    if isinstance(model, str | os.PathLike):
+        place = os.fspath(model)
+        return ":" in place or place.endswith(".pt2")
+    return set(MAIN).isdisjoint(taken_by(model))
 
 
 def bounded(data: Iterable[Any]) -> Iterator[Any]:
@@ -112,7 +120,7 @@ def _main(names: tuple[str, ...], rows: Tensor) -> str:
     """Return what a tensor alone stands for."""
     if not rows.is_floating_point():
         return "input_ids"
-    wanted: str | None = next((n for n in _MAIN[1:] if n in names), None)
+    wanted: str | None = next((n for n in MAIN[1:] if n in names), None)
     if wanted is None and len(names) == 1:
         wanted = names[0]
     if wanted is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.data.calls import batches_of, bounded, taken_by
+from attnopt.data.calls import batches_of, bounded, names_its_own, taken_by
 from attnopt.data.sources import Source, checked
 from attnopt.data.splitting import HELD_OUT, Split, halved, readable, split_of
 from attnopt.untrusted import check_tokenizer, code_of, read_json
@@ -36,15 +36,16 @@ def split_for(program: Any, data: Any = None, held_out: int | None = None) -> Sp
     return _of_calls(program, data)
 
 
-def presented(data: Any) -> Any:
-    """Return data that `split_for` takes, as far as that can be told without a model.
+def presented(data: Any, model: Any = None) -> Any:
+    """Return data that `split_for` takes, as far as that can be told before a model is captured.
 
     A ValueError or TypeError says what is wrong with other data.
     """
     if data is None or isinstance(data, Split):
         return data
     if isinstance(data, str | os.PathLike | Source):
-        return readable(data if isinstance(data, Source) else Source.parse(os.fspath(data)))
+        source = data if isinstance(data, Source) else Source.parse(os.fspath(data))
+        return readable(source, own=names_its_own(model))
     _check_kind(data)
     return data
 
@@ -83,7 +84,8 @@ def _whole(name: str, rows: Tensor) -> Source:
 def _read(program: Any, source: Source, held_out: int | None) -> Split:
     tokenizer = tokenizer_of(program) if checked(source).is_text else None
     processor = None if source.is_text else processor_of(program)
-    return split_of(source, tokenizer, held_out=held_out, processor=processor)
+    own = names_its_own(program)
+    return split_of(source, tokenizer, held_out=held_out, processor=processor, own=own)
 
 
 def _of_calls(program: Any, data: Iterable[Any]) -> Split:

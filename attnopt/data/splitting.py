@@ -58,15 +58,21 @@ class Split:
 
 
 def split_of(
-    source: Source, tokenizer: Any = None, *, held_out: int | None = None, processor: Any = None
+    source: Source,
+    tokenizer: Any = None,
+    *,
+    held_out: int | None = None,
+    processor: Any = None,
+    own: bool = False,
 ) -> Split:
     """Read a source and cut both halves into rows.
 
-    Text needs the model's tokenizer; `processor` makes pixel values of pictures.
+    Text needs the model's tokenizer; `processor` makes pixel values of pictures; a model may have
+    names of its `own` for arrays.
     """
     checked(source)
     if source.kind == "arrays":
-        return halved(_arrays(source, processor), source, held_out)
+        return halved(_arrays(source, processor, own=own), source, held_out)
     if source.kind == "images":
         return _dealt(source, held_out, processor)
     calibration, held = _documents(source)
@@ -79,11 +85,11 @@ def split_of(
     )
 
 
-def readable(source: Source) -> Source:
+def readable(source: Source, *, own: bool = False) -> Source:
     """Return a source that can be opened, as far as that takes no model; ValueError for others."""
     checked(source)
     if source.kind == "arrays":
-        stored(source.path, source.length)
+        stored(source.path, source.length, own=own)
     elif source.is_text and source.name != "stdlib" and next(documents(source), None) is None:
         raise ValueError(f"data {source.name!r} holds no text that could be read")
     return source
@@ -231,8 +237,8 @@ def _dealt(source: Source, held_out: int | None, processor: Any) -> Split:
     return made(first, _apart(first, second), source.name)
 
 
-def _arrays(source: Source, processor: Any) -> dict[str, Tensor]:
-    arrays = stored(source.path, source.length)
+def _arrays(source: Source, processor: Any, *, own: bool) -> dict[str, Tensor]:
+    arrays = stored(source.path, source.length, own=own)
     images = arrays.pop("images", None)
     return arrays if images is None else {"pixel_values": pixels_of(images, processor), **arrays}
 
