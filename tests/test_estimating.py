@@ -65,7 +65,11 @@ def test_more_data_takes_more(program, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("goal", "passes"), [({"kv_cache": 0.5}, ("dha",)), ({"params": 0.9}, ("amp",))]
+    ("goal", "passes"),
+    [
+        ({"kv_cache": 0.5}, ("dha",)),
+        pytest.param({"params": 0.9}, ("amp",), marks=pytest.mark.slow),
+    ],
 )
 def test_the_looks_of_a_search_are_counted_before_it(
     goal: dict[str, float], passes: tuple[str, ...], program, tmp_path: Path, monkeypatch
