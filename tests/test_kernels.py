@@ -1,7 +1,10 @@
 """Soft caps and sinks: which kernel takes them, its gradients, and the compiled graph."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from attnopt.ops import attention_reference, capped
 from attnopt.ops.kernels import Scoring, kernel, way
@@ -126,3 +129,23 @@ def test_a_compiled_graph_gives_the_same(scores):
     found = slopes(compiled, given)
     for ours, theirs in zip(found[1], wanted[1], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{"window": 8}, {"softcap": 30.0}], ids=str)
+@pytest.mark.parametrize(("tokens", "called"), [(16, False), (300, True)])
+def test_a_compiled_graph_holds_few_scores_and_calls_a_loop_for_many(
+    tokens: int, called: bool, options: dict[str, Any]
+):
+    names: list[str] = []
+
+    def recording(graph: Any, _: Any) -> Any:
+        names.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, 2, tokens, 8) for _ in range(3))
+    backend = aot_autograd(fw_compiler=recording)
+    run = torch.compile(lambda *x: attend(*x, None, causal=True, **options), backend=backend)
+    want = attention_reference(q, k, v, causal=True, **options)[0]
+    torch.testing.assert_close(run(q, k, v), want, rtol=1e-4, atol=1e-5)
+    assert any("attnopt" in name for name in names) is called

@@ -22,6 +22,11 @@ from attnopt.ops.kernels import Scoring, kernel
 from attnopt.ops.options import Options
 from attnopt.ops.sealed import Sealed
 
+# Pairs of queries and keys up to which a compiled graph holds all scores: below, making them costs
+# less than to call a loop over blocks. Scores that are changed are fused with what changes them.
+_FEW: Final = 2**14
+_FEW_CHANGED: Final = 2**16
+
 
 def attend(
     q: Tensor,
@@ -34,7 +39,10 @@ def attend(
 
     Without a memo, as in a graph to be compiled, no loop depends on the sizes.
     """
-    if torch.compiler.is_exporting() and _scores_otherwise(options):
+    inlined = torch.compiler.is_exporting() or (
+        torch.compiler.is_compiling() and _is_small(q, k, options)
+    )
+    if inlined and _scores_otherwise(options):
         return attention_reference(q, k, v, **options)[0]
     if torch.compiler.is_compiling() and _is_sealed(q, k, v, options):
         # Blocks are a loop over sizes, which a compiled graph calls and does not hold.
@@ -48,9 +56,15 @@ def _scores_otherwise(options: Mapping[str, Any]) -> bool:
     return options.get("sinks") is not None or options.get("softcap") is not None
 
 
+def _is_small(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> bool:
+    """Tell whether a compiled graph is faster with all scores of a call than with its blocks."""
+    most = _FEW_CHANGED if _scores_otherwise(options) else _FEW
+    return bool(q.shape[2] * k.shape[2] <= most)
+
+
 def _is_sealed(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> bool:
     """Tell whether a call of a compiled graph goes block by block."""
-    if q.shape[2] == 1 or torch.compiler.is_exporting():
+    if q.shape[2] == 1 or torch.compiler.is_exporting() or _is_small(q, k, options):
         return False
     if _scores_otherwise(options):
         return True
