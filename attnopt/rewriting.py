@@ -18,10 +18,12 @@ from attnopt.calibrating import Statistics
 from attnopt.compensating import refit
 from attnopt.finder import find_sites
 from attnopt.finder.anchors import is_fused
+from attnopt.finder.assembled import Reading
 from attnopt.finder.emit import Writer
 from attnopt.finder.match import Blind, Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
+from attnopt.finder.regions import match_region
 from attnopt.finder.simplify import reach, simplify
 from attnopt.graphs import copied, drop_unused
 from attnopt.nouns import Choice, Mlp, No, Plan, Site
@@ -293,9 +295,15 @@ def rewrite_exactly(
     named = list(zip(findings.sites, findings.groups, strict=True))
     others = {p.anchor for s, g in named for p in g if only is not None and s.name not in only}
     unread = [r for r in findings.unread if r.anchor not in others]
-    refused = [No(r.why, f"{r.module} ({r.anchor.name})") for r in unread]
-    left = others | {r.anchor for r in unread}
+    refused: list[No] = []
+    left = set(others)
     rewritten = _Copy(*copied(program.graph))
+    for reading in unread:
+        refusal = _rewrite_assembled(findings.view, rewritten, reading, proved, largest_proof)
+        if refusal is not None:
+            left.add(reading.anchor)
+            refused.append(No(reading.why, f"{reading.module} ({reading.anchor.name})"))
+            debug.log(4, f"exact refuses {reading.module}: {reading.why}: {refusal}")
     for number, match in enumerate(findings.matches, 1):
         if match.anchor in others:
             continue
@@ -318,6 +326,20 @@ def rewrite_exactly(
     result = program.with_graph(module, note=f"exact: {count} sites")
     whole = (site.name for site, pieces in named if not any(p.anchor in left for p in pieces))
     return replace(result, refused=(*program.refused, *refused)), frozenset(whole)
+
+
+def _rewrite_assembled(
+    view: View,
+    rewritten: _Copy,
+    reading: Reading,
+    proved: dict[str, No | None],
+    most: int | None,
+) -> No | None:
+    """Rewrite an attention that is assembled from pieces, where it can be matched and proved."""
+    match = match_region(view, reading)
+    if isinstance(match, No):
+        return match
+    return _too_large(match, most) or _replace(view, rewritten, match, proved)
 
 
 def _too_large(match: Match, most: int | None) -> No | None:

@@ -1,6 +1,8 @@
 """Attention that is read by structure: scores written together from pieces, weights in factors."""
 
+import pytest
 import torch
+import zoo
 from torch import nn
 
 import attnopt
@@ -49,6 +51,45 @@ class Beside(Projected):
         return self.merged(weights[..., :2] @ v[:, :, :2] + weights[..., 2:] @ v)
 
 
+class Bent(Projected):
+    """What is written together is bent before the softmax, which no attention is."""
+
+    def forward(self, x):
+        q, k, v = (self.heads(x, p) for p in (self.q, self.k, self.v))
+        half = x.shape[1] // 2
+        scores = q.new_zeros((*q.shape[:3], x.shape[1]))
+        scores[:, :, :half] = q[:, :, :half] @ k.transpose(-1, -2)
+        scores[:, :, half:] = q[:, :, half:] @ k.transpose(-1, -2)
+        return self.merged(torch.softmax(scores * scores.abs(), dim=-1) @ v)
+
+
+class Padded(Projected):
+    """Padded keys are hidden where scores are written together; padded queries give nothing."""
+
+    def forward(self, x, mask):
+        q, k, v = (self.heads(x, p) for p in (self.q, self.k, self.v))
+        penalty = ((1 - mask) * torch.finfo(x.dtype).min)[:, None, None]
+        scores = q.new_zeros((*q.shape[:3], x.shape[1]))
+        hiding = q.new_zeros((len(x), 1, *scores.shape[2:]))
+        for part in (slice(0, 5), slice(5, None)):
+            scores[:, :, :, part] = q @ k[:, :, part].transpose(-1, -2)
+            hiding[:, :, :, part] = penalty[..., part]
+        weights = torch.softmax(scores + hiding, dim=-1)
+        return self.merged(weights.masked_fill((mask == 0)[:, None, :, None], 0.0) @ v)
+
+
+class Halved(Projected):
+    """Each half of the tokens sees itself, however many they are."""
+
+    def forward(self, x):
+        q, k, v = (self.heads(x, p) for p in (self.q, self.k, self.v))
+        scores = torch.full_like(q @ k.transpose(-1, -2), -torch.inf)
+        half = (x.shape[1] + 1) // 2
+        scores[:, :, :half, :half] = q[:, :, :half] @ k[:, :, :half].transpose(-1, -2)
+        scores[:, :, half:, half:] = q[:, :, half:] @ k[:, :, half:].transpose(-1, -2)
+        return self.merged(torch.softmax(scores, dim=-1) @ v)
+
+
 class Factors(Projected):
     """The weights are a product of three softmaxes over landmarks."""
 
@@ -86,6 +127,12 @@ def captured(module, tokens=12):
     return attnopt.capture(module.eval(), (torch.randn(2, tokens, 24),), dynamic=False)
 
 
+def ops_of(program):
+    """Return the options of every canonical op, tensors by their names."""
+    nodes = program.graph.find_nodes(op="call_function", target=torch.ops.attnopt.attention.default)
+    return [dict(n.kwargs) for n in nodes]
+
+
 def test_scores_written_into_slices_are_one_site():
     (site,) = captured(Written()).sites
     assert (site.heads, site.kv_heads, site.head_dim, site.v_head_dim) == (3, 3, 8, 8)
@@ -106,13 +153,43 @@ def test_scores_too_many_to_number_leave_the_mask_unnamed(monkeypatch):
     assert (site.heads, site.scale, str(site.mask)) == (3, 0.3, "dense")
 
 
-def test_exact_refuses_with_the_reason_and_changes_nothing():
+def test_exact_rewrites_scores_written_into_slices():
     module = Written()
+    exact = attnopt.apply(captured(module), "exact")
+    assert not exact.refused
+    assert ops_of(exact) == [{"scale": 0.3, "chunk": 6}]
+    x = torch.randn(2, 12, 24)
+    torch.testing.assert_close(exact(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exact_hides_padded_keys_and_empties_padded_queries(dynamic):
+    module = Padded().eval()
+    program = attnopt.capture(module, (torch.randn(2, 12, 24), torch.ones(2, 12)), dynamic=dynamic)
+    exact = attnopt.apply(program, "exact")
+    assert not exact.refused
+    assert set(ops_of(exact)[0]) == {"scale", "bias"}
+    masks = torch.tensor([[1.0] * 12, [0.0] * 3 + [1.0] * 9, [1.0, 0.0] * 6, [0.0] * 12])
+    x = torch.randn(2, 12, 24)
+    for mask in (masks[:2], masks[2:]):
+        torch.testing.assert_close(exact(x, mask), module(x, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_exact_refuses_with_the_reason_and_changes_nothing():
+    module = Bent()
     program = captured(module)
     exact = attnopt.apply(program, "exact")
     assert "assembled from pieces" in exact.refused[0].why
+    assert not ops_of(exact)
     x = torch.randn(2, 12, 24)
     torch.testing.assert_close(exact(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_whose_name_fits_one_size_alone_is_not_written_for_all():
+    program = attnopt.capture(Halved().eval(), (torch.randn(2, 12, 24),))
+    assert str(program.sites[0].mask).startswith("block")
+    assert not ops_of(attnopt.apply(program, "exact"))
+    assert ops_of(attnopt.apply(captured(Halved()), "exact")) == [{"scale": 1.0, "chunk": 6}]
 
 
 def test_softmaxes_whose_weights_are_multiplied_are_one_site():
@@ -142,3 +219,34 @@ def test_explain_shows_a_site_that_is_read_by_structure():
     assert "softmax(" in found.before
     assert found.after == ""
     assert any("assembled from pieces" in line for line in found.why)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["longformer", "led"])
+def test_exact_rewrites_bands_of_the_zoo(name):
+    model, kwargs = zoo.build(name)[:2]
+    program = attnopt.capture(model.eval(), kwargs=kwargs)
+    assert "assembled from pieces" in program.sites[0].notes[0]
+    exact = attnopt.apply(program, "exact")
+    assert not exact.refused
+    parts = exact.parts.values() if exact.parts else (exact,)
+    windows = [options for part in parts for options in ops_of(part) if "right" in options]
+    assert [(o["window"], o["right"]) for o in windows] == [(4, 4), (4, 4)]
+    torch.testing.assert_close(exact(**kwargs)[0], model(**kwargs)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("name", ["longformer", "led"])
+def test_bands_of_the_zoo_are_rewritten_when_compiled(name):
+    model, kwargs = zoo.build(name)[:2]
+    torch._dynamo.reset()
+    attnopt.compile_report(reset=True)
+    options = {"inner": "eager", "on_miss": "error"}
+    compiled = torch.compile(model.eval(), backend="attnopt", options=options, dynamic=False)
+    kwargs["attention_mask"][1, -5:] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**kwargs)[0], model(**kwargs)[0], rtol=1e-4, atol=1e-5)
+    report = attnopt.compile_report()
+    assert report.rewritten == report.found
+    assert len(report.found) >= 2

@@ -2,7 +2,8 @@
 
 Slices of several products are written into one tensor, padded, skewed or picked by an index that
 data decide. No list of steps reads that, so it is read by structure: where the elements of queries,
-keys and values come from, and which of them meet in each score. `exact` refuses it.
+keys and values come from, and which of them meet in each score. What `exact` can rewrite of it is
+matched in `regions`.
 """
 
 import math
@@ -42,7 +43,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Reading:
-    """An attention read by structure, and `why` it was not read element by element."""
+    """An attention read by structure, and `why` it was not read element by element.
+
+    `pairs` are the queries and keys of each product, where every score was numbered.
+    """
 
     between: Between
     origin: Blurred
@@ -51,6 +55,7 @@ class Reading:
     v: Held
     mask: Mask
     why: str
+    pairs: tuple[tuple[Held, Held], ...] = ()
 
     @property
     def anchor(self) -> fx.Node:
@@ -112,10 +117,11 @@ class _Reader:
                     self.between, self.origin, *sides[0], self._values(), Mask("dense"), why
                 )
             swapped = self._swapped(sides)
-            q, k = sides[0][::-1] if swapped else sides[0]
+            pairs = tuple((k, q) if swapped else (q, k) for q, k in sides)
+            q, k = pairs[0]
             v = self._values()
             mask = self._mask(sides, swapped=swapped)
-            return Reading(self.between, self.origin, q, k, v, mask, why)
+            return Reading(self.between, self.origin, q, k, v, mask, why, pairs)
         except _RefusalError as refused:
             return No(str(refused), self.between.anchor.weights.name)
 

@@ -51,7 +51,7 @@ class Findings:
 
     @property
     def unread(self) -> tuple[Reading, ...]:
-        """Return the pieces that could be read by structure alone: no pass rewrites them."""
+        """Return the pieces that could be read by structure alone; `exact` may rewrite them."""
         return tuple(p for g in self.groups for p in g if isinstance(p, Reading))
 
 

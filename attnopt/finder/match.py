@@ -74,7 +74,7 @@ class Match:
     """One attention, read: result = softmax(cap(q k * scale) + sides, masked) v.
 
     `structure` and `padding` hide keys beside what the sides hide. A query that sees no key is
-    blind: see `Blind`.
+    blind: see `Blind`. What is `assembled` from pieces is proved at more than one size.
     """
 
     module: str
@@ -96,6 +96,7 @@ class Match:
     contraction: Contraction
     padding: Padding | None = None
     blind: Blind = "zeros"
+    assembled: bool = False
 
     @property
     def heads(self) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ TOLERANCE = 1e-9
 _ROUNDING = 4 * torch.finfo(torch.float64).eps
 _MOST_ROUNDING = 1e-6
 _LEAST_SEEN = 0.3
+# Scores of a proof at larger sizes than those of the capture.
+_MOST_SCORES = 1 << 28
+_FAILURES = (RuntimeError, IndexError, TypeError, ValueError)
 _SHOWN = (0.97, 0.6)
 
 
@@ -65,15 +68,39 @@ def prove(
 
     `rewritten` is the result in a copy of the graph, `mapping` leads from the graph to the copy.
     """
+    refusal = _disprove(view, match, rewritten, mapping, view.shapes.captured)
+    if refusal is not None or not match.assembled or not _varies(view, match):
+        return refusal
+    for sizes in _other_sizes(view, match):
+        refusal = _disprove(view, match, rewritten, mapping, sizes)
+        if refusal is None or not isinstance(refusal, _NotRun):
+            return refusal
+    return No("the source runs at no other size", match.anchor.name)
+
+
+class _NotRun(No):
+    """Says that the source does not run on the operands that were drawn."""
+
+
+def _disprove(
+    view: View,
+    match: Match,
+    rewritten: fx.Node,
+    mapping: Mapping[fx.Node, fx.Node],
+    sizes: Sizes,
+) -> No | None:
+    """Compare the two at some sizes; None where they agree."""
     inputs = region_inputs(view, match)
-    sizes = view.shapes.captured
     for seed in (0, 1):
         values = _random_inputs(view, match, inputs, sizes, seed)
         try:
             want = _run(view, match.result, inputs, values, sizes)
+        except _FAILURES as error:
+            return _NotRun(f"the source does not run: {error}", match.anchor.name)
+        try:
             copies = {mapping[n]: x for n, x in values.items()}
             got = _run(view, rewritten, list(copies), copies, sizes)
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        except _FAILURES as error:
             return No(f"the replacement does not run: {error}", match.anchor.name)
         refusal = _compare(want, got, match)
         if refusal is not None:
@@ -84,6 +111,24 @@ def prove(
         if refusal is not None:
             return refusal
     return None
+
+
+def _varies(view: View, match: Match) -> bool:
+    """Tell whether a region has sizes that vary."""
+    nodes = ancestors([match.result], region_inputs(view, match))
+    shapes = (getattr(value(n), "shape", ()) for n in nodes)
+    return any(isinstance(size, torch.SymInt) for sizes in shapes for size in sizes)
+
+
+def _other_sizes(view: View, match: Match) -> Iterator[Sizes]:
+    """Yield multiples of the sizes at capture whose scores are not too many."""
+    captured = view.shapes.captured
+    count = math.prod(match.scores_layout.size(role) for role in "BHTS")
+    for factor in (2, 3):
+        # Rows, queries and keys all grow.
+        if count * factor**3 <= _MOST_SCORES:
+            inputs = view.shapes.sources
+            yield {s: n * factor if s in inputs else n for s, n in captured.items()}
 
 
 def _largest_scores(
@@ -169,16 +214,38 @@ def _random_inputs(
         for s in (*match.sides, *match.after)
         if s.step.op in ("hide", "zero") and s.step.when
     }
+    added = {s.node for s in match.sides if s.step.op == "add"}
     for node in inputs:
         if match.padding is not None and node is match.padding.node:
             shown = _random_mask(view.shapes.shape(node, sizes), generator, _SHOWN[seed])
             values[node] = (shown != match.padding.inverted).to(value(node).dtype)
             continue
         known = None if node in operands else _position_value(view, node, sizes)
+        if match.assembled and known is None and value(node).is_floating_point():
+            # Steps that read memory as it lies see it as they do in the source.
+            drawn = _random(node, sizes, generator, _SHOWN[seed])
+            if node in added and seed:
+                drawn = _hiding(drawn, generator)
+            values[node] = _laid_out(node, drawn, sizes)
+            continue
         values[node] = known if known is not None else _random(node, sizes, generator, _SHOWN[seed])
         if known is None and node in hiding and values[node].dtype == torch.bool:
             values[node] = ~values[node]
     return values
+
+
+def _hiding(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a bias that hides some keys by the least number."""
+    shown = torch.rand(like.shape, generator=generator) < _SHOWN[1]
+    return torch.zeros_like(like).masked_fill(~shown, torch.finfo(torch.float32).min)
+
+
+def _laid_out(node: fx.Node, tensor: Tensor, sizes: Sizes) -> Tensor:
+    """Lay a tensor out in memory as a node's is."""
+    strides = tuple(at_sizes(s, sizes) for s in value(node).stride())
+    if strides == tensor.stride() or 0 in strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
 
 def _position_value(view: View, node: fx.Node, sizes: Sizes) -> Tensor | None:
