@@ -20,6 +20,8 @@ from attnopt.finder import find_sites
 from attnopt.finder.anchors import is_fused
 from attnopt.finder.assembled import Reading
 from attnopt.finder.emit import Writer
+from attnopt.finder.finding import Findings
+from attnopt.finder.joining import join_pieces
 from attnopt.finder.match import Blind, Match, Operand, Side
 from attnopt.finder.prove import prove, signature
 from attnopt.finder.provenance import View
@@ -291,13 +293,13 @@ def rewrite_exactly(
     `proved` holds what is known of structures and takes what is found out. A proof on more scores
     than `largest_proof` is not made, and the site is refused. `only` names the sites to rewrite.
     """
-    findings = find_sites(program)
+    findings = _joined_findings(find_sites(program))
     named = list(zip(findings.sites, findings.groups, strict=True))
     others = {p.anchor for s, g in named for p in g if only is not None and s.name not in only}
     unread = [r for r in findings.unread if r.anchor not in others]
     refused: list[No] = []
     left = set(others)
-    rewritten = _Copy(*copied(program.graph))
+    rewritten = _Copy(*copied(findings.view.program.graph))
     for reading in unread:
         refusal = _rewrite_assembled(findings.view, rewritten, reading, proved, largest_proof)
         if refusal is not None:
@@ -326,6 +328,17 @@ def rewrite_exactly(
     result = program.with_graph(module, note=f"exact: {count} sites")
     whole = (site.name for site, pieces in named if not any(p.anchor in left for p in pieces))
     return replace(result, refused=(*program.refused, *refused)), frozenset(whole)
+
+
+def _joined_findings(findings: Findings) -> Findings:
+    """Return what is found where scores that stand side by side are joined, if all is found."""
+    joined = join_pieces(findings.view, findings.unread)
+    if isinstance(joined, No):
+        return findings
+    found = find_sites(joined)
+    same = [s.name for s in found.sites] == [s.name for s in findings.sites]
+    pieces = [sum(map(len, f.groups)) for f in (findings, found)]
+    return found if same and pieces[0] == pieces[1] else findings
 
 
 def _rewrite_assembled(

@@ -186,8 +186,9 @@ def raise_left(report: Any, **facts: Any) -> NoReturn:
     reasons = [str(no) for no in report.refused] or ["no reason is given"]
     told = f"not all are rewritten: {reasons[0]}"
     read = sum(READ in reason for reason in reasons)
-    # What is cut is no site; what is read elsewhere is one that was not rewritten.
-    whole = len(report.found) - len(report.rewritten) == read
+    # What is cut is no site; what is read elsewhere is one that stays, or a piece of one.
+    left = len(report.found) - len(report.rewritten)
+    whole = left == read or 0 < left < read
     if whole and all(CUT in reason or READ in reason for reason in reasons):
         raise DiffersError(told, **facts, cut=True)
     if all(CUT in reason or ASSEMBLED in reason for reason in reasons):

@@ -69,9 +69,12 @@ def prove(
     `rewritten` is the result in a copy of the graph, `mapping` leads from the graph to the copy.
     """
     refusal = _disprove(view, match, rewritten, mapping, view.shapes.captured)
-    if refusal is not None or not match.assembled or not _varies(view, match):
+    if refusal is not None or not match.assembled:
         return refusal
-    for sizes in _other_sizes(view, match):
+    if not _varies(match.result, region_inputs(view, match)):
+        return None
+    count = math.prod(match.scores_layout.size(role) for role in "BHTS")
+    for sizes in _other_sizes(view, count):
         refusal = _disprove(view, match, rewritten, mapping, sizes)
         if refusal is None or not isinstance(refusal, _NotRun):
             return refusal
@@ -113,17 +116,47 @@ def _disprove(
     return None
 
 
-def _varies(view: View, match: Match) -> bool:
+def prove_same(
+    view: View,
+    result: fx.Node,
+    other: fx.Node,
+    inputs: list[fx.Node],
+    mapping: Mapping[fx.Node, fx.Node],
+) -> No | None:
+    """Return how `other`, a node of a copy of the graph, differs from a result; None if nowhere.
+
+    Both are run on random numbers in place of `inputs`.
+    """
+    captured = view.shapes.captured
+    tried = [captured]
+    if _varies(result, inputs):
+        tried.extend(_other_sizes(view, math.prod(view.shapes.shape(result, captured))))
+    ran = 0
+    for sizes in tried:
+        generator = torch.Generator().manual_seed(0)
+        values = {n: _random(n, sizes, generator, _SHOWN[0]) for n in inputs}
+        try:
+            want = _run(view, result, inputs, values, sizes)
+        except _FAILURES:
+            continue
+        copies = {mapping[n]: x for n, x in values.items()}
+        got = _run(view, other, list(copies), copies, sizes)
+        ran += 1
+        error = (want - got).abs().max() / want.abs().max().clamp(min=1e-30)
+        if not error <= TOLERANCE:
+            return No(f"differs from the source by {error:.2e} of its largest value", result.name)
+    return None if ran >= min(2, len(tried)) else No("the source runs at no other size")
+
+
+def _varies(result: fx.Node, inputs: list[fx.Node]) -> bool:
     """Tell whether a region has sizes that vary."""
-    nodes = ancestors([match.result], region_inputs(view, match))
-    shapes = (getattr(value(n), "shape", ()) for n in nodes)
+    shapes = (getattr(value(n), "shape", ()) for n in ancestors([result], inputs))
     return any(isinstance(size, torch.SymInt) for sizes in shapes for size in sizes)
 
 
-def _other_sizes(view: View, match: Match) -> Iterator[Sizes]:
-    """Yield multiples of the sizes at capture whose scores are not too many."""
+def _other_sizes(view: View, count: int) -> Iterator[Sizes]:
+    """Yield multiples of the sizes at capture, `count` scores there, that are not too large."""
     captured = view.shapes.captured
-    count = math.prod(match.scores_layout.size(role) for role in "BHTS")
     for factor in (2, 3):
         # Rows, queries and keys all grow.
         if count * factor**3 <= _MOST_SCORES:

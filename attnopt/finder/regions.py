@@ -323,7 +323,7 @@ class _Region:
             head, within = v.held(channel)
             places = self.q.places(q_line, "T", "D") | {"E": within}
             layout = read_layout({role: places[role] for role in "BHTE"})
-            if layout is not None and _is_passed(self.anchor.weights, node):
+            if layout is not None and is_passed(self.anchor.weights, node):
                 heads = torch.zeros(self.q.heads, dtype=torch.long)
                 heads[places["H"]] = head
                 return node, layout, tuple(heads.tolist())
@@ -387,7 +387,7 @@ def _changes(node: fx.Node) -> bool:
     return name not in LAYOUT | TRANSPARENT and "softmax" not in name and name != "exp"
 
 
-def _is_passed(start: fx.Node, gate: fx.Node) -> bool:
+def is_passed(start: fx.Node, gate: fx.Node) -> bool:
     """Tell whether all that is made from a node's values is made from another's."""
     seen = {gate, start}
     todo = [start]
