@@ -8,6 +8,7 @@ import transformers
 import zoo
 from test_capture_zoo import build, error_of
 from torch import nn
+from torch._dynamo import trace_rules
 from transformers.models.funnel import modeling_funnel
 
 import attnopt
@@ -113,6 +114,12 @@ def test_sliding_chunks_are_one_graph_for_other_lengths(name: str) -> None:
     program = attnopt.capture(model, kwargs=kwargs)
     assert program.history == ("capture: whole, dynamic",)
     assert worst(program, model, tuple(kwargs), ((1, 9), (3, 16), (2, 23))) < 1e-6
+
+
+def test_dynamo_knows_afterwards_what_was_replaced_while_tracing() -> None:
+    trace_rules.get_torch_obj_rule_map.cache_clear()
+    attnopt.capture(nn.Linear(3, 3), (torch.randn(2, 3),))
+    assert torch.div in trace_rules.get_torch_obj_rule_map()
 
 
 def test_sizes_are_divided_without_a_tensor_and_tensors_as_ever() -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._dynamo import trace_rules
 
 from attnopt.frontend.branches import BRANCHES, size_of
 from attnopt.frontend.experts import EXPERTS
@@ -35,6 +36,8 @@ _LOOPLESS: Final[Mapping[str, Callable[..., Any]]] = {
 @contextlib.contextmanager
 def without_loops(source: nn.Module) -> Generator[None]:
     """Trace without loops on values or lengths, and without casts that do nothing."""
+    # Dynamo notes which functions it knows when it is first asked: not while one is replaced.
+    trace_rules.get_torch_obj_rule_map()
     homes = {type(m).__module__ for m in source.modules()}
     with contextlib.ExitStack() as stack:
         for home in sorted(h for h in homes if h.startswith(_HOME)):
