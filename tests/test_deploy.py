@@ -184,6 +184,8 @@ def test_a_branch_on_data_is_a_limit_of_torch_even_where_numbers_are_captured() 
         ([CUT], 3, True),
         ([READ], 2, True),
         ([CUT, READ], 2, True),
+        # Several pieces of one attention.
+        ([CUT, READ, READ], 2, True),
         # A site that is lost without a reason is no limit of torch.
         ([CUT], 2, False),
         ([CUT, "its mask is odd"], 3, False),
