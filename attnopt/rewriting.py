@@ -293,7 +293,7 @@ def rewrite_exactly(
     `proved` holds what is known of structures and takes what is found out. A proof on more scores
     than `largest_proof` is not made, and the site is refused. `only` names the sites to rewrite.
     """
-    findings = _joined_findings(find_sites(program))
+    findings = _side_by_side(find_sites(program), only)
     named = list(zip(findings.sites, findings.groups, strict=True))
     others = {p.anchor for s, g in named for p in g if only is not None and s.name not in only}
     unread = [r for r in findings.unread if r.anchor not in others]
@@ -330,9 +330,11 @@ def rewrite_exactly(
     return replace(result, refused=(*program.refused, *refused)), frozenset(whole)
 
 
-def _joined_findings(findings: Findings) -> Findings:
+def _side_by_side(findings: Findings, only: Collection[str] | None) -> Findings:
     """Return what is found where scores that stand side by side are joined, if all is found."""
-    joined = join_pieces(findings.view, findings.unread)
+    named = zip(findings.sites, findings.groups, strict=True)
+    wanted = {p.anchor for s, g in named for p in g if only is None or s.name in only}
+    joined = join_pieces(findings.view, [r for r in findings.unread if r.anchor in wanted])
     if isinstance(joined, No):
         return findings
     found = find_sites(joined)
@@ -352,7 +354,8 @@ def _rewrite_assembled(
     match = match_region(view, reading)
     if isinstance(match, No):
         return match
-    return _too_large(match, most) or _replace(view, rewritten, match, proved)
+    refusal = _too_large(match, most)
+    return refusal if refusal is not None else _replace(view, rewritten, match, proved)
 
 
 def _too_large(match: Match, most: int | None) -> No | None:

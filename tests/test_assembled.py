@@ -7,6 +7,7 @@ from torch import nn
 
 import attnopt
 from attnopt.finder import explain
+from attnopt.rewriting import rewrite_exactly
 
 
 class Projected(nn.Module):
@@ -194,6 +195,12 @@ def test_exact_refuses_with_the_reason_and_changes_nothing():
     assert not ops_of(exact)
     x = torch.randn(2, 12, 24)
     torch.testing.assert_close(exact(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_pieces_are_left_where_a_proof_would_take_too_long():
+    changed, done = rewrite_exactly(captured(Written()), {}, largest_proof=100)
+    assert not done
+    assert not ops_of(changed)
 
 
 def test_a_mask_whose_name_fits_one_size_alone_is_not_written_for_all():

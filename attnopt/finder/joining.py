@@ -7,6 +7,7 @@ What results can be read element by element: blocks of queries that see blocks o
 do, are rows of a batch then. The joined form is taken where it is proved equal to the source.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -30,6 +31,9 @@ from attnopt.nouns import No
 from attnopt.program import Program
 
 aten = torch.ops.aten
+
+# Scores of all rows and heads that a proof forms at once.
+_LARGEST = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -61,26 +65,44 @@ class _Beside:
 
 def join_pieces(view: View, readings: Sequence[Reading]) -> Program | No:
     """Return a program in which the scores of some readings are one product; No where of none."""
-    graph, mapping = copied(view.program.graph)
-    count = 0
+    beside = []
     for reading in readings:
         found = _read(view, reading)
-        if isinstance(found, _Beside):
-            writer = Writer(graph, view.shapes, mapping[found.result], mapping)
-            result = _write(writer, found)
-            different = prove_same(view, found.result, result, found.inputs, mapping)
-            if different is None:
-                mapping[found.result].replace_all_uses_with(result)
-                mapping[found.result] = result
-                count += 1
-                continue
-            found = different
-        debug.log(4, f"the pieces of {reading.module} are not joined: {found}")
-    if not count:
+        if isinstance(found, No):
+            debug.log(4, f"the pieces of {reading.module} are not joined: {found}")
+        else:
+            beside.append(found)
+    if not beside:
         return No("no scores stand side by side")
+    graph, mapping = copied(view.program.graph)
+    count = 0
+    for found in beside:
+        refusal = _join(view, graph, mapping, found)
+        if refusal is None:
+            count += 1
+        else:
+            debug.log(4, f"the pieces of {found.reading.module} are not joined: {refusal}")
+    if not count:
+        return No("no joined scores are proved")
     drop_unused(graph)
     graph.lint()
     return replace(view.program, graph_module=fx.GraphModule(view.program.graph_module, graph))
+
+
+def _join(
+    view: View, graph: fx.Graph, mapping: dict[fx.Node, fx.Node], beside: _Beside
+) -> No | None:
+    """Put the joined form in the place of the source's in a copy of the graph, if it is equal."""
+    writer = Writer(graph, view.shapes, mapping[beside.result], mapping)
+    try:
+        result = _write(writer, beside)
+    except (NotImplementedError, RuntimeError) as error:
+        return No(f"cannot be written: {error}", beside.result.name)
+    refusal = prove_same(view, beside.result, result, beside.inputs, mapping)
+    if refusal is None:
+        mapping[beside.result].replace_all_uses_with(result)
+        mapping[beside.result] = result
+    return refusal
 
 
 class _RefusalError(Exception):
@@ -108,6 +130,9 @@ class _Reader:
         last = len(value(self.anchor.scores).shape) - 1
         if kind(self.anchor.weights) not in SOFTMAX or self.anchor.axis != last:
             raise _RefusalError("the softmax is not one over the last axis")
+        shapes = self.view.shapes
+        if math.prod(shapes.shape(self.anchor.scores, shapes.captured)) > _LARGEST:
+            raise _RefusalError("its scores are too many to prove")
         node, factor = self._through(self.anchor.scores, 1.0)
         axis = argument(node, 1, "dim", 0) if kind(node) in JOINING else None
         if kind(node) not in ("cat", "concat", "concatenate") or axis not in (last, -1):

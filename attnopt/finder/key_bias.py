@@ -94,7 +94,7 @@ class _Search:
     def _is_bias(self, node: fx.Node) -> bool:
         example = value(node)
         floating = isinstance(example, Tensor) and example.is_floating_point()
-        return floating and not is_size(node) and self._is_fixed((node,))
+        return floating and not self.view.origins.is_data(node) and self._is_fixed((node,))
 
     def _run(self, node: fx.Node | None, given: Tensor | None = None) -> Tensor:
         """Return the scores, keys last, with products of zeros."""
