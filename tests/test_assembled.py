@@ -79,6 +79,47 @@ class Padded(Projected):
         return self.merged(weights.masked_fill((mask == 0)[:, None, :, None], 0.0) @ v)
 
 
+class Parted(Projected):
+    """Scores are written together from two parts of the keys; the rest differs by case."""
+
+    def forward(self, x):
+        q, k, v = (self.heads(x, p) for p in (self.q, self.k, self.v))
+        scores = q.new_zeros((*q.shape[:3], x.shape[1]))
+        scores[..., :5] = q @ k[:, :, :5].transpose(-1, -2)
+        scores[..., 5:] = q @ k[:, :, 5:].transpose(-1, -2)
+        return self.weighed(scores, v, x)
+
+
+class Shuffled(Parted):
+    """The weights of a key meet the values of the one before it."""
+
+    def weighed(self, scores, v, x):
+        return self.merged(torch.softmax(scores, dim=-1) @ v.roll(1, 2))
+
+
+class Thinned(Parted):
+    """Weights are taken away by key, and what is left does not add up to one."""
+
+    def weighed(self, scores, v, x):
+        weights = torch.softmax(scores, dim=-1)
+        return self.merged(weights.masked_fill((x[..., 0] > 0)[:, None, None], 0.0) @ v)
+
+
+class Shown(Parted):
+    """The weights are a result, too."""
+
+    def weighed(self, scores, v, x):
+        weights = torch.softmax(scores, dim=-1)
+        return self.merged(weights @ v), weights
+
+
+class Tilted(Parted):
+    """What the model computes is added to the scores."""
+
+    def weighed(self, scores, v, x):
+        return self.merged(torch.softmax(scores + x[:, None, :, :12], dim=-1) @ v)
+
+
 class Halved(Projected):
     """Each half of the tokens sees itself, however many they are."""
 
@@ -187,8 +228,9 @@ def test_exact_hides_padded_keys_and_empties_padded_queries(dynamic):
         torch.testing.assert_close(exact(x, mask), module(x, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_exact_refuses_with_the_reason_and_changes_nothing():
-    module = Bent()
+@pytest.mark.parametrize("case", [Bent, Shuffled, Thinned, Shown, Tilted])
+def test_exact_refuses_with_the_reason_and_changes_nothing(case):
+    module = case()
     program = captured(module)
     exact = attnopt.apply(program, "exact")
     assert "assembled from pieces" in exact.refused[0].why
