@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.ops.attention import attention_reference
 from attnopt.ops.bands import bands, by_bands, by_mask, worth_reading
@@ -22,10 +23,12 @@ from attnopt.ops.kernels import Scoring, kernel
 from attnopt.ops.options import Options
 from attnopt.ops.sealed import Sealed
 
-# Pairs of queries and keys up to which a compiled graph holds all scores: below, making them costs
-# less than to call a loop over blocks. Scores that are changed are fused with what changes them.
+# Pairs of queries and keys up to which a compiled graph masks all scores, for less than it costs to
+# call a loop over blocks; and up to which it makes them itself, fused with what changes them, or
+# because they are fewer than it takes to call a kernel for.
 _FEW: Final = 2**14
 _FEW_CHANGED: Final = 2**16
+_FEWEST: Final = 2**8
 
 
 def attend(
@@ -39,10 +42,13 @@ def attend(
 
     Without a memo, as in a graph to be compiled, no loop depends on the sizes.
     """
-    inlined = torch.compiler.is_exporting() or (
-        torch.compiler.is_compiling() and _is_small(q, k, options)
-    )
-    if inlined and _scores_otherwise(options):
+    otherwise = _scores_otherwise(options)
+    if torch.compiler.is_exporting():
+        inlined = otherwise
+    else:
+        most = _FEW_CHANGED if otherwise else _FEWEST
+        inlined = torch.compiler.is_compiling() and _has_few_pairs(q, k, most)
+    if inlined:
         return attention_reference(q, k, v, **options)[0]
     if torch.compiler.is_compiling() and _is_sealed(q, k, v, options):
         # Blocks are a loop over sizes, which a compiled graph calls and does not hold.
@@ -56,18 +62,19 @@ def _scores_otherwise(options: Mapping[str, Any]) -> bool:
     return options.get("sinks") is not None or options.get("softcap") is not None
 
 
-def _is_small(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> bool:
-    """Tell whether a compiled graph is faster with all scores of a call than with its blocks."""
-    most = _FEW_CHANGED if _scores_otherwise(options) else _FEW
-    return bool(q.shape[2] * k.shape[2] <= most)
+def _has_few_pairs(q: Tensor, k: Tensor, most: int) -> bool:
+    """Tell whether queries and keys are known to make at most so many pairs: a size may vary."""
+    return bool(statically_known_true(q.shape[2] * k.shape[2] <= most))
 
 
 def _is_sealed(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> bool:
     """Tell whether a call of a compiled graph goes block by block."""
-    if q.shape[2] == 1 or torch.compiler.is_exporting() or _is_small(q, k, options):
+    if q.shape[2] == 1 or torch.compiler.is_exporting():
         return False
     if _scores_otherwise(options):
         return True
+    if _has_few_pairs(q, k, _FEW):
+        return False
     bias = options.get("bias")
     named = any(options.get(name) is not None for name in ("window", "chunk", "prefix"))
     if named and bias is None:
