@@ -22,6 +22,7 @@ from attnopt.moments import Refits, Statistics
 from attnopt.nouns import Plan
 from attnopt.plans import plan_text
 from attnopt.program import Program
+from attnopt.refusals import NothingToDoError
 from attnopt.resuming import BusyError, data_digest, shared_lock
 from attnopt.weights import fingerprint
 
@@ -67,13 +68,18 @@ def kept(place: Path | None, *, saved: bool = True) -> Generator[None]:
     """Use a directory of `folder_of` for a run; what is of no use afterwards goes at its end.
 
     An interrupted or failed run leaves everything, and so does one whose result is not `saved` or
-    beside which another runs.
+    beside which another runs. Where there is nothing to do, nothing is left that was not there.
     """
+    before = place is not None and place.exists()
     lock = None if place is None else shared_lock(place)
     try:
         yield
         if place is not None and saved and (lock is None or lock.alone()):
             _tidy(place)
+    except NothingToDoError:
+        if place is not None and not before and (lock is None or lock.alone()):
+            shutil.rmtree(place, ignore_errors=True)
+        raise
     finally:
         if lock is not None:
             lock.release()

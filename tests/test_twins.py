@@ -108,7 +108,7 @@ def pictures(folder: Path) -> str:
     [
         (["cli_models:blocks", "--kv-cache", "50%"], 2, "which cli_models:blocks has none of"),
         (["SOURCE", "--plan", "some.yaml"], 2, "--test and --plan exclude each other"),
-        (["SOURCE", "--kv-cache", "0.1%"], 3, "on a small twin: no uniform plan"),
+        (["SOURCE", "--kv-cache", "0.1%"], 3, "on a small twin: no plan"),
     ],
 )
 def test_what_cannot_be_tried_is_told(
