@@ -12,8 +12,12 @@ from typing import Any, Final, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.ops.capped import by_blocks
+
+FEWEST: Final = 2**8
+"""Pairs of queries and keys that a compiled graph scores itself: too few to call a kernel for."""
 
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -68,7 +72,9 @@ def kernel(
         return by_blocks(q, k, v, mask, scoring.scale, scoring.softcap, scoring.sinks, causal)
     width, out = q.shape[-1], v.shape[-1]
     scale = scoring.scale
-    if out < width:
+    # Of a few scores that a compiled graph makes itself no values need to be as wide as queries.
+    padded = out < width and not (torch.compiler.is_compiling() and has_few_pairs(q, k, FEWEST))
+    if padded:
         v = F.pad(v, (0, width - out))
     elif out > width:
         scale = width**-0.5 if scale is None else scale
@@ -81,7 +87,12 @@ def kernel(
         found = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, **groups
         )
-    return found[..., :out] if out < width else found
+    return found[..., :out] if padded else found
+
+
+def has_few_pairs(q: Tensor, k: Tensor, most: int) -> bool:
+    """Tell whether queries and keys are known to make at most so many pairs: a size may vary."""
+    return bool(statically_known_true(q.shape[2] * k.shape[2] <= most))
 
 
 def _shared(

@@ -13,22 +13,19 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.ops.attention import attention_reference
 from attnopt.ops.bands import bands, by_bands, by_mask, worth_reading
 from attnopt.ops.hidden import Hidden, Keys, Structure, remembered, whole_mask
 from attnopt.ops.hidden import Memo as Memo
-from attnopt.ops.kernels import Scoring, kernel
+from attnopt.ops.kernels import FEWEST, Scoring, has_few_pairs, kernel
 from attnopt.ops.options import Options
 from attnopt.ops.sealed import Sealed
 
 # Pairs of queries and keys up to which a compiled graph masks all scores, for less than it costs to
-# call a loop over blocks; and up to which it makes them itself, fused with what changes them, or
-# because they are fewer than it takes to call a kernel for.
+# call a loop over blocks; and up to which it makes them itself, fused with what changes them.
 _FEW: Final = 2**14
 _FEW_CHANGED: Final = 2**16
-_FEWEST: Final = 2**8
 
 
 def attend(
@@ -46,8 +43,9 @@ def attend(
     if torch.compiler.is_exporting():
         inlined = otherwise
     else:
-        most = _FEW_CHANGED if otherwise else _FEWEST
-        inlined = torch.compiler.is_compiling() and _has_few_pairs(q, k, most)
+        # Values of another width get no kernel: their scores are made in the graph anyhow.
+        most = _FEW_CHANGED if otherwise else FEWEST if q.shape[-1] == v.shape[-1] else 0
+        inlined = torch.compiler.is_compiling() and has_few_pairs(q, k, most)
     if inlined:
         return attention_reference(q, k, v, **options)[0]
     if torch.compiler.is_compiling() and _is_sealed(q, k, v, options):
@@ -62,18 +60,13 @@ def _scores_otherwise(options: Mapping[str, Any]) -> bool:
     return options.get("sinks") is not None or options.get("softcap") is not None
 
 
-def _has_few_pairs(q: Tensor, k: Tensor, most: int) -> bool:
-    """Tell whether queries and keys are known to make at most so many pairs: a size may vary."""
-    return bool(statically_known_true(q.shape[2] * k.shape[2] <= most))
-
-
 def _is_sealed(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> bool:
     """Tell whether a call of a compiled graph goes block by block."""
     if q.shape[2] == 1 or torch.compiler.is_exporting():
         return False
     if _scores_otherwise(options):
         return True
-    if _has_few_pairs(q, k, _FEW):
+    if has_few_pairs(q, k, _FEW):
         return False
     bias = options.get("bias")
     named = any(options.get(name) is not None for name in ("window", "chunk", "prefix"))
