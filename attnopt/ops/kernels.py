@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.ops.capped import by_blocks
 
-FEWEST: Final = 2**8
+FEWEST: Final = 640
 """Pairs of queries and keys that a compiled graph scores itself: too few to call a kernel for."""
 
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
