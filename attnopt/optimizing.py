@@ -30,6 +30,8 @@ from attnopt.search.rules import Rule
 from attnopt.verifying import in_float32, verify
 from attnopt.weights import described
 
+_SEARCHED = "every pass is measured at every site, for the best mixture"
+
 
 def optimize(
     model: nn.Module | Program | str | os.PathLike[str],
@@ -74,9 +76,10 @@ def optimize(
     place = None if work is None else folder_of(work, exact, split)
     run = _Run(exact, wanted, split, None if out is None else Path(out).absolute(), work, place)
     with kept(place, saved=out is not None):
-        result = run.result(plan, terms, found)
-        if plan is None and tier is None and not terms.tier and not result.accepted:
-            result = _mixed(run, terms, result)
+        alike_first = plan is None and tier is None and not terms.tier
+        result = (
+            _alike_or_mixed(run, terms, found) if alike_first else run.result(plan, terms, found)
+        )
         result = replace(result, command=command, recipe=recipe)
         if out is not None:
             with debug.stage("save"):
@@ -100,22 +103,27 @@ def within(
     except NoUniformPlanError as error:
         if tier is not None:
             raise
-        debug.announce(f"{error}: every pass is measured at every site, for the best mixture")
+        debug.announce(f"{error}: {_SEARCHED}")
         return replace(terms, tier=2), None
 
 
-def _mixed(run: "_Run", terms: Terms, rejected: Result) -> Result:
-    """Search for the best mixture where all layers alike lose too much."""
-    lost = "" if rejected.report is None else f" (up to {rejected.report.drop.ci95[1]:.2%})"
-    debug.announce(
-        f"all layers alike lose more than is allowed{lost}: every pass is measured at every site, "
-        "for the best mixture"
-    )
+def _alike_or_mixed(run: "_Run", terms: Terms, found: Sequence[Sequence[Any]] | None) -> Result:
+    """Treat all layers alike; where that cannot be or loses too much, search for a mixture."""
+    mixed = replace(terms, tier=2)
     try:
-        return run.result(None, replace(terms, tier=2), None)
+        alike = run.result(None, terms, found)
+    except NothingToDoError as error:
+        debug.announce(f"{error}: {_SEARCHED}")
+        return run.result(None, mixed, None)
+    if alike.accepted:
+        return alike
+    lost = "" if alike.report is None else f" (up to {alike.report.drop.ci95[1]:.2%})"
+    debug.announce(f"all layers alike lose more than is allowed{lost}: {_SEARCHED}")
+    try:
+        return run.result(None, mixed, None)
     except (NothingToDoError, TooLargeError) as error:
         debug.announce(f"there is no mixture: {error}")
-        return rejected
+        return alike
 
 
 @dataclass(frozen=True)

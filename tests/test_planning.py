@@ -185,6 +185,27 @@ def test_a_mixture_is_searched_for_where_no_uniform_plan_meets_the_goal(
     assert asked == [2]
 
 
+def test_a_mixture_is_searched_for_where_a_search_of_uniform_plans_finds_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Operations are searched for in tier 0, too; what it cannot do the next one is asked for."""
+    program = exactly(decoder("llama"))
+    asked: list[int] = []
+
+    def planned(*args: Any, tier: int, **kwargs: Any) -> Plan:
+        asked.append(tier)
+        if tier == 0:
+            raise NothingToDoError("no pass that treats all layers alike keeps the budget")
+        return Plan((), {"flops": 0.9})
+
+    monkeypatch.setattr(optimizing, "make_plan", planned)
+    rows = ids(8, 24)
+    assert attnopt.optimize(program, {"flops": 0.9}, data=rows).accepted
+    assert asked == [0, 2]
+    with pytest.raises(NothingToDoError, match="alike"):
+        attnopt.optimize(program, {"flops": 0.9}, data=rows, tier=0)
+
+
 @pytest.mark.slow
 def test_a_search_that_follows_finds_what_loses_less() -> None:
     program = exactly(decoder("llama"))

@@ -101,10 +101,9 @@ def _split_into_rows(graph: fx.Graph) -> None:
         tensor, size, *dim = node.args
         axis: Any = dim[0] if dim else node.kwargs.get("dim", 0)
         parts = node.meta["val"]
-        sizes = list(tensor.meta["val"].shape)
         if isinstance(size, int) or any(part.shape[axis] != parts[0].shape[axis] for part in parts):
             continue
-        axis %= len(sizes)
+        axis %= tensor.meta["val"].dim()
         taken = [user for user in node.users if user.target is operator.getitem]
         with graph.inserting_before(node):
             rows = graph.call_function(aten.unflatten.int, (tensor, axis, [len(parts), -1]))
