@@ -32,13 +32,13 @@ def run(name: str, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=NAMES, default=NAMES, help="all unless named")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="all unless named")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     kept = json.loads(_RESULTS.read_text())["rows"] if _RESULTS.is_file() else []
     rows = {row["battery"]: row for row in kept}
     failed = 0
-    for name in arguments.names:
+    for name in arguments.only:
         rows[name] = row = run(name, arguments.seed)
         failed += len(row["failures"])
         print(json.dumps(row), flush=True)
