@@ -113,7 +113,21 @@ def test_sliding_chunks_are_one_graph_for_other_lengths(name: str) -> None:
     model, kwargs = build(name, "eager")
     program = attnopt.capture(model, kwargs=kwargs)
     assert program.history == ("capture: whole, dynamic",)
-    assert worst(program, model, tuple(kwargs), ((1, 9), (3, 16), (2, 23))) < 1e-6
+    assert worst(program, model, tuple(kwargs), ((1, 1), (2, 7), (2, 8), (1, 9), (3, 23))) < 1e-6
+
+
+@pytest.mark.slow
+def test_any_number_of_global_tokens_is_one_graph() -> None:
+    model, kwargs = build("longformer_global", "eager")
+    program = attnopt.capture(model, kwargs=kwargs)
+    assert program.history == ("capture: whole, dynamic",)
+    assert len(program.sites) == zoo.ZOO["longformer_global"].sites
+    for batch, length, most in ((1, 1, 1), (2, 7, 0), (2, 8, 1), (3, 23, 4), (2, 40, 33)):
+        given = call(batch, length, ("input_ids", "attention_mask"))
+        places = torch.arange(batch)[:, None] + torch.arange(length)
+        # Each row has another number of them, and the last one may have none.
+        given["global_attention_mask"] = (places < most).long()
+        assert error_of(program(**given), model(**given)) < 2e-6, (batch, length, most)
 
 
 def test_dynamo_knows_afterwards_what_was_replaced_while_tracing() -> None:

@@ -31,10 +31,11 @@ Indices = tuple[Tensor, ...]
 def _global_indices(is_index_global_attn: Tensor) -> tuple[Any, Indices, Indices, Indices]:
     """Return how many slots global tokens need, where they are, and which slots are in use.
 
-    There is one slot more than needed, so that no size is 1: it is masked like other free slots.
+    There are two slots more than needed, so that no size is 0 or 1, whatever the data say: they
+    are masked like other free slots.
     """
     counts = is_index_global_attn.long().sum(dim=1)
-    slots = counts.max().item() + 1
+    slots = counts.max().item() + 2
     torch._check(slots >= 2)  # pyright: ignore[reportPrivateUsage]
     tokens = is_index_global_attn.nonzero(as_tuple=True)
     used = torch.arange(slots, device=counts.device) < counts.unsqueeze(-1)

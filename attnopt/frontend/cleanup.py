@@ -41,6 +41,7 @@ def clean(graph_module: fx.GraphModule) -> None:
     drop_copies(graph_module)
     split_einsums(graph_module)
     name_dtypes(graph_module)
+    name_sizes(graph_module)
     read_sizes_from_inputs(graph_module)
     remove_dead(graph_module)
     graph_module.recompile()
@@ -88,6 +89,17 @@ def name_dtypes(graph_module: fx.GraphModule) -> None:
         cast.meta = node.meta
         node.replace_all_uses_with(cast)
         graph.erase_node(node)
+
+
+def name_sizes(graph_module: fx.GraphModule) -> None:
+    """Give the size that a view leaves open by name: no size follows from an empty tensor."""
+    for node in graph_module.graph.nodes:
+        if node.target not in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
+            continue
+        source, sizes = node.args
+        for axis, (size, known) in enumerate(zip(sizes, node.meta["val"].shape, strict=True)):
+            if isinstance(size, int) and size == -1 and isinstance(known, int):
+                node.args = (source, [*sizes[:axis], known, *sizes[axis + 1 :]])
 
 
 def read_sizes_from_inputs(graph_module: fx.GraphModule) -> None:

@@ -1,7 +1,8 @@
-"""Longformer's sliding chunks at every length, where no token is given global attention.
+"""Longformer's sliding chunks at every length, with global tokens or without.
 
 The source pads to whole windows only where a remainder asks for it, divides sizes as tensors, and
-looks in the mask for global tokens, which only the argument global_attention_mask makes.
+looks in the mask for global tokens, which only the argument global_attention_mask makes. With it
+the graph has room for as many as a call gives, none too.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +30,8 @@ def _missing(config: Any, mask: Tensor, tokens: Tensor | None, *, least: int = 0
     torch._check(same)  # pyright: ignore[reportPrivateUsage]
     windows = config.attention_window
     window = windows if isinstance(windows, int) else max(windows)
-    return (length + least + window - 1) // window * window - length
+    # Two windows at least: the chunks of one alone have a size of 1, which a graph would fix.
+    return torch.sym_max((length + least + window - 1) // window, 2) * window - length
 
 
 def _padded(tensor: Tensor | None, missing: Any, fill: int) -> Tensor | None:
@@ -80,23 +82,30 @@ def _pad_encoder(
     )
 
 
+# What says of a module, while it is traced, that its call has global tokens.
+_MARK: Final = "_has_global_tokens"
+
+
 def _merge(self: Any, attention_mask: Tensor, global_attention_mask: Tensor) -> Tensor:
-    raise ValueError("global_attention_mask: how many tokens see all depends on its values")
+    """Count global tokens twice, as the source does, and tell the attentions below of them."""
+    for module in self.modules():
+        setattr(module, _MARK, True)
+    return attention_mask * (global_attention_mask + 1)
 
 
-def _local(options: dict[str, Any]) -> dict[str, Any]:
-    """Without global_attention_mask, what the mask says of global tokens is known: none."""
+def _known(attention: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Say whether there may be global tokens, which the source asks the mask."""
     known = isinstance(options.get("is_global_attn"), bool)
-    return options if known else {**options, "is_global_attn": False}
+    return options if known else {**options, "is_global_attn": hasattr(attention, _MARK)}
 
 
 def _attention(self: Any, hidden_states: Tensor, **options: Any) -> tuple[Any, ...]:
-    found = self.self(hidden_states, **_local(options))
+    found = self.self(hidden_states, **_known(self, options))
     return (self.output(found[0], hidden_states), *found[1:])
 
 
 def _encoder_attention(self: Any, hidden_states: Tensor, **options: Any) -> tuple[Any, ...]:
-    found = self.longformer_self_attn(hidden_states, **_local(options))
+    found = self.longformer_self_attn(hidden_states, **_known(self, options))
     return (self.output(found[0]), *found[1:])
 
 
