@@ -49,11 +49,11 @@ class Model:
         return found
 
 
-def opened(path: Path) -> onnxruntime.InferenceSession:
+def opened(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
     """Open a file with the options that all have."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -69,21 +69,28 @@ def ours(model: torch.nn.Module, call: exact.Call, folder: Path, name: str) -> M
 
 def rivals(model: torch.nn.Module, call: exact.Call, folder: Path, name: str) -> dict[str, Model]:
     """Export by the others."""
+    found: dict[str, Model] = {}
+    generative = name in GENERATIVE
+    for who in RIVALS:
+        rival(who, model, call, folder / who, generative=generative)
+        found[who] = Model(dict(_stages(folder / who, generative)))
+    return found
+
+
+def rival(
+    who: str, model: torch.nn.Module, call: exact.Call, folder: Path, *, generative: bool
+) -> None:
+    """Export by one of the others: a file, or one for each stage of generation."""
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    found: dict[str, Model] = {}
-    for rival in RIVALS:
-        config = OnnxConfig(dynamic=True, ort_fusions="cpu" if rival == "transformers" else None)
-        exporter: Any = OnnxExporter()
-        generative = name in GENERATIVE
-        export = exporter.export_for_generation if generative else exporter.export
-        made = export(model, dict(call), config)
-        if rival == "torch":
-            _fuse(made)
-        made.save_pretrained(folder / rival)
-        found[rival] = Model(dict(_stages(folder / rival, generative)))
-    return found
+    config = OnnxConfig(dynamic=True, ort_fusions="cpu" if who == "transformers" else None)
+    exporter: Any = OnnxExporter()
+    export = exporter.export_for_generation if generative else exporter.export
+    made = export(model, dict(call), config)
+    if who == "torch":
+        _fuse(made)
+    made.save_pretrained(folder)
 
 
 def _fuse(made: Any) -> None:

@@ -1,0 +1,356 @@
+"""Time the ONNX file of every zoo model: ours beside Transformers' own export and torch.onnx's.
+
+    python tests/bench/onnx_zoo.py --shelf DIR                   # models that have no row yet
+    python tests/bench/onnx_zoo.py --shelf DIR --only llama bert # anew
+    python tests/bench/onnx_zoo.py --shelf DIR --files           # only make the files
+
+Who exports, and how, is as in onnx_speed.py. Decoders are timed in a prefill and in the step after
+it, other models in one call, padding included, with one thread, each in a process of its own.
+Everyone is compared with the stock model first: a rival that is wrong, cannot export, or cannot run
+its own file is told and outruns nobody. The models are tiny, so that this weighs what is done
+beside the arithmetic; onnx_speed.py times larger ones. Files stay on the shelf, and rows are
+written as they come. Exit status 1 where our result differs, or where the interval of the speedup
+over a rival ends below 1.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from harness import RESULTS, as_row, compare, machine
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+SHARED: Final = ROOT.parent / "shared" / "zoo"
+PLACE: Final = RESULTS / "onnx_zoo.json"
+LIMIT: Final = 900
+TOLERANCE: Final = 1e-3
+"""Of the largest value: what float32 may differ by; parity proper is the business of deploy.py."""
+MARK: Final = "@row "
+"""Begins the line of an answer; exporters write to stdout, too."""
+WINDOW: Final = "_sliding_window_tensor"
+"""A size that Transformers' files of windowed models take among their states."""
+
+Row = dict[str, Any]
+Feeds = dict[str, np.ndarray[Any, Any]]
+
+
+def generates(name: str) -> bool:
+    """Tell whether a model is timed in a prefill and a step."""
+    import zoo
+
+    return name in zoo.LM and zoo.ZOO[name].family != "encdec"
+
+
+def built(name: str) -> tuple[Any, dict[str, Any]]:
+    """Build a model as it is deployed, and a call of it with padding."""
+    import zoo
+
+    task, pad = ("lm", "left") if generates(name) else ("base", "right")
+    model, call, _ = zoo.build(name, None, task=task, pad=pad)
+    return model.eval(), call
+
+
+# ------------------------------------------------------------------------------------ the files
+
+
+def make(name: str, who: str, folder: Path) -> None:
+    """Export a model by one of the exporters."""
+    if who == "attnopt":
+        import attnopt
+
+        model, call = built(name)
+        program = attnopt.apply(attnopt.capture(model, (), call), "exact")
+        made = attnopt.export_onnx(program, folder, steps=4)
+        assert made.accepted, made.parity
+        return
+    import onnx_speed
+
+    model, call = built(name)
+    onnx_speed.rival(who, model, call, folder, generative=generates(name))
+
+
+def files(name: str, shelf: Path) -> Row:
+    """Make the files of a model that are missing; return why some cannot be made."""
+    reasons: Row = {}
+    for who in ("attnopt", *rivals()):
+        folder = shelf / name / who
+        note = folder / "reason.txt"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            told = apart("--make", name, who, "--shelf", str(shelf))
+            if isinstance(told, str):
+                note.write_text(told)
+        if note.exists():
+            reasons[who] = note.read_text()
+    return reasons
+
+
+def rivals() -> tuple[str, ...]:
+    import onnx_speed
+
+    return onnx_speed.RIVALS
+
+
+# ------------------------------------------------------------------------------------ the calls
+
+
+class File:
+    """The sessions of one exporter, by stage, and what they are fed."""
+
+    def __init__(self, folder: Path, who: str, name: str) -> None:
+        import onnx_speed
+
+        found = sorted(folder.rglob("*.onnx"))
+        if who == "attnopt":
+            # Of an encoder-decoder's two files, one makes a whole call.
+            file = next((p for p in found if p.stem == "encode"), found[0])
+            stages = ("prefill", "decode") if generates(name) else ("whole",)
+            self.sessions = dict.fromkeys(stages, onnx_speed.opened(file, threads=1))
+        elif generates(name):
+            self.sessions = {p.stem: onnx_speed.opened(p, threads=1) for p in found}
+        else:
+            (only,) = found
+            self.sessions = {"whole": onnx_speed.opened(only, threads=1)}
+
+    def run(self, stage: str, given: Feeds) -> dict[str, Any]:
+        """Run a stage and name its results."""
+        session = self.sessions[stage]
+        results: Any = session.run(None, given)
+        return dict(zip((o.name for o in session.get_outputs()), results, strict=True))
+
+    def feeds(self, stage: str, call: Feeds, states: Feeds, window: int) -> Feeds:
+        """Return what a stage reads: of a call, or of the states after it."""
+        rows = len(next(iter(call.values())))
+        given: Feeds = {}
+        for wanted in self.sessions[stage].get_inputs():
+            name = wanted.name
+            if name in call:
+                given[name] = call[name]
+            elif name.endswith(WINDOW):
+                given[name] = np.asarray(window)
+            elif plain(name) in states:
+                given[name] = states[plain(name)]
+            elif stage == "prefill" and "past" in name:
+                sizes = [s if isinstance(s, int) else 0 for s in wanted.shape]
+                given[name] = np.zeros([rows, *sizes[1:]], np.float32)
+            else:
+                raise ValueError(f"{stage} takes {name}, which nothing gives")
+        return given
+
+
+def plain(name: str) -> str:
+    """Return the name that a state has as an input and as an output."""
+    for prefix in ("input.", "output.", "past_key_values.", "present."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def calls(file: File, name: str, call: dict[str, Any], window: int) -> Iterator[tuple[str, Feeds]]:
+    """List the stages of a file and what each is fed."""
+    made: Feeds = {n: x.numpy() for n, x in call.items()}
+    if not generates(name):
+        yield "whole", file.feeds("whole", made, {}, window)
+        return
+    mask = made.get("attention_mask", np.ones_like(made["input_ids"]))
+    made |= {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+    given = file.feeds("prefill", made, {}, window)
+    yield "prefill", given
+    states = {plain(n): x for n, x in file.run("prefill", given).items()}
+    step = {
+        "input_ids": made["input_ids"][:, -1:],
+        "attention_mask": np.concatenate([mask, np.ones_like(mask[:, :1])], 1),
+        "position_ids": made["position_ids"][:, -1:] + 1,
+    }
+    yield "decode", file.feeds("decode", step, states, window)
+
+
+def wanted(model: Any, call: dict[str, Any], name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Return what the stock model computes in each stage, at the positions that count."""
+    import torch
+    import zoo_parity
+
+    with torch.no_grad():
+        torch.manual_seed(0)
+        result = model(**call)
+        found = next(iter(zoo_parity.compared(result).values()))
+        if not generates(name):
+            return {"whole": found.numpy()}
+        longer = dict(call, input_ids=torch.cat([call["input_ids"], call["input_ids"][:, -1:]], 1))
+        if "attention_mask" in call:
+            mask = call["attention_mask"]
+            longer["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        step = model(**longer).logits[:, -1:]
+    return {"prefill": found.numpy(), "decode": step.numpy()}
+
+
+def difference(got: dict[str, Any], want: Any, call: dict[str, Any]) -> float:
+    """Return how far a result is from the stock model's, as a share of the largest value."""
+    found = [x for x in got.values() if x.shape == want.shape]
+    if not found:
+        return float("inf")
+    mask = call.get("attention_mask")
+    where: Any = ...
+    if mask is not None and want.ndim > 2 and tuple(mask.shape) == want.shape[:2]:
+        where = mask.bool().numpy()
+    return min(float(np.abs(x - want)[where].max() / np.abs(want)[where].max()) for x in found)
+
+
+# -------------------------------------------------------------------------------------- the rows
+
+
+def measure(name: str, shelf: Path, most: int) -> list[Row]:
+    """Compare and time the files of one model, stage by stage."""
+    model, call = built(name)
+    want = wanted(model, call, name)
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    reasons = files(name, shelf)
+    if "attnopt" in reasons:
+        return [{"model": name, "passed": False, "reason": reasons["attnopt"]}]
+    runs: dict[str, dict[str, Callable[[], Any]]] = {stage: {} for stage in want}
+    wrong: dict[str, dict[str, float]] = {stage: {} for stage in want}
+    for who in ("attnopt", *rivals()):
+        if who in reasons:
+            continue
+        # A rival's file may not open, or not run: that is told, and ours must do both.
+        try:
+            file = File(shelf / name / who, who, name)
+            for stage, given in calls(file, name, call, window):
+                wrong[stage][who] = difference(file.run(stage, given), want[stage], call)
+                runs[stage][who] = lambda f=file, s=stage, g=given: f.run(s, g)
+        except Exception as error:
+            if who == "attnopt":
+                raise
+            reasons[who] = f"{type(error).__name__}: {error}"[:300]
+    return [_row(name, s, runs[s], wrong[s], reasons, most) for s in want]
+
+
+def _row(
+    name: str,
+    stage: str,
+    runs: dict[str, Callable[[], Any]],
+    wrong: dict[str, float],
+    reasons: Row,
+    most: int,
+) -> Row:
+    right = {who: run for who, run in runs.items() if wrong[who] <= TOLERANCE}
+    row: Row = {"model": name, "stage": stage, "differs": wrong, "reasons": reasons}
+    if "attnopt" not in right:
+        return {**row, "passed": False, "reason": f"ours differs by {wrong['attnopt']:.1e}"}
+    if len(right) == 1:
+        return {**row, "speedup": {}, "passed": True}
+    timing = compare(right, base="attnopt", most=most)
+    gains = {who: timing.speedup("attnopt", who) for who in right if who != "attnopt"}
+    return {
+        **row,
+        "milliseconds": {who: round(1e3 * timing.median(who), 4) for who in right},
+        "speedup": {who: as_row(gain) for who, gain in gains.items()},
+        "rounds": len(timing.seconds["attnopt"]),
+        "passed": all(gain.high >= 1 for gain in gains.values()),
+    }
+
+
+def apart(*words: str) -> Any:
+    """Do a part of the work in a process of its own; what it dies of is returned as a text."""
+    command = [sys.executable, "-W", "ignore", __file__, *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return f"took more than {LIMIT} s"
+    if done.returncode:
+        lines = [x for x in done.stderr.splitlines() if x and not x.startswith(" ")]
+        return " ".join(lines[-2:])[-400:] or f"ended with {done.returncode}"
+    answers = [x.removeprefix(MARK) for x in done.stdout.splitlines() if x.startswith(MARK)]
+    return json.loads(answers[-1]) if answers else None
+
+
+def known() -> dict[str, list[Row]]:
+    """Return the rows that there are, by model."""
+    found: dict[str, list[Row]] = {}
+    for row in json.loads(PLACE.read_text())["rows"] if PLACE.exists() else []:
+        found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def put(name: str, rows: list[Row], order: list[str]) -> None:
+    """Put the rows of a model among the others, in the order of the zoo."""
+    every = {**known(), name: rows}
+    content = {"machine": machine(), "rows": [r for n in order for r in every.get(n, [])]}
+    PLACE.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def told(row: Row) -> str:
+    """Say how a row came out."""
+    head = f"{row['model']:28} {row.get('stage', ''):8}"
+    if "speedup" not in row:
+        return f"{head} FAILED {row['reason']}"
+    parts = []
+    for who in rivals():
+        if who in row["speedup"]:
+            x = row["speedup"][who]
+            parts.append(f"{who} {x['ratio']:.3f} [{x['low']:.3f}, {x['high']:.3f}]")
+        elif who in row["reasons"]:
+            parts.append(f"{who} has no file that runs")
+        else:
+            parts.append(f"{who} is wrong by {row['differs'][who]:.0e}")
+    return f"{head} {'; '.join(parts)}{'' if row['passed'] else '  FAILED'}"
+
+
+def main(arguments: list[str]) -> int:
+    """Make files, measure, print a line a stage, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shelf", type=Path, required=True, help="where the files are kept")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these models, anew")
+    parser.add_argument("--failed", action="store_true", help="anew the models that failed")
+    parser.add_argument("--files", action="store_true", help="only make the files")
+    parser.add_argument("--most", type=int, default=40, help="rounds at most")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if not SHARED.is_dir():
+        print("skipped: ../shared absent")
+        return 0
+    sys.path[1:1] = [str(SHARED), str(ROOT / "tests")]
+    if given.one or given.make:
+        import torch
+        import transformers
+
+        warnings.simplefilter("ignore")
+        transformers.utils.logging.set_verbosity_error()
+        torch.set_num_threads(1)
+    if given.make:
+        name, who = given.make
+        make(name, who, given.shelf / name / who)
+        return 0
+    if given.one:
+        print(MARK + json.dumps(measure(given.one, given.shelf, given.most)))
+        return 0
+    import zoo
+
+    order, rows = list(zoo.ZOO), known()
+    failed = [n for n in order if not all(r["passed"] for r in rows.get(n, []))]
+    todo = given.only or (failed if given.failed else [n for n in order if n not in rows])
+    if given.files:
+        for name in todo:
+            print(name, files(name, given.shelf), flush=True)
+        return 0
+    for name in todo:
+        files(name, given.shelf)
+        found = apart("--one", name, "--shelf", str(given.shelf), "--most", str(given.most))
+        if isinstance(found, str):
+            found = [{"model": name, "passed": False, "reason": found}]
+        for row in found:
+            print(told(row), flush=True)
+        put(name, found, order)
+    every = [row for found in known().values() for row in found]
+    print(f"{sum(r['passed'] for r in every)} of {len(every)} passed")
+    return int(not all(r["passed"] for r in every))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
