@@ -35,8 +35,9 @@ def _global_indices(is_index_global_attn: Tensor) -> tuple[Any, Indices, Indices
     are masked like other free slots.
     """
     counts = is_index_global_attn.long().sum(dim=1)
-    slots = counts.max().item() + 2
-    torch._check(slots >= 2)  # pyright: ignore[reportPrivateUsage]
+    numbers = torch.arange(is_index_global_attn.shape[1], device=counts.device)
+    # As many numbers as the largest count: a size, and known not to be negative.
+    slots = (numbers < counts.max()).nonzero().shape[0] + 2
     tokens = is_index_global_attn.nonzero(as_tuple=True)
     used = torch.arange(slots, device=counts.device) < counts.unsqueeze(-1)
     places = used.nonzero(as_tuple=True)
