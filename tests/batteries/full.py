@@ -1,6 +1,6 @@
 """Run every battery in full, each in a process of its own, and keep the counts.
 
-python tests/batteries/full.py [NAME ...]   a name runs one battery; the counts of others stay
+python tests/batteries/full.py [--only NAME ...]   a name runs one; the counts of others stay
 """
 
 import argparse
