@@ -1,8 +1,8 @@
 """Time the ONNX file of every zoo model: ours beside Transformers' own export and torch.onnx's.
 
-    python tests/bench/onnx_zoo.py --shelf DIR                   # models that have no row yet
-    python tests/bench/onnx_zoo.py --shelf DIR --only llama bert # anew
-    python tests/bench/onnx_zoo.py --shelf DIR --files           # only make the files
+    python tests/bench/onnx_zoo.py                     # the models that have no row yet
+    python tests/bench/onnx_zoo.py --only llama bert   # anew
+    python tests/bench/onnx_zoo.py --files             # only make the files, in build/onnx_zoo
 
 Who exports, and how, is as in onnx_speed.py. Decoders are timed in a prefill and in the step after
 it, other models in one call, padding included, with one thread, each in a process of its own.
@@ -28,6 +28,7 @@ from harness import RESULTS, as_row, compare, machine
 ROOT: Final = Path(__file__).resolve().parents[2]
 SHARED: Final = ROOT.parent / "shared" / "zoo"
 PLACE: Final = RESULTS / "onnx_zoo.json"
+SHELF: Final = ROOT / "build" / "onnx_zoo"
 LIMIT: Final = 900
 TOLERANCE: Final = 1e-3
 """Of the largest value: what float32 may differ by; parity proper is the business of deploy.py."""
@@ -304,7 +305,7 @@ def told(row: Row) -> str:
 def main(arguments: list[str]) -> int:
     """Make files, measure, print a line a stage, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shelf", type=Path, required=True, help="where the files are kept")
+    parser.add_argument("--shelf", type=Path, default=SHELF, help="where the files are kept")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models, anew")
     parser.add_argument("--failed", action="store_true", help="anew the models that failed")
     parser.add_argument("--files", action="store_true", help="only make the files")
