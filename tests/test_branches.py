@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import BigBirdConfig, LongformerConfig, ReformerConfig
+from transformers import (
+    BigBirdConfig,
+    LongformerConfig,
+    LongformerForQuestionAnswering,
+    ReformerConfig,
+)
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
@@ -72,6 +77,30 @@ def test_every_number_of_global_tokens_has_its_slots() -> None:
     assert all(torch.equal(a, b) for i in (1, 2) for a, b in zip(got[i], want[i], strict=True))
     free = set(zip(*(x.tolist() for x in got[3]), strict=True))
     assert free == {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3)}
+
+
+@pytest.mark.slow
+def test_a_question_whose_tokens_see_all_is_found_without_asking_the_data() -> None:
+    config = LongformerConfig(
+        vocab_size=32, hidden_size=16, num_attention_heads=2, intermediate_size=16,
+        num_hidden_layers=1, attention_window=[4], sep_token_id=2, max_position_embeddings=40,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LongformerForQuestionAnswering(config).eval()
+
+    def call(ends: list[int], length: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(3, 32, (len(ends), length))
+        for row, end in zip(ids, ends, strict=True):
+            row[[end, end + 1, -1]] = 2
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    program = attnopt.capture(model, (), call([4, 2], 12))
+    assert program.history == ("capture: whole, dynamic",)
+    assert len(program.sites) == 2
+    for given in (call([3, 6], 12), call([1, 9, 5], 21)):
+        want, got = model(**given), program(**given)
+        torch.testing.assert_close(got.start_logits, want.start_logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.end_logits, want.end_logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_plan_of_blocks_is_for_one_length() -> None:

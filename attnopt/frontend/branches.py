@@ -45,6 +45,15 @@ def _global_indices(is_index_global_attn: Tensor) -> tuple[Any, Indices, Indices
     return slots, tokens, places, used.logical_not().nonzero(as_tuple=True)
 
 
+def _question_end(input_ids: Tensor, sep_token_id: int) -> Tensor:
+    """Find the first separator of each row.
+
+    The source refuses a batch with other than three in every row, which no graph of all batches
+    asks: here only the first one counts.
+    """
+    return (input_ids == sep_token_id).long().argmax(dim=1)
+
+
 def _hash_vectors(
     self: Any,
     vectors: Tensor,
@@ -108,4 +117,5 @@ BRANCHES: Final[Mapping[str, Callable[..., Any]]] = {
     "LongformerSelfAttention._get_global_attn_indices": staticmethod(_global_indices),
     "ProphetNetPositionalEmbeddings.forward": _positions_of_prophetnet,
     "LEDEncoderSelfAttention._get_global_attn_indices": staticmethod(_global_indices),
+    "_get_question_end_index": _question_end,
 }
