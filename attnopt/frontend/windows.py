@@ -14,6 +14,9 @@ from torch.nn import functional
 
 _stock_div: Any = torch.div
 
+# Windows of which two are not too long for the finder to read which tokens see each other.
+_LONGEST: Final = 4096
+
 
 def divide(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     """Divide as torch.div does, and two sizes without making a tensor of them."""
@@ -30,8 +33,9 @@ def _missing(config: Any, mask: Tensor, tokens: Tensor | None, *, least: int = 0
     torch._check(same)  # pyright: ignore[reportPrivateUsage]
     windows = config.attention_window
     window = windows if isinstance(windows, int) else max(windows)
-    # Two windows at least: the chunks of one alone have a size of 1, which a graph would fix.
-    return torch.sym_max((length + least + window - 1) // window, 2) * window - length
+    # The chunks of one window alone have a size of 1, which a graph would fix.
+    fewest = 2 if window <= _LONGEST else 1
+    return torch.sym_max((length + least + window - 1) // window, fewest) * window - length
 
 
 def _padded(tensor: Tensor | None, missing: Any, fill: int) -> Tensor | None:
