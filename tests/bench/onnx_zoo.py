@@ -14,7 +14,9 @@ over a rival ends below 1.
 """
 
 import argparse
+import inspect
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -83,9 +85,9 @@ def files(name: str, shelf: Path) -> Row:
         folder = shelf / name / who
         note = folder / "reason.txt"
         if not folder.exists():
-            folder.mkdir(parents=True)
             told = apart("--make", name, who, "--shelf", str(shelf))
             if isinstance(told, str):
+                folder.mkdir(parents=True)
                 note.write_text(told)
         if note.exists():
             reasons[who] = note.read_text()
@@ -176,18 +178,22 @@ def wanted(model: Any, call: dict[str, Any], name: str) -> dict[str, np.ndarray[
     import torch
     import zoo_parity
 
-    with torch.no_grad():
+    def result(**given: Any) -> Any:
+        if generates(name) and "position_ids" in inspect.signature(model.forward).parameters:
+            # As generate() numbers them, and whoever feeds a file: padding does not count.
+            mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         torch.manual_seed(0)
-        result = model(**call)
-        found = next(iter(zoo_parity.compared(result).values()))
+        return next(iter(zoo_parity.compared(model(**given)).values()))
+
+    with torch.no_grad():
         if not generates(name):
-            return {"whole": found.numpy()}
+            return {"whole": result(**call).numpy()}
         longer = dict(call, input_ids=torch.cat([call["input_ids"], call["input_ids"][:, -1:]], 1))
         if "attention_mask" in call:
             mask = call["attention_mask"]
             longer["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        step = model(**longer).logits[:, -1:]
-    return {"prefill": found.numpy(), "decode": step.numpy()}
+        return {"prefill": result(**call).numpy(), "decode": result(**longer)[:, -1:].numpy()}
 
 
 def difference(got: dict[str, Any], want: Any, call: dict[str, Any]) -> float:
@@ -326,7 +332,12 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(1)
     if given.make:
         name, who = given.make
-        make(name, who, given.shelf / name / who)
+        whole = given.shelf / name / who
+        partial = whole.with_name(f"{who}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        make(name, who, partial)
+        partial.rename(whole)
         return 0
     if given.one:
         print(MARK + json.dumps(measure(given.one, given.shelf, given.most)))
