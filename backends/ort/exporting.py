@@ -25,6 +25,7 @@ from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.operators import Choice, Provider, Target
 from attnopt.backends.ort.parity import CASES, RIGHT_PADDED, Parity, compare
 from attnopt.backends.ort.rotary import give_every_row_its_table
+from attnopt.backends.ort.rows import attend_in_rows
 from attnopt.backends.ort.signature import (
     PlainSignature,
     Signature,
@@ -239,6 +240,8 @@ def _model(module: fx.GraphModule, signature: Signature, target: Target, name: s
     with _quiet():
         made = _translated_somehow(module, signature, target.opset, name)
     give_every_row_its_table(made.model)
+    if target.ep == "cpu":
+        attend_in_rows(made.model)
     _describe(made.model, signature)
     assert made.model.opset_imports[""] == target.opset
     return made.model
