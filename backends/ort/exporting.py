@@ -22,6 +22,7 @@ from attnopt.artifacts.saving import refuse_foreign
 from attnopt.artifacts.staging import staged
 from attnopt.backends.ort.files import save_together
 from attnopt.backends.ort.genai import refuse_early, write_genai
+from attnopt.backends.ort.norms import fuse_norms
 from attnopt.backends.ort.operators import Choice, Provider, Target
 from attnopt.backends.ort.parity import CASES, RIGHT_PADDED, Parity, compare
 from attnopt.backends.ort.rotary import give_every_row_its_table
@@ -240,6 +241,7 @@ def _model(module: fx.GraphModule, signature: Signature, target: Target, name: s
     with _quiet():
         made = _translated_somehow(module, signature, target.opset, name)
     give_every_row_its_table(made.model)
+    fuse_norms(made.model)
     if target.ep == "cpu":
         attend_in_rows(made.model)
     _describe(made.model, signature)
