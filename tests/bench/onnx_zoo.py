@@ -36,6 +36,8 @@ TOLERANCE: Final = 1e-3
 """Of the largest value: what float32 may differ by; parity proper is the business of deploy.py."""
 MARK: Final = "@row "
 """Begins the line of an answer; exporters write to stdout, too."""
+CACHELESS: Final = ("openai_gpt",)
+"""Decoders that have no cache to go on from."""
 WINDOW: Final = "_sliding_window_tensor"
 """A size that Transformers' files of windowed models take among their states."""
 
@@ -47,7 +49,7 @@ def generates(name: str) -> bool:
     """Tell whether a model is timed in a prefill and a step."""
     import zoo
 
-    return name in zoo.LM and zoo.ZOO[name].family != "encdec"
+    return name in zoo.LM and zoo.ZOO[name].family != "encdec" and name not in CACHELESS
 
 
 def built(name: str) -> tuple[Any, dict[str, Any]]:
