@@ -397,6 +397,26 @@ def test_strides_are_those_of_the_source_in_the_file(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("affine", [True, False])
+def test_groups_are_normed_as_instances(affine: bool, tmp_path: Path):
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 6, affine=affine)
+            for tensor in self.norm.parameters():
+                nn.init.normal_(tensor)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x * 2) + x
+
+    program = attnopt.capture(Grouped(), (torch.randn(2, 6, 4, 5),))
+    found = attnopt.export_onnx(program, tmp_path / "out")
+    assert found.accepted
+    kinds = [n.op_type for n in onnx.load(found.path).graph.node]
+    assert "InstanceNormalization" in kinds
+    assert "GroupNormalization" not in kinds
+
+
 def test_a_wrong_output_of_a_model_without_a_cache_is_rejected(tmp_path: Path, monkeypatch):
     model, kwargs, _ = zoo.build("bert", "eager", pad="right")
     program = attnopt.apply(attnopt.capture(model, (), kwargs), "exact")

@@ -17,6 +17,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         linear_recurrence: scan,
         torch.ops.aten.sort.stable: _sort_stable,
         torch.ops.aten.remainder.Scalar: _remainder,
+        torch.ops.aten.group_norm.default: _group_norm,
     }
     return found if grouped is None else {**found, grouped.default: _grouped_mm}
 
@@ -60,3 +61,29 @@ def _remainder(self: Any, other: Any) -> Any:
     if self.dtype.is_floating_point():
         return op.Sub(self, op.Mul(op.Floor(op.Div(self, other)), other))
     return op.Mod(self, other)
+
+
+def _group_norm(
+    self: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    """Norm groups as instances: ONNX Runtime takes GroupNormalization apart on a CPU."""
+    import numpy as np
+    from onnxscript import ir, opset18
+
+    op: Any = opset18
+    kind = self.dtype.numpy()
+    ones, zeros = (
+        op.Constant(value=ir.tensor(np.full(num_groups, x, kind), dtype=self.dtype)) for x in (1, 0)
+    )
+    groups = op.Reshape(self, op.Constant(value_ints=[0, num_groups, -1]))
+    found = op.InstanceNormalization(groups, ones, zeros, epsilon=eps)
+    found = op.Reshape(found, op.Shape(self))
+    along = op.Constant(value_ints=[-1, *[1] * (len(self.shape) - 2)])
+    if weight is not None:
+        found = op.Mul(found, op.Reshape(weight, along))
+    return found if bias is None else op.Add(found, op.Reshape(bias, along))

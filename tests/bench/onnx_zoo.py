@@ -133,17 +133,21 @@ class File:
         """Return what a stage reads: of a call, or of the states after it."""
         rows = len(next(iter(call.values())))
         given: Feeds = {}
+        sizes = {i.name: i.shape for i in self.sessions[stage].get_inputs()}
         for wanted in self.sessions[stage].get_inputs():
             name = wanted.name
-            if name in call:
+            if name == "attention_mask" and sizes[name][1] == sizes["input_ids"][1]:
+                # The mask of what is new: the states of a recurrence need no other.
+                given[name] = call[name][:, -call["input_ids"].shape[1] :]
+            elif name in call:
                 given[name] = call[name]
             elif name.endswith(WINDOW):
                 given[name] = np.asarray(window)
             elif plain(name) in states:
                 given[name] = states[plain(name)]
             elif stage == "prefill" and "past" in name:
-                sizes = [s if isinstance(s, int) else 0 for s in wanted.shape]
-                given[name] = np.zeros([rows, *sizes[1:]], np.float32)
+                empty = [s if isinstance(s, int) else 0 for s in wanted.shape]
+                given[name] = np.zeros([rows, *empty[1:]], np.float32)
             else:
                 raise ValueError(f"{stage} takes {name}, which nothing gives")
         return given
