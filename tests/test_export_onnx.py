@@ -417,6 +417,7 @@ def test_groups_are_normed_as_instances(affine: bool, tmp_path: Path):
     assert "GroupNormalization" not in kinds
 
 
+@pytest.mark.slow
 def test_a_wrong_output_of_a_model_without_a_cache_is_rejected(tmp_path: Path, monkeypatch):
     model, kwargs, _ = zoo.build("bert", "eager", pad="right")
     program = attnopt.apply(attnopt.capture(model, (), kwargs), "exact")
