@@ -1,15 +1,12 @@
-"""Root mean square norms of an exported model, as one op each, with the sum before them.
+"""Root mean square norms without weights of an exported model, as one op each.
 
-    x * reciprocal(sqrt(mean(x ** 2) + eps))  -> RMSNormalization(x, ones)
-    RMSNormalization(a + b)                   -> SkipSimplifiedLayerNormalization(a, b)
+    x * reciprocal(sqrt(mean(x ** 2) + eps)) -> RMSNormalization(x, ones)
 
-torch.onnx writes the op where a norm has weights; ONNX Runtime leaves all others as they are.
+torch.onnx writes the op where a norm has weights, and ONNX Runtime leaves others as they are. The
+sum before a norm stays: only an op of ONNX Runtime takes both, and files run elsewhere, too.
 """
 
 from typing import Any
-
-RUNTIME = "com.microsoft"
-_SKIPPING = "SkipSimplifiedLayerNormalization"
 
 
 def fuse_norms(model: Any) -> int:
@@ -17,20 +14,18 @@ def fuse_norms(model: Any) -> int:
     if model.opset_imports[""] < 23:
         return 0
     norms = _Norms(model)
-    weightless = [norms.without_weights(n) for n in list(model.graph) if _is(n, "Reciprocal")]
-    after_sums = [norms.after_sum(n) for n in list(model.graph) if _is(n, "RMSNormalization")]
-    return sum(weightless) + sum(after_sums)
+    return sum([norms.fuse(n) for n in list(model.graph) if _is(n, "Reciprocal")])
 
 
 class _Norms:
     """Fuses the norms of one model, and makes each constant once."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.graph = model, model.graph
+        self.graph = model.graph
         self.ones: dict[int, Any] = {}
         self.count = 0
 
-    def without_weights(self, reciprocal: Any) -> bool:
+    def fuse(self, reciprocal: Any) -> bool:
         """Fuse a norm that has no weights, from the factor that it multiplies by."""
         found = _square_root_of_mean(reciprocal)
         if found is None:
@@ -53,45 +48,14 @@ class _Norms:
             self.graph.remove(node, safe=True)
         return True
 
-    def after_sum(self, norm: Any) -> bool:
-        """Let a norm make the sum that it reads, which others may read, too."""
-        x, scale = norm.inputs
-        total = x.producer()
-        if not _is(total, "Add") or not _is_float(x) or scale.producer() is not None:
-            return False
-        shapes = [v.shape for v in (x, *total.inputs)]
-        alike = all(s is not None and len(s) == 3 and s == shapes[0] for s in shapes)
-        last = norm.attributes["axis"].as_int() in (-1, 2)
-        if not alike or not last or scale.shape is None or len(scale.shape) != 1:
-            return False
-        epsilon = norm.attributes["epsilon"].as_float()
-        made = self._put(
-            total, _SKIPPING, [*total.inputs, scale], {"epsilon": epsilon}, RUNTIME, outputs=4
-        )
-        for unused in made.outputs[1:3]:
-            unused.name = ""
-        self._replace(norm, made.outputs[0])
-        self._replace(total, made.outputs[3])
-        self.model.opset_imports[RUNTIME] = 1
-        return True
-
     # --- the graph
 
-    def _put(
-        self,
-        before: Any,
-        kind: str,
-        inputs: list[Any],
-        attributes: dict[str, Any],
-        domain: str = "",
-        outputs: int = 1,
-    ) -> Any:
+    def _put(self, before: Any, kind: str, inputs: list[Any], attributes: dict[str, Any]) -> Any:
         import onnx_ir as ir
 
-        made = ir.node(kind, inputs, attributes=attributes, domain=domain, num_outputs=outputs)
-        for value in made.outputs:
-            value.name = f"norm_{self.count}"
-            self.count += 1
+        made = ir.node(kind, inputs, attributes=attributes)
+        made.outputs[0].name = f"norm_{self.count}"
+        self.count += 1
         self.graph.insert_before(before, made)
         return made
 
