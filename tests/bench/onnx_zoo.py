@@ -89,7 +89,7 @@ def files(name: str, shelf: Path) -> Row:
         if not folder.exists():
             told = apart("--make", name, who, "--shelf", str(shelf))
             if isinstance(told, str):
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 note.write_text(told)
         if note.exists():
             reasons[who] = note.read_text()
