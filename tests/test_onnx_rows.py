@@ -120,6 +120,16 @@ def normalized() -> Graph:
     return graph
 
 
+def cut() -> Graph:
+    """Queries come of rows of another batch: (b, t, H D) is no form of what they were cut from."""
+    graph = Graph()
+    graph.joined(graph.attention([], []))
+    graph.inputs["q"] = [1, "bt", 4 * D]
+    reshape = next(n for n in graph.nodes if n.op_type == "Reshape" and n.input[0] == "q")
+    reshape.input[1] = graph.shape(-1, T, 4, D)
+    return graph
+
+
 def heads_shown() -> Graph:
     """The result is read with its heads in front."""
     graph = Graph()
@@ -145,7 +155,7 @@ def keys_elsewhere() -> Graph:
 
 def fed(graph: Graph) -> dict[str, NDArray[Any]]:
     chance = np.random.default_rng(0)
-    sizes = {"b": B, "t": T, "p": PAST}
+    sizes = {"b": B, "t": T, "p": PAST, "bt": B * T}
     found = {}
     for name, shape in graph.inputs.items():
         found[name] = chance.standard_normal([sizes.get(s, s) for s in shape]).astype(np.float32)
@@ -169,6 +179,7 @@ def run(model: Any, given: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         (plain, ["Attention"]),
         (blind, ["Attention", "Squeeze", "Where"]),
         (cached, ["Attention", "RotaryEmbedding", "RotaryEmbedding"]),
+        (cut, ["Attention", "Reshape", "Reshape"]),
         (normalized, ["Attention", "Reshape", "Reshape", "Tanh"]),
     ],
 )

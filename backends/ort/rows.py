@@ -64,8 +64,8 @@ class _Rows:
         before = node.inputs[0]
         source = before.producer()
         if source is not None and _is(source, "Reshape"):
-            rows = source.inputs[0]
-            if rows.shape is not None and len(rows.shape) == 3 and rows.shape[2] == width:
+            rows, (batch, _, tokens, _) = source.inputs[0], moved.shape
+            if _are(rows, [batch, tokens, width]):
                 return rows
         shape = self._constant([0, 0, width])
         return self._typed(self._put(node, "Reshape", [before, shape], {})[0], moved, width)
@@ -88,9 +88,10 @@ class _Rows:
 
     def _give(self, result: Any, rows: Any, heads: int, width: int) -> None:
         """Let rows be read where results were moved back to (B, T, H, D), and then joined."""
+        batch, tokens = rows.shape[:2]
         for node in [use.node for use in result.uses()]:
             out = node.outputs[0]
-            if _is(node, "Reshape") and len(out.shape or ()) == 3 and out.shape[2] == heads * width:
+            if _is(node, "Reshape") and _are(out, [batch, tokens, heads * width]):
                 self._replace(out, rows)
                 self._drop(node)
         if result.uses() or result.is_graph_output():
@@ -156,6 +157,14 @@ def _shape(sizes: list[Any]) -> Any:
     import onnx_ir as ir
 
     return ir.Shape(sizes)
+
+
+def _are(rows: Any, sizes: list[Any]) -> bool:
+    """Tell whether a value has these sizes, all of them known: rows may be cut into others."""
+    if rows.shape is None or len(rows.shape) != len(sizes):
+        return False
+    known = all(isinstance(x, int) or x.value is not None for x in sizes)
+    return known and list(rows.shape) == sizes
 
 
 def _heads(value: Any) -> tuple[int, int] | None:
