@@ -98,6 +98,31 @@ def test_a_stock_cache_with_a_list_of_states_is_taken_over() -> None:
     assert error_of(result.logits, model(input_ids=ids[:, :8]).logits[:, 7:]) < 1e-5
 
 
+# Over a second: it captures a model.
+def test_a_state_space_with_groups_takes_any_number_of_chunks_and_steps() -> None:
+    config = transformers.Mamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8, expand=2, head_dim=8,
+        num_heads=8, n_groups=2, chunk_size=16, time_step_limit=(0.01, 0.5),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    ids = torch.randint(3, 64, (2, 150), generator=torch.Generator().manual_seed(0))
+    program = attnopt.capture(model, kwargs={"input_ids": ids[:, :9]})
+    assert {s.role for s in program.states} == {"conv", "recurrent"}
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    for cuts in ((150,), (70, 1, 1, 78)):
+        cache, found = None, []
+        for piece in ids.split(cuts, dim=1):
+            result = program(input_ids=piece, cache_params=cache)
+            cache = result.cache_params
+            found.append(result.logits)
+        assert error_of(torch.cat(found, 1), want) < 1e-5
+
+
 DELTA = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1,

@@ -17,7 +17,6 @@ from attnopt.ops import (
     attention_reference,
     cached_attention,
     cached_attention_reference,
-    gated_delta_rule_reference,
     linear_recurrence_reference,
 )
 
@@ -227,42 +226,50 @@ def test_the_linear_recurrence_is_a_scan(tmp_path: Path):
         custom_translation_table=table(),
     )  # fmt: skip
     session = ort.InferenceSession(tmp_path / "scan.onnx", providers=["CPUExecutionProvider"])
-    longer = torch.rand(2, 9, 3), torch.randn(2, 9, 3), torch.randn(2, 3)
     names = ("decay", "new", "initial")
-    (found,) = session.run(None, {n: x.numpy() for n, x in zip(names, longer, strict=True)})
-    torch.testing.assert_close(torch.from_numpy(found), linear_recurrence_reference(*longer))
+    for tokens in (1, 9):
+        given = torch.rand(2, tokens, 3), torch.randn(2, tokens, 3), torch.randn(2, 3)
+        (found,) = session.run(None, {n: x.numpy() for n, x in zip(names, given, strict=True)})
+        torch.testing.assert_close(torch.from_numpy(found), linear_recurrence_reference(*given))
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_the_gated_delta_rule_is_the_op_of_the_runtime(channels: int, tmp_path: Path):
+@pytest.mark.parametrize("name", ["gated_delta_rule", "gated_linear_attention"])
+def test_what_runs_from_a_state_is_the_op_of_the_runtime(
+    name: str, channels: int, tmp_path: Path
+) -> None:
+    from attnopt import ops
     from attnopt.backends.ort.linear import linear_kernel
 
-    call = torch.fx.Graph().call_function(torch.ops.attnopt.gated_delta_rule.default)
-    kernel = linear_kernel(call)
+    reference = getattr(ops, f"{name}_reference")
+    kernel = linear_kernel(torch.fx.Graph().call_function(getattr(ops, name)))
     assert kernel is not None
+    delta = name == "gated_delta_rule"
 
     class Rule(torch.nn.Module):
         def forward(self, *given: Tensor) -> Any:
             return kernel(*given)
 
     def drawn(tokens: int) -> tuple[Tensor, ...]:
-        q, k = torch.randn(2, tokens, 3, 4), torch.randn(2, tokens, 3, 4)
-        k, decay = torch.nn.functional.normalize(k, dim=-1), -torch.rand(2, tokens, 3, channels)
-        v, initial = torch.randn(2, tokens, 3, 5), torch.randn(2, 3, 4, 5)
-        return q, k, v, decay, torch.rand(2, tokens, 3), initial
+        # Heads of values share queries and keys where the rule has no heads of its own for these.
+        sizes = (2, tokens, 6 if delta else 2, 4)
+        q, k = torch.randn(sizes), torch.nn.functional.normalize(torch.randn(sizes), dim=-1)
+        v, decay = torch.randn(2, tokens, 6, 5), -torch.rand(2, tokens, 6, channels)
+        rates = (torch.rand(2, tokens, 6),) if delta else ()
+        return q, k, v, decay, *rates, torch.randn(2, 6, 4, 5)
 
     torch.manual_seed(0)
     axes = {1: torch.export.Dim("length")}
-    names = ["q", "k", "v", "decay", "beta", "initial"]
+    names = ["q", "k", "v", "decay", *(["beta"] if delta else []), "initial"]
     torch.onnx.export(
         Rule().eval(), drawn(6), tmp_path / "rule.onnx", dynamo=True, opset_version=21,
-        dynamic_shapes=((axes, axes, axes, axes, axes, None),), input_names=names, verbose=False,
+        dynamic_shapes=((*[axes] * (len(names) - 1), None),), input_names=names, verbose=False,
     )  # fmt: skip
     session = ort.InferenceSession(tmp_path / "rule.onnx", providers=["CPUExecutionProvider"])
     for tokens in (1, 9, 130):
         given = drawn(tokens)
         found = session.run(None, {n: x.numpy() for n, x in zip(names, given, strict=True)})
-        for got, want in zip(found, gated_delta_rule_reference(*given), strict=True):
+        for got, want in zip(found, reference(*given), strict=True):
             torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-5)
 
 

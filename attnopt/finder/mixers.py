@@ -10,7 +10,13 @@ from attnopt.finder.provenance import View
 from attnopt.nouns import NearMiss
 
 _WHY = "mixes tokens without a softmax (linear attention, a state space or a recurrence)"
-_RUNNING = ("cumsum", "linear_recurrence", "gated_delta_rule")
+_RUNNING = (
+    "cumsum",
+    "linear_recurrence",
+    "selective_scan",
+    "gated_linear_attention",
+    "gated_delta_rule",
+)
 _FOURIER = "mixes tokens by a Fourier transform"
 
 

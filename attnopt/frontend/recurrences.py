@@ -6,6 +6,7 @@ token the state is zeros, so one graph that always reads it computes what the so
 prefill and in a step of one token; after a prefill, it keeps the past of several tokens too.
 """
 
+import operator
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 from attnopt.ops.recurrence import linear_recurrence
+from attnopt.ops.selective import selective_scan
 
 _aten = torch.ops.aten
 _ZEROS = frozenset({_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default})
@@ -38,11 +40,13 @@ def _recurrence(node: fx.Node) -> fx.Node | None:
     """Return the recurrence whose last state a node is."""
     while _is_last(node) or _is_whole(node) or _is_same(node):
         node = node.all_input_nodes[0]
-    return node if node.target is linear_recurrence else None
+    return node if node.target in (linear_recurrence, selective_scan) else None
 
 
 def _is_last(node: fx.Node) -> bool:
-    return node.target is _aten.select.int and node.args[1:] == (1, -1)
+    """Say whether a node is the last of all states, or the second result, which that is."""
+    of_all = node.target is _aten.select.int and node.args[1:] == (1, -1)
+    return of_all or bool(node.target is operator.getitem and node.args[1] == 1)
 
 
 def _is_same(node: fx.Node) -> bool:
@@ -57,14 +61,14 @@ def _is_whole(node: fx.Node) -> bool:
 
 
 def _starts_from_zeros(recurrence: fx.Node, *, like: fx.Node) -> bool:
-    initial: Any = recurrence.args[2]
+    initial: Any = recurrence.args[-1]
     found, stored = initial.meta["val"], like.meta["val"]
     alike = found.dtype is stored.dtype and found.shape[1:] == stored.shape[1:]
     return initial.target in _ZEROS and alike
 
 
 def _start(recurrence: fx.Node, state: fx.Node) -> None:
-    decay, new, initial = recurrence.args
+    *given, initial = recurrence.args
     assert isinstance(initial, fx.Node)
     state.meta["val"] = initial.meta["val"]
-    recurrence.args = (decay, new, state)
+    recurrence.args = (*given, state)

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnopt.ops.delta import gated_delta_rule
+from attnopt.ops.gated import gated_linear_attention
 from attnopt.ops.recurrence import linear_recurrence
+from attnopt.ops.selective import selective_scan
 
 
 def _selective_scan(
@@ -25,19 +27,16 @@ def _selective_scan(
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run Mamba's scan: B batch, C channels, T tokens, N states of a channel."""
-    x_BTC = hidden_states.transpose(1, 2)
-    steps_BTC = _steps(dt, delta_bias, softplus=delta_softplus).transpose(1, 2)
-    decay_BTCN = torch.exp(A * steps_BTC.unsqueeze(-1))
-    new_BTCN = steps_BTC.unsqueeze(-1) * B.transpose(1, 2).unsqueeze(2).float()
-    new_BTCN = new_BTCN * x_BTC.unsqueeze(-1).float()
-    states_BTCN = linear_recurrence(decay_BTCN, new_BTCN, torch.zeros_like(new_BTCN[:, 0]))
-    read = torch.matmul(states_BTCN.to(hidden_states.dtype), C.transpose(1, 2).unsqueeze(-1))
-    result: Tensor = read.squeeze(-1).transpose(1, 2)
+    x_BCT, k_BTN, q_BTN = (y.float() for y in (hidden_states, B.transpose(1, 2), C.transpose(1, 2)))
+    steps_BCT = _steps(dt, delta_bias, softplus=delta_softplus).float()
+    before_BCN = x_BCT.new_zeros(*x_BCT.shape[:2], A.shape[-1])
+    read, last = selective_scan(x_BCT, steps_BCT, A.float(), k_BTN, q_BTN, before_BCN)
+    result: Tensor = read.to(hidden_states.dtype)
     if D is not None:
         result = result + hidden_states * D[None, :, None]
     if z is not None:
         result = result * functional.silu(z)
-    return (result, states_BTCN[:, -1]) if return_last_state else result
+    return (result, last) if return_last_state else result
 
 
 def _steps(dt: Tensor, bias: Tensor | None, *, softplus: bool) -> Tensor:
@@ -98,18 +97,51 @@ def _lightning(
     if attention_mask is not None:
         mixed = (mixed * attention_mask[:, :, None]).to(mixed.dtype)
     heads = mixed.unflatten(-1, (self.num_attention_heads, 3 * self.head_dim))
-    q_BTHD, k_BTHD, v_BTHE = heads.split(self.head_dim, dim=-1)
-    new_BTHDE = k_BTHD.unsqueeze(-1) * v_BTHE.unsqueeze(-2)
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    q_BTHD, k_BTHD, v_BTHE = heads.to(wide).split(self.head_dim, dim=-1)
     cache = past_key_values
     before = None if cache is None else cache.get_linear_cache(self.layer_idx)
-    before = torch.zeros_like(new_BTHDE[:, 0]) if before is None else before
-    decay = torch.exp(-self.slope_rate).to(new_BTHDE.dtype).expand_as(new_BTHDE)
-    states_BTHDE = linear_recurrence(decay, new_BTHDE, before)
-    read = torch.matmul(q_BTHD.unsqueeze(-2), states_BTHDE).squeeze(-2).flatten(2)
-    gated = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(read)
+    if before is None:
+        before = heads.new_zeros(len(heads), heads.shape[2], self.head_dim, self.head_dim)
+    decay_BTH1 = -self.slope_rate.flatten()[:, None].to(wide).expand(*heads.shape[:3], 1)
+    read, last = gated_linear_attention(q_BTHD, k_BTHD, v_BTHE, decay_BTH1, before.to(wide))
+    read, last = read.to(heads.dtype), last.to(heads.dtype)
+    gated = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(read.flatten(2))
     if cache is not None:
-        cache.set_linear_cache(self.layer_idx, states_BTHDE[:, -1])
-    return self.out_proj(gated), states_BTHDE[:, -1]
+        cache.set_linear_cache(self.layer_idx, last)
+    return self.out_proj(gated), last
+
+
+def _chunk_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **kwargs: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run Mamba 2's scan: H heads of P channels read the states (B, H, P, N) of their groups."""
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    dt = functional.softplus(dt) if dt_softplus else dt
+    # Most sources ask for what softplus gives.
+    dt = dt if dt_softplus and tuple(dt_limit) == (0, torch.inf) else dt.clamp(*dt_limit)
+    steps_BTH1 = dt.float().unsqueeze(-1)
+    x_BTHP = hidden_states.float()
+    decay_BTH1 = A.float()[:, None] * steps_BTH1
+    if initial_states is None:
+        initial_states = x_BTHP.new_zeros(len(x_BTHP), *x_BTHP.shape[2:], B.shape[-1])
+    before_BHNP = initial_states.float().transpose(-1, -2)
+    given = C.float(), B.float(), x_BTHP * steps_BTH1, decay_BTH1
+    read, last_BHNP = gated_linear_attention(*given, before_BHNP)
+    result = read if D is None else read + D[:, None] * x_BTHP
+    return (result, last_BHNP.transpose(-1, -2)) if return_final_states else result
 
 
 def _delta_rule(
@@ -144,6 +176,7 @@ SCANS: Final[Mapping[str, Callable[..., Any]]] = {
     "RecurrentGemmaRglru._rnn_scan": _rglru,
     "RecurrentGemmaRecurrentBlock.forward": _griffin_block,
     "MiniMaxLightningAttention.forward": _lightning,
+    "mamba2_chunk_scan": _chunk_scan,
     # One op takes one token and many.
     "torch_chunk_gated_delta_rule": _delta_rule,
     "torch_recurrent_gated_delta_rule": _delta_rule,

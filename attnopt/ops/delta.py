@@ -8,13 +8,10 @@ Axis letters: B batch, T tokens, H heads, N channels of keys, M channels of valu
 L tokens of a chunk. Decays are logarithms, (B, T, H, 1) or (B, T, H, N).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-CHUNK = 64
+from attnopt.ops.states import chunks, decays_between, register
 
 
 def gated_delta_rule_reference(
@@ -37,7 +34,7 @@ def gated_delta_rule_reference(
         read.append((state * q_BTHN[:, token].unsqueeze(-1)).sum(-2))
     if not read:
         return torch.zeros_like(v_BTHM), initial_BHNM.clone()
-    return torch.stack(read, 1), state
+    return torch.stack(read, 1), state.contiguous()
 
 
 def _computed(
@@ -59,11 +56,10 @@ def _by_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Solve each chunk for what it would write after zeros, then go from state to state."""
     tokens = q_BTHN.shape[1]
-    q, k, v = (_chunks(x) for x in (q_BTHN, k_BTHN, v_BTHM))
-    decay, beta = (_chunks(x.unsqueeze(-1)) for x in (decay_BTH, beta_BTH))
+    q, k, v = (chunks(x) for x in (q_BTHN, k_BTHN, v_BTHM))
+    decay, beta = (chunks(x.unsqueeze(-1)) for x in (decay_BTH, beta_BTH))
     sums = decay.cumsum(-2)
-    ahead = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    between = (sums - sums.transpose(-1, -2)).masked_fill(ahead, -torch.inf).exp()
+    between = decays_between(sums)
     products = k.transpose(-1, -2)
     # Its diagonal is not read: each token takes its own key as new.
     system = (beta * k) @ products * between
@@ -80,44 +76,9 @@ def _by_chunks(
         value = new[:, :, chunk] - known[:, :, chunk] @ state
         read.append(queries[:, :, chunk] @ state + within[:, :, chunk] @ value)
         state = faded[:, :, chunk] * state + keys[:, :, chunk] @ value
-    return torch.cat(read, 2)[:, :, :tokens].transpose(1, 2).contiguous(), state
+    return torch.cat(read, 2)[:, :, :tokens].transpose(1, 2).contiguous(), state.contiguous()
 
 
-def _chunks(x_BTHX: Tensor) -> Tensor:
-    """Return (B, H, C, L, X): the last chunk ends with zeros, which neither decay nor write."""
-    missing = -x_BTHX.shape[1] % CHUNK
-    padded = functional.pad(x_BTHX.transpose(1, 2), (0, 0, 0, missing))
-    chunks: Tensor = padded.unflatten(2, (-1, CHUNK))
-    return chunks
-
-
-def _shaped(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, initial: Tensor
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), initial.new_empty(initial.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, of_read: Tensor, of_state: Tensor) -> tuple[Tensor, ...]:
-    """Compute once more, with a record of it."""
-    given = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-    with torch.enable_grad():
-        made = _computed(*given)
-    found: Any = torch.autograd.grad(made, given, (of_read, of_state))
-    return tuple(found)
-
-
-_NAME = "attnopt::gated_delta_rule"
-_LIBRARY = torch.library.Library("attnopt", "FRAGMENT")
-_LIBRARY.define(
-    "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor initial)"
-    " -> (Tensor, Tensor)"
+gated_delta_rule = register(
+    "gated_delta_rule", ("q", "k", "v", "decay", "beta", "initial"), _computed, written="v"
 )
-_LIBRARY.impl("gated_delta_rule", _computed, "CompositeExplicitAutograd")
-torch.library.register_fake(_NAME, _shaped, lib=_LIBRARY)
-torch.library.register_autograd(_NAME, _gradients, setup_context=_save, lib=_LIBRARY)
-
-gated_delta_rule = torch.ops.attnopt.gated_delta_rule.default
