@@ -10,9 +10,12 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_aggregate
 
+from attnopt.frontend.convolutions import compute_what_is_read
 from attnopt.frontend.einsums import split_einsums
+from attnopt.frontend.views import lead_back
 
 _ASSERTS = frozenset(
     {
@@ -39,9 +42,12 @@ def clean(graph_module: fx.GraphModule) -> None:
     inline_regions(graph_module)
     drop_asserts(graph_module)
     drop_copies(graph_module)
+    lead_back(graph_module)
+    compute_what_is_read(graph_module)
     split_einsums(graph_module)
     name_dtypes(graph_module)
     name_sizes(graph_module)
+    count_parts(graph_module)
     read_sizes_from_inputs(graph_module)
     remove_dead(graph_module)
     graph_module.recompile()
@@ -100,6 +106,24 @@ def name_sizes(graph_module: fx.GraphModule) -> None:
         for axis, (size, known) in enumerate(zip(sizes, node.meta["val"].shape, strict=True)):
             if isinstance(size, int) and size == -1 and isinstance(known, int):
                 node.args = (source, [*sizes[:axis], known, *sizes[axis + 1 :]])
+
+
+def count_parts(graph_module: fx.GraphModule) -> None:
+    """Say the sizes of parts that are an input's: how many there are does not follow from them."""
+    graph = graph_module.graph
+    for target in (torch.ops.aten.split.Tensor, torch.ops.aten.chunk.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            source, axis = node.args[0], node.args[2] if len(node.args) > 2 else 0
+            parts = node.meta["val"]
+            whole, part = (x.shape[axis] for x in (source.meta["val"], parts[0]))
+            if isinstance(part, int) or not statically_known_true(whole == len(parts) * part):
+                continue
+            with graph.inserting_before(node):
+                read = graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
+                size = graph.call_function(operator.floordiv, (read, len(parts)))
+            read.meta["val"], size.meta["val"] = whole, part
+            node.target = torch.ops.aten.split_with_sizes.default
+            node.args = (source, [size] * len(parts), axis)
 
 
 def read_sizes_from_inputs(graph_module: fx.GraphModule) -> None:
