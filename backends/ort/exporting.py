@@ -24,9 +24,11 @@ from attnopt.backends.ort.files import save_together
 from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.norms import fuse_norms
 from attnopt.backends.ort.operators import Choice, Provider, Target
+from attnopt.backends.ort.packing import pack_products
 from attnopt.backends.ort.parity import CASES, RIGHT_PADDED, Parity, compare
 from attnopt.backends.ort.rotary import give_every_row_its_table
 from attnopt.backends.ort.rows import attend_in_rows
+from attnopt.backends.ort.shortening import shorten
 from attnopt.backends.ort.signature import (
     PlainSignature,
     Signature,
@@ -240,13 +242,23 @@ def _model(module: fx.GraphModule, signature: Signature, target: Target, name: s
     """Return the ONNX model of a graph."""
     with _quiet():
         made = _translated_somehow(module, signature, target.opset, name)
-    give_every_row_its_table(made.model)
-    fuse_norms(made.model)
-    if target.ep == "cpu":
-        attend_in_rows(made.model)
+    _optimize(made.model, target)
     _describe(made.model, signature)
     assert made.model.opset_imports[""] == target.opset
     return made.model
+
+
+def _optimize(model: Any, target: Target) -> None:
+    """Write less, and what ONNX Runtime runs best, in place."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    give_every_row_its_table(model)
+    shorten(model)
+    pack_products(model)
+    fuse_norms(model)
+    if target.ep == "cpu":
+        attend_in_rows(model)
+    RemoveUnusedNodesPass()(model)
 
 
 # A size depends on another one, or the exporter fails to say how it does.

@@ -10,22 +10,24 @@ Axis letters as in `attnopt.ops.attention`.
 
 from typing import Any
 
+from attnopt.backends.ort.editing import Editor, is_a, only_reader
+from attnopt.backends.ort.editing import sizes as sizes_of
+
 _SWAPPED = [0, 2, 1, 3]
 
 
 def attend_in_rows(model: Any) -> int:
     """Rewrite, in place, every attention whose operands and result allow it; return how many."""
     rows = _Rows(model)
-    return sum([rows.rewrite(n) for n in list(model.graph) if _is(n, "Attention")])
+    return sum([rows.rewrite(n) for n in list(model.graph) if is_a(n, "Attention")])
 
 
-class _Rows:
-    """Rewrites the attentions of one model, and makes each constant and mask once."""
+class _Rows(Editor):
+    """Rewrites the attentions of one model, and makes each mask once."""
 
     def __init__(self, model: Any) -> None:
-        self.graph = model.graph
-        self.made: dict[Any, Any] = {}
-        self.count = 0
+        super().__init__(model, "rows")
+        self.masks: dict[Any, Any] = {}
 
     def rewrite(self, node: Any) -> bool:
         """Rewrite an attention, or leave it where a part of it is not moved rows."""
@@ -37,7 +39,7 @@ class _Rows:
         (heads, _), (kv_heads, _), (_, width) = sizes
         rows = [self._rows(x, h * d, h) for x, (h, d) in zip(operands, sizes, strict=True)]
         attributes = {**node.attributes, "q_num_heads": heads, "kv_num_heads": kv_heads}
-        made = self._put(
+        made = self.put(
             node, "Attention", [*rows, *node.inputs[3:]], attributes, outputs=len(node.outputs)
         )
         made[0].type = node.outputs[0].type
@@ -45,30 +47,30 @@ class _Rows:
         made[0].shape = _shape([batch, tokens, heads * width])
         # States stay as they are: (B, H, T, D).
         for old, new in zip(node.outputs[1:], made[1:], strict=True):
-            self._replace(old, new)
+            self.replace(old, new)
         for reader in readers:
-            found = made[0] if _is(reader, "Transpose") else self._shown(reader, made[0])
-            last = reader if _is(reader, "Transpose") else _only(reader.outputs[0])
+            found = made[0] if is_a(reader, "Transpose") else self._shown(reader, made[0])
+            last = reader if is_a(reader, "Transpose") else only_reader(reader.outputs[0])
             self._give(last.outputs[0], found, heads, width)
-        self._drop(node)
+        self.drop(node)
         return True
 
     def _rows(self, moved: Any, width: int, heads: int) -> Any:
         """Return the rows (B, T, `width`) that were moved to (B, H, T, D)."""
         node = moved.producer()
-        if _is(node, "RotaryEmbedding"):
+        if is_a(node, "RotaryEmbedding"):
             x, *tables = node.inputs
             attributes = {**node.attributes, "num_heads": heads}
             operands = [self._rows(x, width, heads), *tables]
-            return self._typed(self._put(node, node.op_type, operands, attributes)[0], moved, width)
+            return self._typed(self.put(node, node.op_type, operands, attributes)[0], moved, width)
         before = node.inputs[0]
         source = before.producer()
-        if source is not None and _is(source, "Reshape"):
+        if source is not None and is_a(source, "Reshape"):
             rows, (batch, _, tokens, _) = source.inputs[0], moved.shape
             if _are(rows, [batch, tokens, width]):
                 return rows
-        shape = self._constant([0, 0, width])
-        return self._typed(self._put(node, "Reshape", [before, shape], {})[0], moved, width)
+        shape = self.constant([0, 0, width])
+        return self._typed(self.put(node, "Reshape", [before, shape], {})[0], moved, width)
 
     def _typed(self, made: Any, moved: Any, width: int) -> Any:
         batch, _, tokens, _ = moved.shape
@@ -78,11 +80,11 @@ class _Rows:
     def _shown(self, where: Any, rows: Any) -> Any:
         """Give the queries that see nothing zeros, in rows: Where(sees (B, 1, T, 1), rows, 0)."""
         sees, _, zeros = where.inputs
-        if sees not in self.made:
-            axes = self._constant([1])
-            self.made[sees] = self._put(where, "Squeeze", [sees, axes], {})[0]
-            self.made[sees].type = sees.type
-        found = self._put(where, "Where", [self.made[sees], rows, zeros], {})[0]
+        if sees not in self.masks:
+            axes = self.constant([1])
+            self.masks[sees] = self.put(where, "Squeeze", [sees, axes], {})[0]
+            self.masks[sees].type = sees.type
+        found = self.put(where, "Where", [self.masks[sees], rows, zeros], {})[0]
         found.type, found.shape = rows.type, rows.shape
         return found
 
@@ -91,66 +93,14 @@ class _Rows:
         batch, tokens = rows.shape[:2]
         for node in [use.node for use in result.uses()]:
             out = node.outputs[0]
-            if _is(node, "Reshape") and _are(out, [batch, tokens, heads * width]):
-                self._replace(out, rows)
-                self._drop(node)
+            if is_a(node, "Reshape") and _are(out, [batch, tokens, heads * width]):
+                self.replace(out, rows)
+                self.drop(node)
         if result.uses() or result.is_graph_output():
-            shape = self._constant([0, 0, heads, width])
-            whole = self._put(result.producer(), "Reshape", [rows, shape], {})[0]
-            self._replace(result, whole)
-            self._drop(result.producer())
-
-    # --- the graph
-
-    def _put(
-        self,
-        before: Any,
-        kind: str,
-        inputs: list[Any],
-        attributes: dict[str, Any],
-        outputs: int = 1,
-    ) -> list[Any]:
-        import onnx_ir as ir
-
-        made = ir.node(kind, inputs, attributes=attributes, num_outputs=outputs)
-        for value in made.outputs:
-            value.name = f"rows_{self.count}"
-            self.count += 1
-        self.graph.insert_before(before, made)
-        return list(made.outputs)
-
-    def _constant(self, numbers: list[int]) -> Any:
-        import onnx_ir as ir
-
-        key = tuple(numbers)
-        if key not in self.made:
-            name = f"rows_sizes_{len(self.made)}"
-            value = ir.Value(name=name, const_value=ir.tensor(numbers, ir.DataType.INT64, name))
-            value.type, value.shape = ir.TensorType(ir.DataType.INT64), _shape([len(numbers)])
-            self.graph.register_initializer(value)
-            self.made[key] = value
-        return self.made[key]
-
-    def _replace(self, old: Any, new: Any) -> None:
-        if old.is_graph_output():
-            self.graph.outputs[list(self.graph.outputs).index(old)] = new
-            name, old.name = old.name, f"{old.name}_before"
-            new.name = name
-        new.type, new.shape = old.type, old.shape
-        old.replace_all_uses_with(new)
-
-    def _drop(self, node: Any) -> None:
-        """Remove a node that nobody reads, and what only it read."""
-        if node.graph is None or any(x.uses() or x.is_graph_output() for x in node.outputs):
-            return
-        before = [x.producer() for x in node.inputs if x is not None and x.producer() is not None]
-        self.graph.remove(node, safe=True)
-        for other in dict.fromkeys(before):
-            self._drop(other)
-
-
-def _is(node: Any, kind: str) -> bool:
-    return node is not None and node.op_type == kind and not node.domain
+            shape = self.constant([0, 0, heads, width])
+            whole = self.put(result.producer(), "Reshape", [rows, shape], {})[0]
+            self.replace(result, whole)
+            self.drop(result.producer())
 
 
 def _shape(sizes: list[Any]) -> Any:
@@ -159,12 +109,9 @@ def _shape(sizes: list[Any]) -> Any:
     return ir.Shape(sizes)
 
 
-def _are(rows: Any, sizes: list[Any]) -> bool:
+def _are(rows: Any, wanted: list[Any]) -> bool:
     """Tell whether a value has these sizes, all of them known: rows may be cut into others."""
-    if rows.shape is None or len(rows.shape) != len(sizes):
-        return False
-    known = all(isinstance(x, int) or x.value is not None for x in sizes)
-    return known and list(rows.shape) == sizes
+    return sizes_of(rows) == wanted
 
 
 def _heads(value: Any) -> tuple[int, int] | None:
@@ -178,14 +125,14 @@ def _heads(value: Any) -> tuple[int, int] | None:
 def _is_moved(value: Any) -> bool:
     """Tell whether a value (B, H, T, D) is (B, T, H, D) with its heads moved, turned or not."""
     node = value.producer()
-    if _is(node, "RotaryEmbedding"):
+    if is_a(node, "RotaryEmbedding"):
         alone = len(value.uses()) == 1 and len(node.inputs) == 3
         return alone and _heads(node.inputs[0]) == _heads(value) and _is_moved(node.inputs[0])
     return _is_swap(node)
 
 
 def _is_swap(node: Any) -> bool:
-    if not _is(node, "Transpose"):
+    if not is_a(node, "Transpose"):
         return False
     return list(node.attributes["perm"].as_ints()) == _SWAPPED
 
@@ -196,15 +143,13 @@ def _readers(value: Any) -> list[Any]:
         return []
     readers = [use.node for use in value.uses()]
     for node in readers:
-        hides = _is(node, "Where") and node.inputs[1] is value and _is_swap(_only(node.outputs[0]))
+        hides = (
+            is_a(node, "Where")
+            and node.inputs[1] is value
+            and _is_swap(only_reader(node.outputs[0]))
+        )
         sees = node.inputs[0].shape if hides else None
         by_query = sees is not None and len(sees) == 4 and sees[1] == 1 and sees[3] == 1
         if not _is_swap(node) and not (hides and by_query and not len(node.inputs[2].shape or ())):
             return []
     return readers
-
-
-def _only(value: Any) -> Any:
-    """Return the one node that reads a value."""
-    uses = value.uses()
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
