@@ -13,9 +13,9 @@ def linear_recurrence_reference(decay: Tensor, new: Tensor, initial: Tensor) -> 
     """Return all states (B, T, ...) from decays and new terms (B, T, ...) and a state (B, ...)."""
     state = initial
     states = torch.empty_like(new)
-    for token, (factor, term) in enumerate(zip(decay.unbind(1), new.unbind(1), strict=True)):
-        state = factor * state + term
-        states[:, token] = state
+    tokens = zip(decay.unbind(1), new.unbind(1), states.unbind(1), strict=True)
+    for factor, term, following in tokens:
+        state = torch.addcmul(term, factor, state, out=following)
     return states
 
 

@@ -37,7 +37,8 @@ def _computed(
     if x.shape[2] <= 1:
         return selective_scan_reference(x, steps, rates, k, q, initial)
     state, read = initial, []
-    written_BTC, steps_BTC = (z.transpose(1, 2) for z in (steps * x, steps))
+    written_BTC, steps_BTC = (z.transpose(1, 2).contiguous() for z in (steps * x, steps))
+    k, q = k.contiguous(), q.contiguous()
     for start in range(0, x.shape[2], CHUNK):
         now = slice(start, start + CHUNK)
         decay_BTCN = torch.exp(rates * steps_BTC[:, now, :, None])
