@@ -53,6 +53,15 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], Tensor], list[str] | 
     "sorted, first axis": (
         lambda x: torch.sort(x, dim=0, stable=True, descending=True)[1], whole, None,
     ),
+    "groups normed": (
+        lambda x: torch.nn.functional.group_norm(torch.stack([x, x.cos(), x.sin()], -1), 3),
+        around,
+        ["Cos", "Sin", "Unsqueeze", "Unsqueeze", "Unsqueeze", "Concat", "Reshape",
+         "InstanceNormalization", "Reshape"],
+    ),
+    "groups normed, any size": (
+        lambda x: torch.nn.functional.group_norm(x.reshape(1, 3, -1), 3), around, None,
+    ),
     "split": (lambda x: torch.split(x, [1, 2], dim=1)[1] * 1.0, around, None),
     "split by a size": (
         lambda x: aten.split_with_sizes(torch.cat([x, -x]), [x.shape[0]] * 2)[1], around, None,

@@ -104,23 +104,20 @@ def _size_of(value: Any) -> Any:
 
 
 def _shape(editor: Editor, node: Any) -> bool:
-    """Read a size from an input of the model, so that all who ask for it share the answer."""
+    """Read a size from the first input that has it, so that all who ask share the answer."""
     size = _size_of(node.outputs[0])
     if size is None or isinstance(size, int) or size.value is None:
         return False
-    for given in editor.graph.inputs:
-        sizes_of_given = list(given.shape or ())
-        if size in sizes_of_given and given is not node.inputs[0]:
-            axis = sizes_of_given.index(size)
-            (found,) = editor.put(
-                editor.graph[0], "Shape", [given], {"start": axis, "end": axis + 1}
-            )
-            editor.replace(node.outputs[0], found)
-            editor.drop(node)
-            return True
-        if size in sizes_of_given:
-            return False
-    return False
+    inputs = editor.graph.inputs
+    given = next((x for x in inputs if x.shape is not None and size in list(x.shape)), None)
+    if given is None or given is node.inputs[0]:
+        return False
+    axis = list(given.shape).index(size)
+    where = {"start": axis, "end": axis + 1}
+    (found,) = editor.put(editor.graph[0], "Shape", [given], where)
+    editor.replace(node.outputs[0], found)
+    editor.drop(node)
+    return True
 
 
 def _same(size: Any, other: Any) -> bool:

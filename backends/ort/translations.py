@@ -161,7 +161,9 @@ def _group_norm(
     )
     groups = op.Reshape(self, op.Constant(value_ints=[0, num_groups, -1]))
     found = op.InstanceNormalization(groups, ones, zeros, epsilon=eps)
-    found = op.Reshape(found, op.Shape(self))
+    rest = list(self.shape)[1:]
+    known = all(isinstance(size, int) for size in rest)
+    found = op.Reshape(found, op.Constant(value_ints=[0, *rest]) if known else op.Shape(self))
     along = op.Constant(value_ints=[-1, *[1] * (len(self.shape) - 2)])
     if weight is not None:
         found = op.Mul(found, op.Reshape(weight, along))
