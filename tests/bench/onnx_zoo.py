@@ -9,13 +9,15 @@ it, other models in one call, padding included, with one thread, each in a proce
 Everyone is compared with the stock model first: a rival that is wrong, cannot export, or cannot run
 its own file is told and outruns nobody. The models are tiny, so that this weighs what is done
 beside the arithmetic; onnx_speed.py times larger ones. Where the arrays of a process lie decides
-by some percent: where a ratio is that close to one, more processes are asked, with the files
-opened in another order, and all rounds count. Files stay on the shelf, and rows are written as they
-come. Exit status 1 where our result differs, or where the interval of the speedup over a rival ends
-below 1, unless ONNX Runtime makes the same graph of both files: then both run the same code.
+by some percent, and the names of a file's values decide that: each process renames them. Where a
+ratio is that close to one, more processes are asked, with the files opened in another order, and
+all rounds count. Files stay on the shelf, and rows are written as they come. Exit status 1 where
+our result differs, or where the interval of the speedup over a rival ends below 1, unless ONNX
+Runtime makes the same graph of both files: then both run the same code.
 """
 
 import argparse
+import hashlib
 import inspect
 import json
 import shutil
@@ -114,23 +116,37 @@ def rivals() -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------ the calls
 
 
+def opened(path: Path, turn: int) -> onnxruntime.InferenceSession:
+    """Open a file whose values have names of this turn; those of inputs and outputs stay."""
+    import onnx
+
+    model = onnx.load(path)
+    prefix = hashlib.sha256(f"{turn}".encode()).hexdigest()[:8]
+    model = onnx.compose.add_prefix(
+        model, prefix, rename_inputs=False, rename_outputs=False, rename_functions=False
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    content = model.SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 class File:
     """The sessions of one exporter, by stage, and what they are fed."""
 
-    def __init__(self, folder: Path, who: str, name: str) -> None:
-        import onnx_speed
-
+    def __init__(self, folder: Path, who: str, name: str, turn: int) -> None:
         found = sorted(folder.rglob("*.onnx"))
         if who == "attnopt":
             # Of an encoder-decoder's two files, one makes a whole call.
             file = next((p for p in found if p.stem == "encode"), found[0])
             stages = ("prefill", "decode") if generates(name) else ("whole",)
-            self.sessions = dict.fromkeys(stages, onnx_speed.opened(file, threads=1))
+            self.sessions = dict.fromkeys(stages, opened(file, turn))
         elif generates(name):
-            self.sessions = {p.stem: onnx_speed.opened(p, threads=1) for p in found}
+            self.sessions = {p.stem: opened(p, turn) for p in found}
         else:
             (only,) = found
-            self.sessions = {"whole": onnx_speed.opened(only, threads=1)}
+            self.sessions = {"whole": opened(only, turn)}
 
     def run(self, stage: str, given: Feeds) -> dict[str, Any]:
         """Run a stage and name its results."""
@@ -242,7 +258,7 @@ def measure(name: str, shelf: Path, most: int, turn: int) -> list[Row]:
             continue
         # A rival's file may not open, or not run: that is told, and ours must do both.
         try:
-            file = File(shelf / name / who, who, name)
+            file = File(shelf / name / who, who, name, turn)
             for stage, given in calls(file, name, call, window):
                 wrong[stage][who] = difference(file.run(stage, given), want[stage], call)
                 runs[stage][who] = lambda f=file, s=stage, g=given: f.run(s, g)
@@ -303,8 +319,6 @@ def gain(who: str, seconds: list[dict[str, list[float]]]) -> Interval:
 
 def graph_of(file: Path) -> list[Any]:
     """Return what ONNX Runtime makes of a file: its nodes, with values by number or content."""
-    import hashlib
-
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
