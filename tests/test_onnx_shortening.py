@@ -159,3 +159,12 @@ def test_products_of_one_value_are_one(text: str, kinds: list[str]) -> None:
 def test_products_that_gain_nothing_or_share_a_weight_stay(text: str) -> None:
     kinds = [n.op_type for n in parsed(text).graph.node]
     assert changed(text, pack_products) == (0, kinds)
+
+
+def test_names_that_a_model_has_are_not_taken_again() -> None:
+    text = LOOKED_UP.replace(" u", " short_0").replace("(x, u", "(x, short_0")
+    text = text.replace("(float[b,t,8] x,", "(float[b,t,8] packed_0,").replace("(x,", "(packed_0,")
+    assert changed(text, shorten) == (1, ["Gather"])
+    text = BIASED.replace("m1", "packed_0").replace("a0", "packed_constant_0")
+    kinds = ["MatMul", "Add", "Split", "Tanh", "Tanh", "Tanh"]
+    assert changed(text, pack_products) == (3, kinds)

@@ -4,7 +4,9 @@ Passes work in place on onnx_ir's model. What they make is in the standard domai
 elsewhere, too.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 _MOST: Final = 8
@@ -18,7 +20,8 @@ class Editor:
         self.graph = model.graph
         self.prefix = prefix
         self._constants: dict[Any, Any] = {}
-        self._count = 0
+        self._taken = _names(model.graph)
+        self._numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
     def put(
         self,
@@ -34,8 +37,7 @@ class Editor:
 
         made = ir.node(kind, inputs, attributes=attributes, num_outputs=outputs)
         for value in made.outputs:
-            value.name = f"{self.prefix}_{self._count}"
-            self._count += 1
+            value.name = self._free(self.prefix)
         self.graph.insert_before(before, made)
         return list(made.outputs)
 
@@ -47,13 +49,18 @@ class Editor:
         array = np.asarray(content)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            name = f"{self.prefix}_constant_{len(self._constants)}"
+            name = self._free(f"{self.prefix}_constant")
             tensor = ir.tensor(array, name=name)
             value = ir.Value(name=name, const_value=tensor)
             value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
             self.graph.register_initializer(value)
             self._constants[key] = value
         return self._constants[key]
+
+    def _free(self, kind: str) -> str:
+        """Return the next name of a kind that no value of the model has."""
+        numbered = (f"{kind}_{n}" for n in self._numbers[kind])
+        return next(name for name in numbered if name not in self._taken)
 
     def replace(self, old: Any, new: Any) -> None:
         """Let a new value be read instead of an old one, under its name where it is a result."""
@@ -72,6 +79,16 @@ class Editor:
         self.graph.remove(node, safe=True)
         for other in dict.fromkeys(before):
             self.drop(other)
+
+
+def _names(graph: Any) -> set[str | None]:
+    """Return the names of all values, those within branches and loops among them."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    found = {x.name for x in (*graph.inputs, *graph.initializers.values())}
+    for node in RecursiveGraphIterator(graph):
+        found |= {x.name for x in node.outputs}
+    return found
 
 
 def is_a(node: Any, kind: str) -> bool:
