@@ -58,3 +58,17 @@ def test_a_step_of_zero_leaves_the_state_as_it_is() -> None:
     read, last = selective_scan(x, torch.zeros_like(steps), rates, k, q, initial)
     torch.testing.assert_close(last, initial)
     torch.testing.assert_close(read, torch.einsum("bcn,btn->bct", initial, q))
+
+
+def test_a_model_in_doubles_is_captured_as_it_computes() -> None:
+    from attnopt.frontend.scans import _selective_scan
+
+    x, steps, rates, k, q, _ = drawn(9)
+    read, last = _selective_scan(
+        x, steps, rates, k.mT, q.mT, delta_softplus=False, return_last_state=True
+    )
+    assert read.dtype is last.dtype is torch.float64
+    initial = torch.zeros(B, C, N, dtype=torch.float64)
+    rounded = (x.float().double(), steps, rates, k.float().double(), q, initial)
+    for found, want in zip((read, last), selective_scan_reference(*rounded), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)

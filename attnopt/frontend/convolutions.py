@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from attnopt.frontend.views import part_of
+
 aten = torch.ops.aten
 _ELEMENTWISE: Final = frozenset(
     {
@@ -81,15 +83,14 @@ def _is_head(node: Any, length: Any) -> bool:
 def _is_tail(node: Any) -> bool:
     """Tell whether a slice of the last axis has all to the end."""
     found = _slice(node)
-    return found is not None and (found[1] is None or found[1] == sys.maxsize)
+    return found is not None and isinstance(found[1], int) and found[1] == sys.maxsize
 
 
 def _slice(node: Any) -> tuple[Any, Any] | None:
     """Return start and end of a slice of the last axis without steps."""
     if node is None or node.target is not aten.slice.Tensor:
         return None
-    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
-    _, axis, start, end, step = node.args + defaults[len(node.args) :]
+    axis, start, end, step = part_of(node.args[1:])
     return (start, end) if axis in (-1, node.meta["val"].dim() - 1) and step == 1 else None
 
 

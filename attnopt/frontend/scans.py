@@ -27,10 +27,13 @@ def _selective_scan(
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run Mamba's scan: B batch, C channels, T tokens, N states of a channel."""
-    x_BCT, k_BTN, q_BTN = (y.float() for y in (hidden_states, B.transpose(1, 2), C.transpose(1, 2)))
-    steps_BCT = _steps(dt, delta_bias, softplus=delta_softplus).float()
-    before_BCN = x_BCT.new_zeros(*x_BCT.shape[:2], A.shape[-1])
-    read, last = selective_scan(x_BCT, steps_BCT, A.float(), k_BTN, q_BTN, before_BCN)
+    # The source rounds these two also where a model is in doubles.
+    x_BCT, k_BTN = hidden_states.float(), B.transpose(1, 2).float()
+    steps_BCT = _steps(dt, delta_bias, softplus=delta_softplus)
+    wide = torch.promote_types(steps_BCT.dtype, torch.float32)
+    given = (x.to(wide) for x in (x_BCT, steps_BCT, A, k_BTN, C.transpose(1, 2)))
+    before_BCN = x_BCT.new_zeros(*x_BCT.shape[:2], A.shape[-1], dtype=wide)
+    read, last = selective_scan(*given, before_BCN)
     result: Tensor = read.to(hidden_states.dtype)
     if D is not None:
         result = result + hidden_states * D[None, :, None]

@@ -31,12 +31,12 @@ def _what_it_is(node: fx.Node) -> fx.Node | None:
     source: Any = given[0] if given else None
     found: fx.Node | None = None
     if node.target is aten.slice.Tensor:
-        where = _where(given[1:])
+        where = part_of(given[1:])
         if _is_everything(where):
             found = source
-        elif source.target is aten.slice_scatter.default and _where(source.args[2:]) == where:
+        elif source.target is aten.slice_scatter.default and part_of(source.args[2:]) == where:
             found = source.args[1]
-    elif node.target is aten.slice_scatter.default and _is_everything(_where(given[2:])):
+    elif node.target is aten.slice_scatter.default and _is_everything(part_of(given[2:])):
         found = given[1]
     elif node.target in _RESHAPES:
         while source.target in _RESHAPES and not _alike(source, node):
@@ -45,7 +45,7 @@ def _what_it_is(node: fx.Node) -> fx.Node | None:
     return found
 
 
-def _where(given: tuple[Any, ...]) -> tuple[Any, ...]:
+def part_of(given: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return axis, start, end and step of a slice."""
     defaults: tuple[Any, ...] = (0, None, None, 1)
     axis, start, end, step = given + defaults[len(given) :]

@@ -4,6 +4,7 @@ GatherND(x, Unsqueeze(i, -1)) -> Gather(x, i, axis 0)
 Reshape(x, Concat(Shape(x)[0], Shape(x)[1], 4, 8)) -> Reshape(x, [0, 0, 4, 8])
 Reshape(x, the sizes of x) -> x
 Attention(q * c, k, v, scale s) -> Attention(q, k, v, scale c s)
+Shape(x)[1] -> Shape(input)[1], where both are one size
 """
 
 from typing import Any, Final

@@ -292,7 +292,7 @@ def row_of(parts: list[Row]) -> Row:
     if not pooled:
         return {**first, "speedup": {}, "passed": True}
     timing = Timing(pooled)
-    gains = {who: gain(who, seconds) for who in pooled if who != "attnopt"}
+    gains = {who: speedup(who, seconds) for who in pooled if who != "attnopt"}
     return {
         **first,
         "milliseconds": {who: round(1e3 * timing.median(who), 4) for who in pooled},
@@ -303,7 +303,7 @@ def row_of(parts: list[Row]) -> Row:
     }
 
 
-def gain(who: str, seconds: list[dict[str, list[float]]]) -> Interval:
+def speedup(who: str, seconds: list[dict[str, list[float]]]) -> Interval:
     """Return our speedup over a rival: of one process, or from resampling processes and rounds."""
     each = [np.asarray(x[who]) / np.asarray(x["attnopt"]) for x in seconds]
     if len(each) == 1:
