@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 ir = pytest.importorskip("onnx_ir", reason="the extra `onnx` is not installed")
-ort = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+from onnx_running import computed  # noqa: E402
 
 from attnopt.backends.ort.norms import fuse_norms  # noqa: E402
 
@@ -76,12 +78,7 @@ ALONG_TOKENS = [
 def run(made: Any) -> list[NDArray[Any]]:
     chance = np.random.default_rng(0)
     given = {n: chance.standard_normal((2, 5, 8)).astype(np.float32) for n in "ab"}
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(
-        made.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return list(session.run(None, given))
+    return computed(made, given)
 
 
 @pytest.mark.parametrize(

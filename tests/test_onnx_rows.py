@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 ir = pytest.importorskip("onnx_ir", reason="the extra `onnx` is not installed")
-ort = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+from onnx_running import computed  # noqa: E402
 
 from attnopt.backends.ort.rows import attend_in_rows  # noqa: E402
 
@@ -164,15 +166,6 @@ def fed(graph: Graph) -> dict[str, NDArray[Any]]:
     return found
 
 
-def run(model: Any, given: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return list(session.run(None, given))
-
-
 @pytest.mark.parametrize(
     ("make", "kinds"),
     [
@@ -186,14 +179,14 @@ def run(model: Any, given: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
 def test_attention_on_rows_computes_the_same(make: Any, kinds: list[str]) -> None:
     graph = make()
     given = fed(graph)
-    want = run(graph.model(), given)
+    want = computed(graph.model(), given)
     model = ir.serde.deserialize_model(graph.model())
     assert attend_in_rows(model) == 1
     after = ir.serde.serialize_model(model)
     onnx.checker.check_model(after, full_check=True)
     assert sorted(n.op_type for n in after.graph.node) == kinds
     assert [o.name for o in after.graph.output] == list(graph.outputs)
-    for got, expected in zip(run(after, given), want, strict=True):
+    for got, expected in zip(computed(after, given), want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 ir = pytest.importorskip("onnx_ir", reason="the extra `onnx` is not installed")
-ort = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+from onnx_running import computed  # noqa: E402
 
 from attnopt.backends.ort.packing import pack_products  # noqa: E402
 from attnopt.backends.ort.shortening import shorten  # noqa: E402
@@ -63,11 +65,7 @@ def run(model: Any) -> list[NDArray[Any]]:
         shape = [d.dim_value or SIZES[d.dim_param] for d in value.type.tensor_type.shape.dim]
         found: Any = chance.standard_normal(shape).astype(np.float32)
         given[value.name] = chance.integers(0, 2, shape) if value.name in INTEGERS else found
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    content = model.SerializeToString()
-    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, given))
+    return computed(model, given)
 
 
 def changed(text: str, change: Any) -> tuple[int, list[str]]:
