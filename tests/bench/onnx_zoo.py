@@ -116,15 +116,31 @@ def rivals() -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------ the calls
 
 
+def rename(graph: Any, names: dict[str, str]) -> None:
+    """Give the values of a graph other names, within its branches and loops, too."""
+    for constant in graph.initializer:
+        constant.name = names.get(constant.name, constant.name)
+    for node in graph.node:
+        node.input[:] = [names.get(x, x) for x in node.input]
+        node.output[:] = [names.get(x, x) for x in node.output]
+        for part in node.attribute:
+            if part.HasField("g"):
+                rename(part.g, names)
+
+
 def opened(path: Path, turn: int) -> onnxruntime.InferenceSession:
     """Open a file whose values have names of this turn; those of inputs and outputs stay."""
     import onnx
 
     model = onnx.load(path)
+    del model.graph.value_info[:]
+    kept = {x.name for x in (*model.graph.input, *model.graph.output)}
     prefix = hashlib.sha256(f"{turn}".encode()).hexdigest()[:8]
-    model = onnx.compose.add_prefix(
-        model, prefix, rename_inputs=False, rename_outputs=False, rename_functions=False
-    )
+    own = [
+        *(x.name for x in model.graph.initializer),
+        *(x for n in model.graph.node for x in n.output),
+    ]
+    rename(model.graph, {x: f"{prefix}{x}" for x in own if x and x not in kept})
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
