@@ -118,8 +118,8 @@ def rivals() -> tuple[str, ...]:
 
 def rename(graph: Any, names: dict[str, str]) -> None:
     """Give the values of a graph other names, within its branches and loops, too."""
-    for constant in graph.initializer:
-        constant.name = names.get(constant.name, constant.name)
+    for value in (*graph.initializer, *graph.value_info):
+        value.name = names.get(value.name, value.name)
     for node in graph.node:
         node.input[:] = [names.get(x, x) for x in node.input]
         node.output[:] = [names.get(x, x) for x in node.output]
@@ -133,7 +133,6 @@ def opened(path: Path, turn: int) -> onnxruntime.InferenceSession:
     import onnx
 
     model = onnx.load(path)
-    del model.graph.value_info[:]
     kept = {x.name for x in (*model.graph.input, *model.graph.output)}
     prefix = hashlib.sha256(f"{turn}".encode()).hexdigest()[:8]
     own = [
