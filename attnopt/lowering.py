@@ -15,6 +15,7 @@ from attnopt.frontend.cleanup import at_device
 from attnopt.graphs import copied_module
 from attnopt.inlining import drop_idle, split_paddings
 from attnopt.program import CallForm, Program
+from attnopt.settling import settle
 
 WEIGHTS = ("parameter", "buffer", "constant")
 
@@ -158,6 +159,7 @@ class Ready:
         program = retargeted(program, dtype, device)
         graph_module = program.graph_module
         making, names = split_paddings(graph_module)
+        settle(graph_module, _constants(program, module, device))
         _drop_unread(graph_module)
         placeholders = [n.name for n in graph_module.graph.find_nodes(op="placeholder")]
         reads = tuple(_reader(name, program, module) for name in placeholders)
@@ -196,6 +198,16 @@ def retargeted(program: Program, dtype: torch.dtype, device: torch.device) -> Pr
     states = tuple(replace(s, dtype=dtype if s.dtype == own else s.dtype) for s in program.states)
     changed = replace(program, graph_module=graph_module, grown=None)
     return changed.with_states(states) if states else changed
+
+
+def _constants(
+    program: Program, module: nn.Module | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the values of the placeholders that are no weights, and no input of a call."""
+    bindings = {n: b for n, b in program.bindings.items() if b.kind == "constant"}
+    if module is not None:
+        return {name: _reader(name, program, module)({}) for name in bindings}
+    return {name: program.weights[b.name].to(device) for name, b in bindings.items()}
 
 
 def _captured_dtype(program: Program) -> torch.dtype | None:

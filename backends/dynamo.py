@@ -31,6 +31,7 @@ from attnopt.inlining import inline_attention
 from attnopt.nouns import Choice, NearMiss, No, Plan, Site
 from attnopt.program import Binding, BindingKind, CallForm, Program
 from attnopt.rewriting import rewrite_exactly
+from attnopt.settling import settle
 
 _PROOF_ELEMENTS = 2**27
 
@@ -118,6 +119,7 @@ def compile_graph(
     constants_as_attributes(
         result, {n: t for n, t in program.weights.items() if kinds.get(n) == "constant"}
     )
+    settle(result)
     put_back_writes(result, () if isinstance(written, No) else written)
     _take_over(graph_module, result)
     return inner(result, list(example_inputs), **others)

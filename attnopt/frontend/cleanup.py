@@ -15,7 +15,9 @@ from torch.fx.node import map_aggregate
 
 from attnopt.frontend.convolutions import compute_what_is_read
 from attnopt.frontend.einsums import split_einsums
+from attnopt.frontend.resizes import resize_what_changes
 from attnopt.frontend.views import lead_back
+from attnopt.graphs import is_write, schema_of
 
 _ASSERTS = frozenset(
     {
@@ -45,6 +47,7 @@ def clean(graph_module: fx.GraphModule) -> None:
     lead_back(graph_module)
     compute_what_is_read(graph_module)
     split_einsums(graph_module)
+    resize_what_changes(graph_module)
     name_dtypes(graph_module)
     name_sizes(graph_module)
     count_parts(graph_module)
@@ -271,16 +274,6 @@ def _mutates(graph_module: fx.GraphModule) -> bool:
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
     )
-
-
-def schema_of(target: OpOverload[Any, Any]) -> Any:
-    """Return the schema of an op, which torch keeps in an attribute of its own."""
-    return vars(target)["_schema"]
-
-
-def is_write(node: fx.Node) -> bool:
-    """Tell whether a node changes a tensor in place."""
-    return isinstance(node.target, OpOverload) and bool(schema_of(node.target).is_mutable)
 
 
 def _base_name(target: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from attnopt.frontend.cleanup import drop_asserts, remove_dead
 from attnopt.frontend.einsums import split_einsums
+from attnopt.frontend.resizes import resize_what_changes
 
 aten = torch.ops.aten
 
@@ -29,6 +30,7 @@ def normalize(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     """Clean a graph and make its constants inputs, in place; return the constants by name."""
     drop_asserts(graph_module)
     split_einsums(graph_module)
+    resize_what_changes(graph_module)
     for node in list(graph_module.graph.nodes):
         if node.target in _PASSED_ON:
             node.replace_all_uses_with(node.args[0])
@@ -85,17 +87,27 @@ def _is_size(x: Any) -> bool:
 
 
 def constants_as_attributes(graph_module: fx.GraphModule, constants: dict[str, Tensor]) -> None:
-    """Undo what `normalize` did to constants, in place."""
-    for node in graph_module.graph.find_nodes(op="placeholder"):
+    """Undo what `normalize` did to constants, in place: a single number is made where it is read.
+
+    A compiler computes with such a number, and would take an attribute as one more input.
+    """
+    graph = graph_module.graph
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in graph.find_nodes(op="placeholder"):
         if node.name not in constants:
             continue
-        name = f"constant_{node.name}"
-        graph_module.register_buffer(name, constants[node.name], persistent=False)
-        with graph_module.graph.inserting_before(node):
-            made = graph_module.graph.get_attr(name)
+        value = constants[node.name]
+        with graph.inserting_before(first):
+            if value.dim() == 0:
+                kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+                made = graph.call_function(aten.full.default, ([], value.item()), kind)
+            else:
+                name = f"constant_{node.name}"
+                graph_module.register_buffer(name, value, persistent=False)
+                made = graph.get_attr(name)
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
-        graph_module.graph.erase_node(node)
+        graph.erase_node(node)
     graph_module.recompile()
 
 

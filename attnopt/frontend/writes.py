@@ -8,7 +8,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from attnopt.frontend.cleanup import is_write, remove_dead, schema_of
+from attnopt.frontend.cleanup import remove_dead
+from attnopt.graphs import is_write, schema_of
 from attnopt.nouns import No
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from attnopt.finder.ops import hint, module_path
-from attnopt.frontend.cleanup import schema_of
+from attnopt.graphs import schema_of
 from attnopt.stored.expressions import read_expression, symbols_in, write_expression
 
 _SPACES: Final = ("aten", "attnopt")
