@@ -149,7 +149,20 @@ def decode_alone(case: Case, way: Way) -> None:
 
 def check_compiled(case: Case) -> Facts:
     """Compile the model: every attention is rewritten, and it is as exact as the stock one."""
-    return in_a_way(case, lambda way: compiled_facts(case, way), call_alone)
+    try:
+        return in_a_way(case, lambda way: compiled_facts(case, way), call_alone)
+    except LimitError as limit:
+        raise LimitError(f"{limit}; {lowered_instead(case)}") from limit
+
+
+def lowered_instead(case: Case) -> str:
+    """Compile what attnopt captured of a source that dynamo cannot read, and compare."""
+    stock = replace(case.another(), task="base")
+    lowered = attnopt.lower(case.program, "inductor")
+    verdict = zoo_parity.parity(stock, {"lowered": lowered})["lowered"]
+    if not verdict.passed:
+        raise DiffersError(f"lowered to inductor, it is not as exact as the stock model: {verdict}")
+    return f"lowered to inductor, it is as exact as the stock model: {verdict}"
 
 
 def compiled_facts(case: Case, way: Way) -> Facts:

@@ -45,6 +45,7 @@ class WritesUnderneath(nn.Module):
 def test_writes_into_a_tensor_by_the_name_of_another_shape_are_taken_out() -> None:
     q, k, v = qkv()
     operands = (q, k, v, torch.zeros(*q.shape[:2], 1, 4, dtype=torch.long))
+    attnopt.compile_report(reset=True)
     got = compiled(WritesBlocks())(*operands)
     for found, want in zip(got, WritesBlocks()(*operands), strict=True):
         torch.testing.assert_close(found, want)
