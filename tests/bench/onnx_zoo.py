@@ -21,7 +21,6 @@ import hashlib
 import inspect
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -31,9 +30,8 @@ from typing import Any, Final
 
 import numpy as np
 import onnxruntime
-from harness import RESULTS, Interval, Timing, as_row, compare, machine
-
-from attnopt.timing import RESAMPLES, ratio
+from harness import RESULTS, Timing, as_row, compare, machine
+from processes import answer, apart, speedup, while_close
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 SHARED: Final = ROOT.parent / "shared" / "zoo"
@@ -42,12 +40,8 @@ SHELF: Final = ROOT / "build" / "onnx_zoo"
 LIMIT: Final = 900
 TOLERANCE: Final = 1e-3
 """Of the largest value: what float32 may differ by; parity proper is the business of deploy.py."""
-MARK: Final = "@row "
-"""Begins the line of an answer; exporters write to stdout, too."""
 CACHELESS: Final = ("openai_gpt",)
 """Decoders that have no cache to go on from."""
-CLOSE: Final = 0.02
-"""How near to one a ratio is looked at again."""
 TURNS: Final = 6
 WINDOW: Final = "_sliding_window_tensor"
 """A size that Transformers' files of windowed models take among their states."""
@@ -98,7 +92,7 @@ def files(name: str, shelf: Path) -> Row:
         folder = shelf / name / who
         note = folder / "reason.txt"
         if not folder.exists():
-            told = apart("--make", name, who, "--shelf", str(shelf))
+            told = apart(__file__, "--make", name, who, "--shelf", str(shelf), limit=LIMIT)
             if isinstance(told, str):
                 folder.mkdir(parents=True, exist_ok=True)
                 note.write_text(told)
@@ -307,7 +301,7 @@ def row_of(parts: list[Row]) -> Row:
     if not pooled:
         return {**first, "speedup": {}, "passed": True}
     timing = Timing(pooled)
-    gains = {who: speedup(who, seconds) for who in pooled if who != "attnopt"}
+    gains = {who: speedup(who, "attnopt", seconds) for who in pooled if who != "attnopt"}
     return {
         **first,
         "milliseconds": {who: round(1e3 * timing.median(who), 4) for who in pooled},
@@ -316,20 +310,6 @@ def row_of(parts: list[Row]) -> Row:
         "processes": len(parts),
         "passed": all(gain.high >= 1 for gain in gains.values()),
     }
-
-
-def speedup(who: str, seconds: list[dict[str, list[float]]]) -> Interval:
-    """Return our speedup over a rival: of one process, or from resampling processes and rounds."""
-    each = [np.asarray(x[who]) / np.asarray(x["attnopt"]) for x in seconds]
-    if len(each) == 1:
-        return ratio(seconds[0][who], seconds[0]["attnopt"])
-    chance = np.random.default_rng(0)
-    medians = []
-    for _ in range(RESAMPLES):
-        chosen = [each[i] for i in chance.integers(len(each), size=len(each))]
-        medians.append(np.median(np.concatenate([chance.choice(x, len(x)) for x in chosen])))
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return Interval(float(np.median(np.concatenate(each))), float(low), float(high))
 
 
 def graph_of(file: Path) -> list[Any]:
@@ -372,31 +352,18 @@ def same_graphs(rows: list[Row], shelf: Path) -> None:
 
 def rows_of(name: str, shelf: Path, most: int) -> list[Row]:
     """Measure a model in a process of its own, and in more where it is close."""
-    found: list[list[Row]] = []
-    for turn in range(TURNS):
+
+    def measured(turn: int) -> list[Row]:
         words = ("--one", name, "--shelf", str(shelf), "--most", str(most), "--turn", str(turn))
-        answer = apart(*words)
-        found.append([{"model": name, "reason": answer}] if isinstance(answer, str) else answer)
-        rows = [row_of([dict(p) for p in parts]) for parts in zip(*found, strict=False)]
-        gains = [gain["ratio"] for row in rows for gain in row.get("speedup", {}).values()]
-        if not any(abs(gain - 1) < CLOSE for gain in gains):
-            break
+        found = apart(__file__, *words, limit=LIMIT)
+        return [{"model": name, "reason": found}] if isinstance(found, str) else found
+
+    def joined(found: list[list[Row]]) -> list[Row]:
+        return [row_of([dict(p) for p in parts]) for parts in zip(*found, strict=False)]
+
+    rows = while_close(TURNS, measured, joined)
     same_graphs(rows, shelf)
     return rows
-
-
-def apart(*words: str) -> Any:
-    """Do a part of the work in a process of its own; what it dies of is returned as a text."""
-    command = [sys.executable, "-W", "ignore", __file__, *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return f"took more than {LIMIT} s"
-    if done.returncode:
-        lines = [x for x in done.stderr.splitlines() if x and not x.startswith(" ")]
-        return " ".join(lines[-2:])[-400:] or f"ended with {done.returncode}"
-    answers = [x.removeprefix(MARK) for x in done.stdout.splitlines() if x.startswith(MARK)]
-    return json.loads(answers[-1]) if answers else None
 
 
 def known() -> dict[str, list[Row]]:
@@ -465,7 +432,7 @@ def main(arguments: list[str]) -> int:
         partial.rename(whole)
         return 0
     if given.one:
-        print(MARK + json.dumps(measure(given.one, given.shelf, given.most, given.turn)))
+        answer(measure(given.one, given.shelf, given.most, given.turn))
         return 0
     import zoo
 
