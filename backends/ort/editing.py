@@ -33,13 +33,25 @@ class Editor:
         outputs: int = 1,
     ) -> list[Any]:
         """Put a node before another one, and return its results, whose types are not known."""
+        made = self.loose(kind, inputs, attributes, outputs=outputs)
+        self.graph.insert_before(before, made)
+        return list(made.outputs)
+
+    def loose(
+        self,
+        kind: str,
+        inputs: Sequence[Any],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        outputs: int = 1,
+    ) -> Any:
+        """Return a node that is in no graph yet, such as one of a branch."""
         import onnx_ir as ir
 
         made = ir.node(kind, inputs, attributes=attributes, num_outputs=outputs)
         for value in made.outputs:
-            value.name = self._free(self.prefix)
-        self.graph.insert_before(before, made)
-        return list(made.outputs)
+            value.name = self.free(self.prefix)
+        return made
 
     def constant(self, content: Any) -> Any:
         """Return a constant with the numbers of an array; equal ones are one."""
@@ -49,7 +61,7 @@ class Editor:
         array = np.asarray(content)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            name = self._free(f"{self.prefix}_constant")
+            name = self.free(f"{self.prefix}_constant")
             tensor = ir.tensor(array, name=name)
             value = ir.Value(name=name, const_value=tensor)
             value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
@@ -57,7 +69,7 @@ class Editor:
             self._constants[key] = value
         return self._constants[key]
 
-    def _free(self, kind: str) -> str:
+    def free(self, kind: str) -> str:
         """Return the next name of a kind that no value of the model has."""
         numbered = (f"{kind}_{n}" for n in self._numbers[kind])
         return next(name for name in numbered if name not in self._taken)

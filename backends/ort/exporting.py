@@ -25,7 +25,8 @@ from attnopt.backends.ort.genai import refuse_early, write_genai
 from attnopt.backends.ort.norms import fuse_norms
 from attnopt.backends.ort.operators import Choice, Provider, Target
 from attnopt.backends.ort.packing import pack_products
-from attnopt.backends.ort.parity import CASES, RIGHT_PADDED, Parity, compare
+from attnopt.backends.ort.parity import CASES, LONG, RIGHT_PADDED, Parity, compare, room
+from attnopt.backends.ort.parts import attend_in_parts
 from attnopt.backends.ort.rotary import give_every_row_its_table
 from attnopt.backends.ort.rows import attend_in_rows
 from attnopt.backends.ort.shortening import shorten
@@ -219,7 +220,7 @@ def write_files(
     for name, (program, signature) in graphs.items():
         module, chosen = standalone(program, signature, weights, target)
         choices += chosen
-        models[folder / name] = _model(module, signature, target, program.name)
+        models[folder / name] = _model(module, signature, target, program)
     save_together(models, folder / DATA)
     for path in models:
         onnx.checker.check_model(path, full_check=True)
@@ -238,18 +239,18 @@ def as_written(signature: Signature, path: Path) -> Signature:
     return signature.narrowed(written)
 
 
-def _model(module: fx.GraphModule, signature: Signature, target: Target, name: str) -> Any:
+def _model(module: fx.GraphModule, signature: Signature, target: Target, program: Program) -> Any:
     """Return the ONNX model of a graph."""
     with _quiet():
-        made = _translated_somehow(module, signature, target.opset, name)
-    _optimize(made.model, target)
+        made = _translated_somehow(module, signature, target.opset, program.name)
+    _optimize(made.model, target, room(program.config))
     _describe(made.model, signature)
     assert made.model.opset_imports[""] == target.opset
     return made.model
 
 
-def _optimize(model: Any, target: Target) -> None:
-    """Write less, and what ONNX Runtime runs best, in place."""
+def _optimize(model: Any, target: Target, most: int) -> None:
+    """Write less, and what ONNX Runtime runs best, in place; it takes at most so many tokens."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     give_every_row_its_table(model)
@@ -258,6 +259,8 @@ def _optimize(model: Any, target: Target) -> None:
     fuse_norms(model)
     if target.ep == "cpu":
         attend_in_rows(model)
+        if most >= LONG:
+            attend_in_parts(model)
     RemoveUnusedNodesPass()(model)
 
 
