@@ -1,10 +1,16 @@
 """Causal attention of many tokens goes part by part in ONNX; what only looks causal does not."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from dha_models import decoder
 from numpy.typing import NDArray
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import attnopt
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 ir = pytest.importorskip("onnx_ir", reason="the extra `onnx` is not installed")
@@ -13,6 +19,9 @@ pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 from onnx_running import computed  # noqa: E402
 
 from attnopt.backends.ort.parts import LEAST, PARTS, attend_in_parts  # noqa: E402
+
+# Libraries of the exporter warn of their own ways.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 ROWS = "q_num_heads=4, kv_num_heads=2, scale=0.3"
 MODEL = """<ir_version: 10, opset_import: ["": 23]> g
@@ -133,3 +142,27 @@ def test_what_is_not_known_to_be_causal_stays(changes: dict[str, str]) -> None:
 
 def test_a_mask_of_one_row_stays() -> None:
     assert made(mask="ReduceMax<keepdims=1>(numbers, rows)")[2] == 0
+
+
+def test_an_export_compares_a_call_that_goes_in_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    found = attnopt.export_onnx(attnopt.capture(model), tmp_path / "out", steps=2)
+    graph = onnx.load(found.path, load_external_data=False).graph
+    assert sum(n.op_type == "If" for n in graph.node) == 2
+    (long,) = (c for c in found.parity.cases if "long" in c.case)
+    assert found.accepted
+    assert (long.equal, long.tokens) == (2, 2)
+    assert not found.parity.left_out
+
+
+def test_a_model_of_few_positions_is_exported_without_parts(tmp_path: Path) -> None:
+    found = attnopt.export_onnx(attnopt.capture(decoder("llama_gqa")), tmp_path / "out", steps=2)
+    graph = onnx.load(found.path, load_external_data=False).graph
+    assert sum(n.op_type == "Attention" for n in graph.node) == 2
+    assert found.accepted
+    assert [told.partition(":")[0] for told in found.parity.left_out] == ["longer calls"]
