@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from attnopt.frontend.cleanup import remove_dead
-from attnopt.graphs import is_write
+from attnopt.graphs import is_write, schema_of
 
 aten = torch.ops.aten
 
@@ -102,10 +102,28 @@ def _is_small(tensor: Tensor) -> bool:
 def _is_worth_it(node: fx.Node, settled: Mapping[fx.Node, None]) -> bool:
     """Tell whether a tensor that something else reads takes more to make than to keep."""
     readers = [n for n in node.users if n not in settled]
-    if not readers or not isinstance(node.meta["val"], Tensor):
+    if not readers or not isinstance(node.meta["val"], Tensor) or _is_returned(_unspread(node)):
         return False
     fewest = _FEWEST if any(n.target in _READING for n in readers) else _MANY
     return sum(n.op == "call_function" for n in _sources([node])) >= fewest
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Tell whether a result of the graph is, or shares the memory of, what a node makes.
+
+    Whoever called may write to it, which must not reach the next call.
+    """
+    for user in node.users:
+        target = user.target
+        if user.op == "output":
+            return True
+        shares = target is operator.getitem or (
+            isinstance(target, OpOverload)
+            and any(r.alias_info is not None for r in schema_of(target).returns)
+        )
+        if shares and _is_returned(user):
+            return True
+    return False
 
 
 def _unspread(node: fx.Node) -> fx.Node:

@@ -65,6 +65,33 @@ def test_what_is_repeated_is_held_before_it_is() -> None:
     assert [x.numel() for x in made.buffers()] == [4]
 
 
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[None, 2:], lambda x: x.reshape(-1)])
+def test_what_is_returned_is_made_anew(view: Callable[[Tensor], Tensor]) -> None:
+    """A caller writes to what it was given, which the next call must not see."""
+
+    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+        table = table_of(6)
+        return x[table], view(table)
+
+    made = settled(counted, torch.randn(64, 3))
+    given = torch.randn(64, 3)
+    made(given)[1].zero_()
+    torch.testing.assert_close(made(given), counted(given))
+
+
+def test_what_is_returned_and_repeated_is_made_anew() -> None:
+    def repeated(x: Tensor) -> tuple[Tensor, Tensor]:
+        waves = torch.arange(4.0)
+        for _ in range(12):
+            waves = (waves + 1).sin()
+        return x + waves[None, :].expand(10, 4), waves
+
+    made = settled(repeated, torch.randn(10, 4))
+    given = torch.randn(10, 4)
+    made(given)[1].zero_()
+    torch.testing.assert_close(made(given), repeated(given))
+
+
 def test_what_inputs_decide_is_computed() -> None:
     def counted(x: Tensor, mask: Tensor) -> Tensor:
         return x[mask.cumsum(0).sub(1).clamp(min=0).add(1).mul(2).remainder(7)]
