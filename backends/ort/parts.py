@@ -133,7 +133,7 @@ def _hides_later(mask: Any) -> bool:
 def _sees_no_later(sees: Any) -> bool:
     """Tell whether a mask of truths is one of causal order and maybe others."""
     node = sees.producer()
-    return is_a(node, "And") and any(map(_sees_no_later, node.inputs)) or _is_order(node)
+    return (is_a(node, "And") and any(map(_sees_no_later, node.inputs))) or _is_order(node)
 
 
 def _is_order(node: Any) -> bool:
