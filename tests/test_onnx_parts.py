@@ -51,6 +51,8 @@ MODEL = """<ir_version: 10, opset_import: ["": 23]> g
   most = ReduceMax<keepdims=1>(some, rows)
   any = Cast<to=9>(most)
   by_row = Squeeze(any, last)
+  token = Cast<to=9>(column)
+  bare = And(token, token)
   y = %(result)s
 }"""
 CAUSAL = {
@@ -130,6 +132,7 @@ def test_many_tokens_take_smaller_attentions() -> None:
         {"least": "-1e4"},
         {"result": "Identity(found)"},
         {"result": "Where(by_row, nothing, found)"},
+        {"result": "Where(bare, found, nothing)"},
         {"mask": "Mul(bias, numbers)"},
     ],
     ids=str,

@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnopt
+from attnopt import lowering
+from attnopt.backends import dynamo
 from attnopt.settling import LARGEST, settle
 
 aten = torch.ops.aten
@@ -150,6 +152,36 @@ class Biased(nn.Module):
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
+class Halved(Biased):
+    """The same, times a tensor of one number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.tensor(0.5)
+
+
+def test_a_compiled_graph_holds_its_table_and_makes_its_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[fx.GraphModule] = []
+
+    def inner(graph_module: fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        given.append(graph_module)
+        return graph_module.forward
+
+    monkeypatch.setattr(dynamo, "lookup_backend", lambda name: inner)
+    torch.manual_seed(0)
+    model, x = Halved(), torch.randn(2, 6, 16)
+    with torch.no_grad():
+        got = torch.compile(model, backend="attnopt", dynamic=False)(x)
+        torch.testing.assert_close(got, model(x))
+    attnopt.compile_report(reset=True)
+    (module,) = given
+    assert aten.arange.default not in targets(module)
+    assert aten.full.default in targets(module)
+    (held,) = module.buffers()
+    assert torch.equal(held, table_of(6)[:36].view(6, 6))
+
+
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_compiled_model_learns_its_table(trains: bool) -> None:
     torch.manual_seed(0)
@@ -170,12 +202,22 @@ def test_a_compiled_model_learns_its_table(trains: bool) -> None:
         )
 
 
-def test_a_lowered_model_holds_its_table_and_takes_other_weights() -> None:
+def test_a_lowered_model_holds_its_table_and_takes_other_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[Tensor] = []
+
+    def watched(graph_module: fx.GraphModule, known: dict[str, Tensor]) -> None:
+        settle(graph_module, known)
+        held.extend(graph_module.buffers())
+
+    monkeypatch.setattr(lowering, "settle", watched)
     torch.manual_seed(0)
     model, x = Biased().eval(), torch.randn(2, 6, 16)
     lowered = attnopt.lower(attnopt.capture(model, (x,)), "eager")
     with torch.no_grad():
         torch.testing.assert_close(lowered(x), model(x))
+        assert [x.shape for x in held] == [(6, 6)]
         for module in (model, lowered):
             module.get_parameter("table.weight").mul_(2.0)
         torch.testing.assert_close(lowered(x), model(x))

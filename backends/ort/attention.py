@@ -16,7 +16,7 @@ from attnopt.ops.structure import visible_keys
 
 Memo = dict[Hashable, tuple[Any, ...]]
 # Any score added to it vanishes.
-_LEAST = -1e30
+HIDDEN = -1e30
 
 
 def attend(
@@ -91,6 +91,6 @@ def _as_numbers(
     """
     if seen is None:
         return None, None
-    least = torch.full((), _LEAST, dtype=dtype, device=seen.device)
+    least = torch.full((), HIDDEN, dtype=dtype, device=seen.device)
     hidden = torch.where(seen, torch.zeros_like(least), least)
     return hidden, seen.any(dim=-1, keepdim=True) if some else None

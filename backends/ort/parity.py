@@ -169,13 +169,15 @@ def _compare(
         decode = partial(_decoded_pair, first)
         cases = [c for c in cases if c.name not in _CAUSAL_ONLY]
     left_out: tuple[str, ...] = ()
-    if room(program.config) < LONG:
-        told = f"longer calls: the model has {room(program.config)} positions"
-        cases, left_out = [c for c in cases if sum(c.calls) < LEAST], (told,)
-    steps = min(steps, room(program.config) - max(sum(c.calls) for c in cases))
+    most = room(program.config)
+    short = [c for c in cases if sum(c.calls) < LEAST]
+    if most < LONG:
+        cases, left_out = short, (f"longer calls: the model has {most} positions",)
+    steps = min(steps, most - max(sum(c.calls) for c in short))
     runs: list[Run] = []
     for number, case in enumerate(cases, 1):
-        runs.append(decode(model, program, signature, case, steps))
+        own = min(steps, most - sum(case.calls))
+        runs.append(decode(model, program, signature, case, own))
         debug.advance("parity", number, len(cases))
     logits = run_onnxruntime([file, *encode], runs, **_on(provider))
     if isinstance(logits, str):

@@ -12,13 +12,13 @@ hides. A part of the tokens has no scores with the parts after it. Masks are rec
 from collections.abc import Sequence
 from typing import Any, Final
 
+from attnopt.backends.ort.attention import HIDDEN
 from attnopt.backends.ort.editing import Editor, is_a, number
 
 LEAST: Final = 256
 """Tokens of a call from which on it goes part by part."""
 
 PARTS: Final = 8
-_HIDDEN: Final = -1e30
 
 
 def attend_in_parts(model: Any) -> int:
@@ -45,7 +45,8 @@ class _Parts(Editor):
         tokens = queries.shape[axis]
         if isinstance(tokens, int) or tokens.value is None or not _has_rows(mask, tokens):
             return False
-        if not _hides_later(mask) or not _is_chosen_from(node.outputs[0]):
+        seen = _seen(mask)
+        if seen is None or not _is_chosen_from(node.outputs[0], seen):
             return False
         many, size, sizes = self._cut(node, queries, axis)
         then, results = self._in_parts(node, axis, past, size, sizes)
@@ -91,8 +92,8 @@ class _Parts(Editor):
         stop = put("Shape", [past[0]], start=2, end=3)[0]
         zero, last_axis = self.constant([0]), self.constant([-1])
         found: list[Any] = []
-        for number_of, (q, k, v, seen) in enumerate(zip(*pieces, rows, strict=True)):
-            if number_of < PARTS - 1:
+        for part, (q, k, v, seen) in enumerate(zip(*pieces, rows, strict=True)):
+            if part < PARTS - 1:
                 stop = put("Add", [stop, size])[0]
                 seen = put("Slice", [seen, zero, stop, last_axis])[0]
             made.append(self._copied(node, [q, k, v, seen, *past]))
@@ -116,18 +117,18 @@ def _has_rows(mask: Any, tokens: Any) -> bool:
     return shape is not None and len(shape) == 4 and shape[2] == tokens
 
 
-def _hides_later(mask: Any) -> bool:
-    """Tell whether a mask of numbers hides from each token what comes after it."""
+def _seen(mask: Any) -> Any:
+    """Return the truths behind a mask of numbers, if they hide from each token what comes later."""
     node = mask.producer()
     if is_a(node, "Expand"):
-        return _hides_later(node.inputs[0])
+        return _seen(node.inputs[0])
     if is_a(node, "Add"):
-        return any(map(_hides_later, node.inputs))
+        return next((x for x in map(_seen, node.inputs) if x is not None), None)
     if not is_a(node, "Where"):
-        return False
+        return None
     sees, _, hidden = node.inputs
     least = number(hidden)
-    return least is not None and least <= _HIDDEN / 2 and _sees_no_later(sees)
+    return sees if least is not None and least <= HIDDEN and _sees_no_later(sees) else None
 
 
 def _sees_no_later(sees: Any) -> bool:
@@ -158,11 +159,26 @@ def _is_order(node: Any) -> bool:
     return False
 
 
-def _is_chosen_from(result: Any) -> bool:
+def _is_chosen_from(result: Any, seen: Any) -> bool:
     """Tell whether another value takes the place of what a token that sees nothing gets.
 
     That would be the mean of all values, and is another one of a part's.
     """
     readers = [use.node for use in result.uses()]
-    chosen = all(is_a(n, "Where") and n.inputs[1] is result for n in readers)
+    chosen = all(
+        is_a(n, "Where") and n.inputs[1] is result and _is_any(n.inputs[0], seen) for n in readers
+    )
     return chosen and bool(readers) and not result.is_graph_output()
+
+
+def _is_any(truth: Any, seen: Any) -> bool:
+    """Tell whether a value says of each token whether it sees any key."""
+    node = truth.producer()
+    if is_a(node, "Squeeze"):
+        node = node.inputs[0].producer()
+    for kind in ("Cast", "ReduceMax", "Cast"):
+        if not is_a(node, kind):
+            return False
+        truth = node.inputs[0]
+        node = truth.producer()
+    return truth is seen
