@@ -53,10 +53,26 @@ class Hides(Attention):
     """Scores hidden by a large number, under log-sum-exp: blind queries cancel that number."""
 
     def forward(self, x, seen):
-        q = self.q(x).view(*x.shape[:2], 4, 8).transpose(1, 2)
+        q = self.q(x).view(*x.shape[:2], self.heads, 8).transpose(1, 2)
         scores = torch.where(seen[:, None], q @ q.transpose(-1, -2), -1e9)
         weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
         return self.o((weights @ q).transpose(1, 2).flatten(2))
+
+
+class HidesTokensFirst(Hides):
+    """The same with the tokens first and heads beside the batch: the scores are viewed for a mask.
+
+    Where one head is left, its axis of size 1 is in the viewed scores alone.
+    """
+
+    def forward(self, x, seen):
+        length, rows = x.shape[1], x.shape[0]
+        q = self.q(x.transpose(0, 1)).view(length, -1, 8).transpose(0, 1)
+        scores = torch.bmm(q, q.transpose(1, 2)).view(rows, -1, length, length)
+        scores = torch.where(seen[:, None], scores, -1e9)
+        weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
+        result = torch.bmm(weights.view(-1, length, length), q).transpose(0, 1)
+        return self.o(result.reshape(length, rows, -1))
 
 
 class Gate(nn.Module):
@@ -181,11 +197,17 @@ def test_scores_scaled_by_a_wrong_factor_are_caught_by_the_proof(monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1 + 1e-7])
-def test_the_proof_allows_for_what_blind_queries_round_and_for_nothing_else(monkeypatch, factor):
+@pytest.mark.parametrize("spelling", [Hides, HidesTokensFirst])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_proof_allows_for_what_blind_queries_round_and_for_nothing_else(
+    monkeypatch, spelling, heads, factor
+):
     right = exact.emit
     monkeypatch.setattr(
         exact, "emit", lambda writer, m: right(writer, replace(m, scale=m.scale * factor))
     )
     operands = (torch.randn(2, 11, 24), torch.rand(2, 11, 11) < 0.5)
-    program = attnopt.apply(attnopt.capture(Hides().eval(), operands), "exact")
+    module = spelling(heads).eval()
+    program = attnopt.apply(attnopt.capture(module, operands), "exact")
+    assert len(program.sites) == 1
     assert len(program.refused) == (factor != 1.0)

@@ -10,7 +10,7 @@ from attnopt.finder.anchors import Step
 from attnopt.finder.contraction import Labels
 from attnopt.finder.evaluate import at_sizes, is_size
 from attnopt.finder.layout import Factor, Layout, place, read_layout
-from attnopt.finder.match import Match, Operand, Parts, Side
+from attnopt.finder.match import Match, Operand, Parts, Rows, Side
 from attnopt.finder.numbering import canonical_numbers, count, head_groups, line_of, moved_axes
 from attnopt.finder.ops import (
     JOINING,
@@ -112,7 +112,18 @@ class _Assembly:
             reused=parts.reused,
             scores_layout=out,
             contraction=self.qk,
+            rows=self._rows(out, coordinates),
         )
+
+    def _rows(self, out: Layout, coordinates: dict[str, Tensor] | None) -> Rows | None:
+        """Say which query each row of the normalised scores belongs to, sink or none."""
+        axis = self.parts.axis
+        layout: Layout | None = Layout(
+            tuple(() if i == axis else x for i, x in enumerate(out.axes))
+        )
+        if coordinates is not None:
+            layout = read_layout({r: coordinates[r].amax(axis, keepdim=True) for r in "BHT"})
+        return None if layout is None else Rows(self.parts.scores, axis, layout)
 
     def _label_sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = {}

@@ -70,6 +70,15 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The scores that become weights along an axis; the layout is that of their queries."""
+
+    scores: fx.Node
+    axis: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
 class Match:
     """One attention, read: result = softmax(cap(q k * scale) + sides, masked) v.
 
@@ -97,6 +106,7 @@ class Match:
     padding: Padding | None = None
     blind: Blind = "zeros"
     assembled: bool = False
+    rows: Rows | None = None
 
     @property
     def heads(self) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.finder.anchors import find_anchors
 from attnopt.finder.evaluate import Sizes, ancestors, at_sizes, evaluate, is_size, leaves
 from attnopt.finder.layout import Layout, place
 from attnopt.finder.match import Match
@@ -177,19 +176,17 @@ def _largest_scores(
 ) -> Tensor | None:
     """Return the largest score of the query that each number of the result belongs to.
 
-    None where a single op makes the weights: what it rounds is as small as they are.
+    None where a single op makes the weights, whose rounding is as small as they are, and where it
+    is not known whose the scores are.
     """
-    anchors = find_anchors(view.program.graph)
-    found = next(
-        (a for a in anchors if a.weights is match.anchor and kind(a.weights) == "exp"), None
-    )
-    if found is None:
+    if match.rows is None or kind(match.anchor) != "exp":
         return None
-    scores = _run(view, found.scores, inputs, values, sizes)
-    rows = _queries(match, match.scores_layout, tuple(scores.shape))
+    scores = _run(view, match.rows.scores, inputs, values, sizes)
+    largest = scores.amax(match.rows.axis, keepdim=True)
+    rows = _queries(match, match.rows.layout, tuple(largest.shape))
     shape = tuple(at_sizes(s, sizes) for s in value(match.result).shape)
-    table = torch.full((int(rows.max()) + 1,), -math.inf, dtype=scores.dtype)
-    table.scatter_reduce_(0, rows.flatten(), scores.flatten(), "amax")
+    table = torch.full((int(rows.max()) + 1,), -math.inf, dtype=largest.dtype)
+    table.scatter_reduce_(0, rows.flatten(), largest.flatten(), "amax")
     return table[_queries(match, match.result_layout, shape)]
 
 
