@@ -247,11 +247,11 @@ def _named(stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _judged(case: Case, gaps: Gaps, size: Size | None) -> tuple[Problem | None, int]:
     """Judge one size (with slack), or all of them; what export itself breaks at 1 is not ours."""
-    slack = 1.0 if size is None else SLACK_PER_SIZE
-    verdict = judge(gaps.exact, gaps.stock, case.dtype, slack=slack)
+    slack, depth = 1.0 if size is None else SLACK_PER_SIZE, max(len(case.expected), 1)
+    verdict = judge(gaps.exact, gaps.stock, case.dtype, slack=slack, depth=depth)
     if verdict.passed:
         return None, 0
-    source = judge(gaps.captured, gaps.stock, case.dtype, slack=slack)
+    source = judge(gaps.captured, gaps.stock, case.dtype, slack=slack, depth=depth)
     if source.passed:
         return Problem("wrong rewrite", _verdict_text(verdict, size)), 0
     if size is not None and 1 in (size.batch, size.length):

@@ -101,10 +101,19 @@ class Verdict:
 
 
 def judge(
-    rewritten: Gap, stock: Gap, dtype: torch.dtype = torch.float32, *, slack: float = 1.0
+    rewritten: Gap,
+    stock: Gap,
+    dtype: torch.dtype = torch.float32,
+    *,
+    slack: float = 1.0,
+    depth: int = 1,
 ) -> Verdict:
-    """Compare the two distances from float64; `slack` widens floors and ratios for few numbers."""
-    ulp = slack * FLOOR_ULPS[dtype] * torch.finfo(dtype).eps
+    """Compare the two distances from float64.
+
+    `slack` widens floors and ratios for few numbers, `depth` the floors alone: of that many
+    attentions in a row, each rounds what the one before has rounded.
+    """
+    ulp = slack * math.sqrt(depth) * FLOOR_ULPS[dtype] * torch.finfo(dtype).eps
     return Verdict(
         rms_ratio=_ratio(rewritten.rms, slack * stock.rms, ulp * stock.wanted_rms),
         peak_ratio=_ratio(rewritten.peak, slack * stock.peak, 2 * ulp * stock.wanted_peak),

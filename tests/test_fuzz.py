@@ -96,6 +96,13 @@ def test_a_wrong_scale_shows_in_every_dtype(dtype):
     assert fuzz.check(case, stand_in()).problems == ()
 
 
+def test_a_wrong_scale_shows_in_many_attentions_in_a_row():
+    case = replace(PLAIN, spec=repair(Spec(stack="sequential", layers=3, twice=True)))
+    assert len(case.expected) == 6
+    assert fuzz.check(case, stand_in(edit=scale_scores)).categories == {"wrong rewrite"}
+    assert fuzz.check(case, stand_in()).problems == ()
+
+
 def test_a_site_that_is_not_reported_is_missed():
     result = fuzz.check(PLAIN, stand_in(change=lambda sites: ()))
     assert result.categories == {"missed"}

@@ -94,6 +94,14 @@ def test_an_error_a_third_larger_than_the_stock_one_fails() -> None:
     assert not judge(far, stock).passed
 
 
+def test_what_few_roundings_make_passes_and_more_in_a_row_may_make_more() -> None:
+    want = torch.ones(1000, dtype=torch.float64)
+    stock, far = Gap(), Gap()
+    stock.add(want, want)
+    far.add(want + 3 * torch.finfo(torch.float32).eps, want)
+    assert [judge(far, stock, depth=depth).passed for depth in (1, 2, 3)] == [False, False, True]
+
+
 def test_one_far_number_fails() -> None:
     want = torch.ones(1000, dtype=torch.float64)
     stock, far = Gap(), Gap()
