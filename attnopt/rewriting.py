@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from attnopt.finder import find_sites
 from attnopt.finder.anchors import is_fused
 from attnopt.finder.assembled import Reading
 from attnopt.finder.emit import Writer
+from attnopt.finder.faults import guarded
 from attnopt.finder.finding import Findings
 from attnopt.finder.joining import join_pieces
 from attnopt.finder.match import Blind, Match, Operand, Side
@@ -301,7 +303,8 @@ def rewrite_exactly(
     left = set(others)
     rewritten = _Copy(*copied(findings.view.program.graph))
     for reading in unread:
-        refusal = _rewrite_assembled(findings.view, rewritten, reading, proved, largest_proof)
+        assemble = partial(_rewrite_assembled, findings.view, rewritten, reading, proved)
+        refusal = guarded(partial(assemble, largest_proof), reading.anchor.name)
         if refusal is not None:
             left.add(reading.anchor)
             refused.append(No(reading.why, f"{reading.module} ({reading.anchor.name})"))
@@ -314,7 +317,8 @@ def rewrite_exactly(
         if refusal is None:
             refusal = _too_large(match, largest_proof)
         if refusal is None:
-            refusal = _rewrite(findings.view, rewritten, match, proved)
+            rewrite = partial(_rewrite, findings.view, rewritten, match, proved)
+            refusal = guarded(rewrite, match.anchor.name)
         if refusal is not None:
             left.add(match.anchor)
             refused.append(No(refusal.why, f"{match.module} ({refusal.where})"))

@@ -34,6 +34,7 @@ from parity import Gap, Verdict, exactly, judge, tensors_of
 from site_facts import all_mismatches
 
 import attnopt
+from attnopt.finder.faults import FAULT
 
 TIMEOUT: Final = 150.0
 """Seconds that one case may take."""
@@ -98,6 +99,9 @@ def compile_exactly(case: Case) -> Compiled:
     program = attnopt.capture(case.module, (), case.inputs(CAPTURED, 0))
     sites, near = program.sites, program.near_misses
     exact = attnopt.apply(program, "exact")
+    for text in (*map(str, near), *map(str, exact.refused)):
+        if FAULT in text:
+            raise RuntimeError(text)
     return Compiled(
         sites=tuple(sites),
         near_misses=tuple(f"{miss.module} {miss.node}: {miss.why}" for miss in near),

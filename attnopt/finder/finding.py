@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from torch import fx
@@ -11,6 +12,7 @@ from attnopt.finder import facts
 from attnopt.finder.anchors import Anchor, find_anchors, is_fused, is_variant
 from attnopt.finder.assembled import Reading, match_assembled, read_factor
 from attnopt.finder.assembled_facts import read_assembled_site
+from attnopt.finder.faults import guarded
 from attnopt.finder.grouping import Piece, group
 from attnopt.finder.masks import MaskReader, name_masks
 from attnopt.finder.match import Match
@@ -104,9 +106,17 @@ def _find(program: Program) -> Findings:
             debug.log(3, f"{found.module}: attention at {node.name}")
     groups = group(view, pieces, anchors)
     names = _names([g[0].module for g in groups])
-    sites = tuple(_read(view, g, name, anchors) for g, name in zip(groups, names, strict=True))
+    read = [
+        (g, guarded(partial(_read, view, g, name, anchors), g[0].anchor.name))
+        for g, name in zip(groups, names, strict=True)
+    ]
+    for (first, *_), site in read:
+        if isinstance(site, No):
+            misses.append(NearMiss(first.module, first.anchor.name, _told(site, first.anchor)))
+    known = tuple((g, site) for g, site in read if isinstance(site, Site))
     misses.extend(find_mixers(view, {p.module for p in pieces}))
-    return Findings(view, tuple(groups), sites, tuple(misses), find_mlps(view, sites))
+    sites = tuple(site for _, site in known)
+    return Findings(view, tuple(g for g, _ in known), sites, tuple(misses), find_mlps(view, sites))
 
 
 def _candidates(
@@ -114,13 +124,17 @@ def _candidates(
 ) -> Iterator[tuple[fx.Node, Piece | No]]:
     """Yield every anchor with its match or the reason why there is none."""
     for node, anchor in anchors.items():
-        found = match_anchor(view, walker, anchor)
-        yield node, match_assembled(view, anchor, found) if isinstance(found, No) else found
+        yield node, guarded(partial(_match, view, walker, anchor), node.name)
     for node in view.program.graph.nodes:
         if is_fused(node) and node.users:
-            yield node, match_fused(view, node)
+            yield node, guarded(partial(match_fused, view, node), node.name)
         elif is_variant(node):
-            yield node, match_canonical(view, node)
+            yield node, guarded(partial(match_canonical, view, node), node.name)
+
+
+def _match(view: View, walker: Walker, anchor: Anchor) -> Piece | No:
+    found = match_anchor(view, walker, anchor)
+    return match_assembled(view, anchor, found) if isinstance(found, No) else found
 
 
 def _read(
