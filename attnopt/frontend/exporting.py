@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 import attnopt
 from attnopt.frontend import cleanup
 from attnopt.frontend.loops import without_loops
+from attnopt.frontend.patience import patience
 from attnopt.frontend.picks import picks_as_slices
 from attnopt.frontend.skeletons import Slot, take_apart
 from attnopt.nouns import No
@@ -397,6 +398,7 @@ def _tracing(source: nn.Module, *, patches: bool) -> Generator[None]:
         _patched(patches),
         without_loops(source),
         torch.no_grad(),
+        patience(),
     ):
         yield
 
