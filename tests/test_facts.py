@@ -29,6 +29,9 @@ SPELLINGS = {
     "a scale of queries that are rotated as complex numbers": Spec(
         rotary="complex", scale_place="q"
     ),
+    "heads of queries whose channels lie apart, rotated as complex numbers": Spec(
+        projection="conv1x1", layout="seq_first", rotary="complex"
+    ),
     "heads of a raw input that share an axis with its queries": Spec(
         kv_heads=1, groups=2, source="raw", layout="mqa_folded", gqa="broadcast", output="none"
     ),

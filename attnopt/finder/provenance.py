@@ -280,7 +280,24 @@ class Provenance:
         sources = self._sources(node, second)
         if not sources:
             return self._new_root(node)
+        if kind(node) == "view_as_real":
+            real = self.numbers(sources[0], second=second)
+            return torch.stack([real, self._imaginary(sources[0], real, second)], dim=-1)
         return self._passed(node, {n: self._numbers[(n, second)] for n in sources})
+
+    def _imaginary(self, node: fx.Node, real: Tensor, second: bool) -> Tensor:
+        """Return the numbers of imaginary parts: what stood beside the real ones in pairs."""
+        while kind(node) != "view_as_complex":
+            sources = self._sources(node, second)
+            if not sources:
+                return real + 1
+            node = sources[0]
+        pairs = self.numbers(args(node)[0], second=second).reshape(-1, 2)
+        known, at = pairs[:, 0].sort()
+        if not len(known):
+            return real
+        place = torch.searchsorted(known, real.contiguous()).clamp(max=len(known) - 1)
+        return torch.where(known[place] == real, pairs[at, 1][place], real + 1)
 
     def _passed(
         self, node: fx.Node, found: dict[fx.Node, Tensor | tuple[Tensor, ...]]
@@ -291,9 +308,6 @@ class Provenance:
         if name == "view_as_complex":
             assert isinstance(first, Tensor)
             return first[..., 0]
-        if name == "view_as_real":
-            assert isinstance(first, Tensor)
-            return torch.stack([first, first + 1], dim=-1)
         if name in LAYOUT or name in JOINING:
             return self._move(node, found)
         if isinstance(value(node), tuple | list):

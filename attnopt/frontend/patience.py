@@ -2,8 +2,8 @@
 
 Torch simplifies every quotient of two sizes by sympy. Where each layer views its tensor by a size
 that is not known to divide another, the quotients nest: each layer makes them five times as long,
-and sympy takes fifty times as long, to no effect. The models that we know of stay below 10
-operations a size (measured over the zoo: 7).
+and sympy takes fifty times as long, to no effect. Real models need few operations a size: over the zoo
+at most 13, and SEW-D, which counts what 13 convolutions leave of its samples, 64.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import sympy
 
-MOST_OPERATIONS: Final = 50
+MOST_OPERATIONS: Final = 300
 
 
 class SizesTooLongError(Exception):
