@@ -6,8 +6,8 @@
 
 A case is its seed and index. It must be found as often as it is there, with the right facts, and
 the rewritten module must be as near to float64 as the stock one (see `parity`), at sizes that were
-not captured, too. Exit status 1 where a case is missed, wrong, crashes, or is found without being
-there.
+not captured, too. Exit status 1 where a case is missed, has a wrong fact or rewrite, crashes, or is
+found without being there.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SLACK_PER_SIZE: Final = 10.0
 """One size alone has few numbers; all sizes together are judged without slack."""
 REFUSED_SIZE: Final = "the captured graph takes"
 """How a program says that a size differs from what its capture allows."""
-FAILURES: Final = ("missed", "false positive", "wrong rewrite", "wrong capture", "crash")
+FAILURES: Final = ("missed", "false positive", "facts", "wrong rewrite", "wrong capture", "crash")
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ class Summary:
         return any(result.failed for result in self.results)
 
     def as_dict(self) -> dict[str, Any]:
-        names = (*FAILURES, "facts", "refused", "narrow")
+        names = (*FAILURES, "refused", "narrow")
         return {
             "seed": self.seed,
             "cases": len(self.results),

@@ -118,8 +118,10 @@ def test_a_site_too_many_is_a_false_positive():
 )
 def test_a_wrong_fact_is_reported_by_name(fact, value):
     changed = stand_in(change=lambda sites: (replace(sites[0], **{fact: value}),))
-    (problem,) = fuzz.check(PLAIN, changed).problems
+    result = fuzz.check(PLAIN, changed)
+    (problem,) = result.problems
     assert problem.category == "facts"
+    assert result.failed
     assert f"{fact}: found {value}" in problem.text
 
 

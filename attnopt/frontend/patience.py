@@ -2,8 +2,8 @@
 
 Torch simplifies every quotient of two sizes by sympy. Where each layer views its tensor by a size
 that is not known to divide another, the quotients nest: each layer makes them five times as long,
-and sympy takes fifty times as long, to no effect. Real models need few operations a size: over the zoo
-at most 13, and SEW-D, which counts what 13 convolutions leave of its samples, 64.
+and sympy takes fifty times as long, to no effect. Real models need few operations a size: over the
+zoo at most 13, and SEW-D, which counts what 13 convolutions leave of its samples, 64.
 """
 
 import contextlib
