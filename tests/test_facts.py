@@ -32,6 +32,9 @@ SPELLINGS = {
     "heads of queries whose channels lie apart, rotated as complex numbers": Spec(
         projection="conv1x1", layout="seq_first", rotary="complex"
     ),
+    "heads of a raw input beside its queries, which keys of one head are summed with": Spec(
+        kv_heads=1, groups=2, source="raw", contraction="sum", gqa="broadcast", output="none"
+    ),
     "heads of a raw input that share an axis with its queries": Spec(
         kv_heads=1, groups=2, source="raw", layout="mqa_folded", gqa="broadcast", output="none"
     ),

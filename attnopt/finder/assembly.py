@@ -275,9 +275,11 @@ class _Assembly:
         common = {x for x in moves if x in self.qk.lhs_labels and x in self.qk.rhs_labels}
         shared = {a for x in common - set(self.qk.summed) for a in moves[x]}
         varying = _varying_axes(root.node)
-        # Where queries share an axis with heads, only their number varies; a group of heads
-        # shares its axis with the heads of keys.
-        rows = {a for x in moves.keys() - common for a in moves[x] & varying or moves[x] - shared}
+        # Where queries have more than their own axis, or share it with heads, only their number
+        # varies; a group of heads shares its axis with the heads of keys.
+        own = [moves[x] for x in moves.keys() - common]
+        rows = {a for axes in own for a in axes & varying}
+        rows = rows or {a for axes in own for a in axes - shared}
         other = self.k_side if side is self.q_side else self.q_side
         first = int(self.view.provenance.numbers(other.node).max())
         tokens = self.view.provenance.root_of(first).node is root.node
