@@ -19,8 +19,12 @@ aten = torch.ops.aten
 def table_of(tokens: int) -> Tensor:
     """Number the distances of tokens, as relative positions do, and one beside them."""
     place = torch.arange(tokens)
-    distance = (place[:, None] - place[None, :]).abs().clamp(max=3) * 2
-    return torch.nn.functional.pad(distance.square().add(1), (0, 0, 1, 0)).flatten()
+    distance = place[:, None] - place[None, :]
+    near = distance.abs().clamp(max=3)
+    sided = torch.where(distance > 0, near + 4, near)
+    edge = (place[:, None] == 0) | (place[None, :] == 0)
+    number = torch.where(edge, 8, sided).mul(7).add(1)
+    return torch.nn.functional.pad(number, (0, 0, 1, 0)).flatten()
 
 
 def traced(function: Callable[..., Any], *given: Tensor) -> fx.GraphModule:
@@ -44,6 +48,16 @@ def test_indices_are_computed_once_and_held_once() -> None:
     assert targets(made) == [aten.index.Tensor] * 2
     (held,) = made.buffers()
     assert torch.equal(held, table_of(6))
+
+
+def test_indices_that_a_few_ops_make_stay() -> None:
+    def shifted(x: Tensor) -> Tensor:
+        place = torch.arange(5)
+        return x[(place[:, None] - place[None, :] + 4).long()]
+
+    made = settled(shifted, torch.randn(9, 3))
+    assert aten.arange.default in targets(made)
+    assert not list(made.buffers())
 
 
 def test_a_mask_that_a_few_ops_make_stays() -> None:
