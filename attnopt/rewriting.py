@@ -21,7 +21,7 @@ from attnopt.finder import find_sites
 from attnopt.finder.anchors import is_fused
 from attnopt.finder.assembled import Reading
 from attnopt.finder.emit import Writer
-from attnopt.finder.faults import guarded
+from attnopt.finder.faults import Fault, guarded
 from attnopt.finder.finding import Findings
 from attnopt.finder.joining import join_pieces
 from attnopt.finder.match import Blind, Match, Operand, Side
@@ -307,7 +307,8 @@ def rewrite_exactly(
         refusal = guarded(partial(assemble, largest_proof), reading.anchor.name)
         if refusal is not None:
             left.add(reading.anchor)
-            refused.append(No(reading.why, f"{reading.module} ({reading.anchor.name})"))
+            why = refusal.why if isinstance(refusal, Fault) else reading.why
+            refused.append(No(why, f"{reading.module} ({reading.anchor.name})"))
             debug.log(4, f"exact refuses {reading.module}: {reading.why}: {refusal}")
     for number, match in enumerate(findings.matches, 1):
         if match.anchor in others:

@@ -24,8 +24,8 @@ LARGEST: Final = 2**20
 _FEWEST: Final = 16
 """Ops that make what is worth keeping for a kernel that reads memory.
 
-Places in a table that 9 ops make (VitDet, SAM) compile to less than reading and checking them; 23
-(MPNet) and more do not.
+Places in a table that 9 ops make (VitDet) compile to less than reading and checking them; 23 ops
+and more (MPNet, BEiT) are held.
 """
 
 _MANY: Final = 24

@@ -83,6 +83,20 @@ def test_an_attention_that_cannot_be_read_is_a_near_miss(monkeypatch, step, wher
     assert fuzz.attention_nodes(attnopt.apply(program, "exact")) == 1
 
 
+def test_an_attention_that_is_assembled_from_pieces_says_what_failed_too(monkeypatch):
+    def fails(*_):
+        raise IndexError("index 7 is out of bounds\nand more of it")
+
+    zoo = pytest.importorskip("zoo", reason="the model zoo is not here")
+    monkeypatch.setattr(rewriting, "match_region", fails)
+    model, kwargs, _ = zoo.build("longformer", "eager")
+    exact = attnopt.apply(attnopt.capture(model, (), kwargs), "exact")
+    assert exact.refused
+    assert all(
+        "IndexError: index 7 is out of bounds, test_faults" in no.why for no in exact.refused
+    )
+
+
 def test_a_compiled_model_runs_and_warns(monkeypatch):
     monkeypatch.setattr(rewriting, "prove", failing(prove, "anchor"))
     attnopt.compile_report(reset=True)

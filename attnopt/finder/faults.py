@@ -18,7 +18,11 @@ Found = TypeVar("Found")
 FAULT: Final = "attnopt itself failed here, please report it"
 
 
-def guarded(work: Callable[[], Found], where: str) -> Found | No:
+class Fault(No):
+    """The refusal of an attention because of a mistake of our own."""
+
+
+def guarded(work: Callable[[], Found], where: str) -> Found | Fault:
     """Run a step on one attention; an error of any class becomes the reason of a refusal."""
     try:
         return work()
@@ -27,4 +31,5 @@ def guarded(work: Callable[[], Found], where: str) -> Found | No:
         debug.log(1, traceback.format_exc())
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
-        return No(f"{FAULT} ({type(error).__name__}: {error}, {place})", where)
+        said = next(iter(str(error).strip().splitlines()), "no message")
+        return Fault(f"{FAULT} ({type(error).__name__}: {said}, {place})", where)
